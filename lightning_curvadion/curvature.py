@@ -1,0 +1,74 @@
+r"""RMMC, the Relative Maximum Momentum Change: one number that says how much the loss surface bends.
+
+CurvaDion (arXiv:2512.13728) watches, for each matrix parameter l with momentum :math:`B_t = M_t + G_t`,
+
+.. math::
+    \mathrm{RMMC} = \max_l \frac{\left|\,\|B^l_t\|_F - \|B^l_{t-1}\|_F\,\right|}{\|B^l_{t-1}\|_F} .
+
+Norms are accumulated in float32: in bfloat16 the ratio comes in steps of 1/64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+# On a CPU the sum M + G is formed piece by piece in half a megabyte that never leaves the cache: fresh memory for whole
+# matrices costs more than the norm itself.
+_PIECE = 2**17
+
+
+def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """``||M + G||_F`` of every matrix, without changing M: nothing may be written before all replicas have agreed.
+
+    Args:
+        momenta: k contiguous tensors of one dtype and device.
+        gradients: The gradient of each, ``None`` where there is none.
+
+    Returns:
+        Float32, shape (k,). Not finite where the gradient is not.
+    """
+    if momenta[0].device.type == "cpu":
+        piece = torch.empty(min(_PIECE, momenta[0].numel()), dtype=_accumulator(momenta[0]))
+        return torch.stack([_norm_of_sum(m, g, piece) for m, g in zip(momenta, gradients, strict=True)]).float()
+    sums = [m if g is None else m + g for m, g in zip(momenta, gradients, strict=True)]
+    return torch.stack(torch._foreach_norm(sums, dtype=_accumulator(momenta[0]))).float()
+
+
+def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, piece: Tensor) -> Tensor:
+    squares = []
+    ours = momentum.view(-1).split(piece.numel())
+    theirs = [None] * len(ours) if gradient is None else gradient.reshape(-1).split(piece.numel())
+    for mine, other in zip(ours, theirs, strict=True):
+        total = piece[: mine.numel()]
+        if other is None:
+            total.copy_(mine)
+        else:
+            torch.add(mine, other, out=total)
+        squares.append(torch.dot(total, total))
+    return torch.stack(squares).sum().sqrt()
+
+
+def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """``||G||`` of every tensor, float32, shape (k,): the check that vector parameters get finite gradients."""
+    return torch.stack(torch._foreach_norm(gradients, dtype=_accumulator(gradients[0]))).float()
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def relative_change(norms: Tensor, previous: Tensor) -> Tensor:
+    """``|norms - previous| / previous`` for every matrix.
+
+    Args:
+        norms: Norms of this step, shape (k,).
+        previous: Norms of the step before; infinite where there was none, and the change counts as infinite then.
+
+    Returns:
+        Shape (k,), never NaN: a momentum that stays zero has not changed.
+    """
+    change = (norms - previous).abs() / previous
+    change = change.nan_to_num(nan=0.0, posinf=torch.inf)
+    return torch.where(previous.isinf(), torch.inf, change)

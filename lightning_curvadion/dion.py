@@ -1,0 +1,181 @@
+r"""The mathematics of one Dion update: pure functions on stacks of equally shaped matrices.
+
+For a momentum :math:`B = M + G` of shape (m, n), m >= n, and a right factor Q of shape (n, r) with unit columns, Dion
+(Ahn et al., 2025, arXiv:2504.05295, algorithm 1) computes
+
+.. math::
+    P = \mathrm{orth}(B Q), \quad R = B^\top P, \quad
+    M \leftarrow B - (1 - \mu) P R^\top, \quad
+    Q \leftarrow \mathrm{unit\ columns}(R), \quad
+    X \leftarrow (1 - \eta \lambda) X - \eta \sqrt{m / n}\, P Q^\top .
+
+Every function takes stacks, shape (k, m, n), so that k layers of one shape cost one call. A wide matrix (m < n) enters
+as its transpose; only the factor :math:`\sqrt{m/n}` remembers which side was the output (fan-out over fan-in).
+
+On decoupled momentum (several replicas, each with its own B) P and R are means over replicas; the mean of
+:math:`B_i Q_i` makes sense only while the columns of the replicas' :math:`Q_i` keep their signs, which is why
+:func:`orthonormalize` never flips one (local power iterations need the same: Li et al., 2021, arXiv:2002.05660).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A column of P this close to the span of the columns before it (sine of the angle) is left to the slower, safe QR:
+# Cholesky loses about (1 / sine)^2 units in the last place of orthogonality.
+_SAFE_SINE = 0.1
+# Columns of R below this many rounding errors of the largest one are noise of a rank-deficient momentum.
+_NOISE = 32.0
+_ORTHONORMALIZERS = ("qr", "cholesky", "checked_cholesky")
+
+
+def rank_of(shape: Sequence[int], rank_fraction: float) -> int:
+    """Rank of the factors of a matrix: ``ceil(rank_fraction * min(m, n))``, at least 1."""
+    # 0.1 * 30 is a hair above 3 in binary; that hair must not buy a fourth column.
+    return max(1, math.ceil(rank_fraction * min(shape) - 1e-9))
+
+
+def initial_right_factor(n: int, rank: int, seed: int, like: Tensor) -> Tensor:
+    """Orthonormal start for Q, shape (n, rank): the same on every replica and without touching the global generators.
+
+    Args:
+        n: Rows, the smaller side of the matrix.
+        rank: Columns.
+        seed: Which matrix of the model this is; two layers of one shape start from different subspaces.
+        like: Gives dtype and device of the result.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q.to(like)
+
+
+def left_factor(B: Tensor, Q: Tensor) -> Tensor:
+    """``B Q``, shape (k, m, r): one power iteration from the right factor of the step before, not yet orthonormal."""
+    return B @ Q
+
+
+def right_factor(B: Tensor, P: Tensor) -> Tensor:
+    """``R = B^T P``, shape (k, n, r), for an orthonormal P."""
+    return B.mT @ P
+
+
+def orthonormalize(Y: Tensor, method: str | None = None) -> Tensor:
+    """Orthonormal columns that span those of Y, in float32 at least; column k keeps a positive product with Y's.
+
+    Args:
+        Y: Shape (k, m, r), m >= r.
+        method: ``"qr"``, Householder, the reference. ``"cholesky"``, three shifted Cholesky passes (Fukaya et al.,
+            2020, arXiv:1809.11085), only matrix products and never a wait for the device. ``"checked_cholesky"``, one
+            Cholesky pass where the columns are far enough from dependent, QR where not; it looks at its own result,
+            which costs nothing on a CPU. ``None`` takes the third on a CPU and the second elsewhere.
+
+    Returns:
+        P of Y's dtype, shape (k, m, r). Where Y has dependent columns ``"qr"`` completes the basis and ``"cholesky"``
+        leaves columns near zero; both serve Dion, since :func:`unit_columns` drops what carries no momentum.
+
+    Raises:
+        ValueError: Unknown ``method``.
+    """
+    if method is None:
+        method = "checked_cholesky" if Y.device.type == "cpu" else "cholesky"
+    wide_enough = Y.to(torch.promote_types(Y.dtype, torch.float32))
+    if method == "qr":
+        P = _by_qr(wide_enough)
+    elif method == "cholesky":
+        P = _by_cholesky(wide_enough)
+    elif method == "checked_cholesky":
+        P = _by_checked_cholesky(wide_enough)
+    else:
+        raise ValueError(f"method must be one of {', '.join(_ORTHONORMALIZERS)}, not {method!r}")
+    return P.to(Y.dtype)
+
+
+def _by_qr(Y: Tensor) -> Tensor:
+    P, triangle = torch.linalg.qr(Y)
+    flipped = triangle.diagonal(dim1=-2, dim2=-1) < 0
+    return torch.where(flipped.unsqueeze(-2), -P, P)
+
+
+def _by_cholesky(Y: Tensor) -> Tensor:
+    m, r = Y.shape[-2:]
+    tiny = torch.finfo(Y.dtype).tiny
+    # With unit columns the squared norm in Fukaya's shift is at most r, and the smallest column is as safe as the largest.
+    shift = 11 * (m * r + r * (r + 1)) * torch.finfo(Y.dtype).eps
+    Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(tiny)
+    for jitter in (shift, torch.finfo(Y.dtype).eps * r, torch.finfo(Y.dtype).eps):
+        gram = Y.mT @ Y
+        gram.diagonal(dim1=-2, dim2=-1).add_(jitter)
+        triangle, failed = torch.linalg.cholesky_ex(gram)
+        P = torch.linalg.solve_triangular(triangle.mT, Y, upper=True, left=False)
+        Y = torch.where((failed == 0).view(-1, 1, 1), P, Y)
+    return Y
+
+
+def _by_checked_cholesky(Y: Tensor) -> Tensor:
+    gram = Y.mT @ Y
+    triangle, failed = torch.linalg.cholesky_ex(gram)
+    sine = triangle.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    # Written so that NaN, from an all-zero column, takes the safe way.
+    if not (bool((sine > _SAFE_SINE).all()) and not bool(failed.any())):
+        return _by_qr(Y)
+    return torch.linalg.solve_triangular(triangle.mT, Y, upper=True, left=False)
+
+
+def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Scale the columns of R to length one.
+
+    A column that is zero, or only the rounding of a rank-deficient momentum, has no direction: it steps nowhere, and the
+    next power iteration starts from the old column instead, so that a matrix without gradients can wake up later.
+
+    Args:
+        R: Shape (k, n, r).
+        Q: The right factor of the step before, same shape.
+        eps: Added to each length before the division.
+
+    Returns:
+        The right factor to step with, and the one to keep.
+    """
+    length = torch.linalg.vector_norm(R, dim=-2, keepdim=True, dtype=torch.promote_types(R.dtype, torch.float32))
+    noise = _NOISE * torch.finfo(length.dtype).eps * length.amax(dim=-1, keepdim=True)
+    alive = (length > noise).to(R.dtype)
+    unit = R * (alive / (length + eps)).to(R.dtype)
+    return unit, torch.addcmul(unit, Q, 1 - alive)
+
+
+def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:
+    """``B -= share P R^T`` in place: what the step used up leaves the momentum, what it missed stays for the next one.
+
+    ``share = 1 - mu`` is Dion's error feedback. With ``R = R_own - mu R_mean`` and ``share = 1`` the replica's own part in
+    the span of P also becomes the mean's: ``B += P (R_mean - R_own)^T`` followed by Dion's feedback, in one product.
+
+    Args:
+        B: Momentum with the gradient in it, shape (k, m, n); becomes the new momentum M.
+        P: Orthonormal, shape (k, m, r).
+        R: Shape (k, n, r).
+        share: How much of the product leaves.
+    """
+    B.baddbmm_(P, R.mT, alpha=-share)
+
+
+def descend_(parameters: Sequence[Tensor], P: Tensor, Q: Tensor, lr: float, weight_decay: float) -> None:
+    """``X <- (1 - lr weight_decay) X - lr sqrt(m / n) P Q^T`` in place, with decoupled weight decay.
+
+    Args:
+        parameters: k matrices of shape (m, n), or (n, m) where the stack is a transposed one.
+        P: Orthonormal, shape (k, max(m, n), r).
+        Q: Unit columns, shape (k, min(m, n), r).
+        lr: Learning rate.
+        weight_decay: Coefficient; multiplied by the unscaled ``lr``.
+    """
+    fan_out, fan_in = parameters[0].shape
+    step = -lr * math.sqrt(fan_out / fan_in)
+    decay = 1.0 - lr * weight_decay
+    if fan_out < fan_in:
+        P, Q = Q, P
+    if len(parameters) == 1:
+        # A matrix too large to share its stack: the product lands in the parameter, with no temporary of its size.
+        parameters[0].addmm_(P[0], Q[0].mT, beta=decay, alpha=step)
+        return
+    torch._foreach_mul_(parameters, decay)
+    torch._foreach_add_(parameters, torch.bmm(P, Q.mT).unbind(), alpha=step)

@@ -1,0 +1,59 @@
+"""What a parameter group may say, and the error for each thing it may not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+ALGORITHMS = ("dion", "adamw", "lion")
+LOCAL_UPDATES = ("dion", "sgd")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_group(group: Group, names: Sequence[str]) -> None:
+    """Check the options of a group and that its algorithm can take its parameters.
+
+    Args:
+        group: A complete group, defaults filled in.
+        names: What to call each parameter in an error.
+
+    Raises:
+        ValueError: Naming the argument or parameter, and the remedy.
+    """
+    check_choice("algorithm", group["algorithm"], ALGORITHMS)
+    check_choice("local_update", group["local_update"], LOCAL_UPDATES)
+    for name in ("lr", "weight_decay", "eps", "local_lr"):
+        value = group[name]
+        if value is not None and not 0 <= value < torch.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, not {value}")
+    if not 0 <= group["mu"] < 1:
+        raise ValueError(f"mu must be in [0, 1), not {group['mu']}: it is the share of the momentum kept at each step")
+    if not 0 < group["rank_fraction"] <= 1:
+        raise ValueError(f"rank_fraction must be in (0, 1], not {group['rank_fraction']}: 1.0 means full rank")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']}")
+    if group["local_update"] == "sgd" and group["local_lr"] is None:
+        raise ValueError('local_update="sgd" needs local_lr, the learning rate of the local step, such as local_lr=0.1')
+    for name, parameter in zip(names, group["params"], strict=True):
+        _check_parameter(parameter, name, group["algorithm"])
+
+
+def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"{name} is {parameter.dtype}; only real floating-point parameters can be trained"
+            " (a complex one as its real and imaginary part)"
+        )
+    if algorithm == "dion" and (parameter.dim() != 2 or parameter.numel() == 0):
+        raise ValueError(
+            f'{name} has shape {tuple(parameter.shape)}, but algorithm="dion" takes matrices;'
+            ' put it in a group with algorithm="adamw" or "lion" (split_parameters(module) makes such groups)'
+        )

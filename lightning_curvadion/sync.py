@@ -1,0 +1,348 @@
+"""ProcessGroupSync: every byte that crosses the network, and its count.
+
+Collectives are called through the ``torch.distributed`` module, so that they can be counted from outside. A local step
+makes one all-reduce of 16 bytes. A sync step makes at most three more, of flat buffers that carry the whole model:
+
+===================  ==========================  =====================  ====================================
+momentum             first                       second                 third
+===================  ==========================  =====================  ====================================
+``"factors"``        P, or B where smaller       R
+``"dion"``           P, or B where smaller       R
+``"average"``        B and Q
+``"local"``
+===================  ==========================  =====================  ====================================
+
+consensus            first                       second                 third
+===================  ==========================  =====================  ====================================
+``"average"``                                                           all parameters, buffers
+``"factors"``        left displacement factor    right displ. factor    parameters without factors, buffers
+``"none"``                                       vector gradients
+===================  ==========================  =====================  ====================================
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lightning_curvadion import dion, wire
+from lightning_curvadion.anchors import Anchors, displacement_left_factor, outer_step
+from lightning_curvadion.groups import check_choice
+from lightning_curvadion.optimizer import CurvaDion
+
+CONSENSUS = ("average", "factors", "none")
+MOMENTUM = ("factors", "dion", "average", "local")
+
+
+class ProcessGroupSync:
+    """Brings the replicas of a process group together: a sync hook for :class:`~lightning_curvadion.CurvaDion`.
+
+    Works in a plain torch loop, under Fabric, and inside :class:`~lightning_curvadion.CurvaDionStrategy`. One object may
+    serve several optimizers of one model.
+
+    Args:
+        group: Process group; ``None`` is the default group, which must be initialised when the hook is attached.
+        consensus: How parameters come back together at a sync step. ``"average"``: the mean over the replicas, afterwards
+            bit-identical on all of them. ``"factors"``: the displacement of each matrix since the last consensus goes
+            through factors of the optimizer's rank; cheap and inexact. ``"none"``: not at all, the paper's literal method,
+            with the mean gradient for vector groups.
+        wire_format: ``"float32"``, or ``"bfloat16"`` for half the bytes: parameters travel as displacements then.
+        momentum: What a sync step does to momentum. ``"factors"``: step along the factors of the mean momentum, and the
+            part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same factors, and each replica
+            keeps its own momentum. ``"average"``: the whole momentum is averaged, and Q with it. ``"local"``: nothing, each
+            replica takes its own Dion step (local SGD). Consensus ``"none"`` implies ``"dion"``.
+        outer_lr: Learning rate of the outer step on the averaged displacement; 1 takes the average itself.
+        outer_momentum: Nesterov momentum of the outer step, as in DiLoCo.
+
+    Memory: a copy of the parameters where ``consensus="factors"``, ``wire_format="bfloat16"`` or an outer step needs it,
+    and one more for ``outer_momentum``. During a sync step, one flat buffer of what is sent.
+
+    Attributes:
+        bytes_sent: Payload of this replica's collectives so far; an all-reduce of n bytes counts n, a broadcast counts n
+            at its source.
+
+    Raises:
+        ValueError: On a bad argument, or a combination that would do nothing.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        consensus: str = "average",
+        wire_format: str = "float32",
+        momentum: str = "factors",
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+    ) -> None:
+        check_choice("consensus", consensus, CONSENSUS)
+        check_choice("wire_format", wire_format, wire.WIRE_FORMATS)
+        check_choice("momentum", momentum, MOMENTUM)
+        if not outer_lr > 0:
+            raise ValueError(f"outer_lr must be > 0, not {outer_lr}; 1.0 takes the average itself")
+        if not 0 <= outer_momentum < 1:
+            raise ValueError(f"outer_momentum must be in [0, 1), not {outer_momentum}")
+        steps_outside = (outer_lr, outer_momentum) != (1.0, 0.0)
+        if steps_outside and consensus != "average":
+            raise ValueError(f'an outer step needs consensus="average", not {consensus!r}')
+        if consensus == "none":
+            if momentum not in ("factors", "dion"):
+                raise ValueError(f'consensus="none" implies momentum="dion", not {momentum!r}')
+            momentum = "dion"
+        self.consensus = consensus
+        self.wire_format = wire_format
+        self.momentum = momentum
+        self.outer_lr = outer_lr
+        self.outer_momentum = outer_momentum
+        self.averages_vector_gradients = consensus == "none"
+        self.bytes_sent = 0
+        self.rank = 0
+        self.world_size = 1
+        self._group = group
+        self._steps_outside = steps_outside
+        self._needs_anchors = consensus == "factors" or steps_outside or (
+            consensus == "average" and wire_format != "float32"
+        )
+        self._anchors = Anchors()
+        self._known: set[Tensor] = set()
+        self._buffers: list[Tensor] = []
+        # Left displacement factors on their way from the first exchange of a sync step to the second.
+        self._displacement_P: list[Tensor] = []
+
+    # -- getting together -------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: CurvaDion) -> None:
+        """Check in one collective that all replicas train the same model alike, then broadcast rank 0's values.
+
+        Called by :meth:`CurvaDion.register_sync_hook <lightning_curvadion.CurvaDion.register_sync_hook>`.
+
+        Raises:
+            ValueError: No process group, or replicas that differ: on every rank, naming the first difference.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
+                " start the script with torchrun, or use Trainer(strategy='curvadion')"
+            )
+        self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        parameters = [parameter for _, parameter in optimizer.named_parameters()]
+        self._check_equal(self._description(optimizer), parameters[0].device)
+        floating, integers = _state_tensors(optimizer)
+        self._broadcast(parameters + floating + integers)
+        _write_back_steps(optimizer, integers)
+        self._known.update(parameters)
+        if self._needs_anchors:
+            optimizer.register_step_pre_hook(lambda opt, *_: self._anchors.capture(_trainable(cast(CurvaDion, opt))))
+            optimizer.register_load_state_dict_post_hook(
+                lambda opt: self._anchors.drop(p for _, p in cast(CurvaDion, opt).named_parameters())
+            )
+
+    def include_module(self, module: nn.Module) -> None:
+        """Let the module's persistent buffers take part in every consensus: floating-point ones as means, others rank 0's.
+
+        Also broadcasts rank 0's buffers and the parameters that no attached optimizer holds. Call it on every rank, after
+        the hook is attached.
+        """
+        saved = module.state_dict(keep_vars=True)
+        self._buffers = [tensor for tensor in saved.values() if not isinstance(tensor, nn.Parameter)]
+        rest = [parameter for parameter in module.parameters() if parameter not in self._known]
+        described = [f"buffer {name} {tuple(t.shape)} {t.dtype}" for name, t in saved.items() if isinstance(t, Tensor)]
+        every = rest + [buffer for buffer in module.buffers()]
+        if every:
+            self._check_equal(described, every[0].device)
+            self._broadcast(every)
+
+    def _description(self, optimizer: CurvaDion) -> list[str]:
+        lines = [
+            f"hook consensus={self.consensus} wire_format={self.wire_format} momentum={self.momentum}"
+            f" outer_lr={self.outer_lr} outer_momentum={self.outer_momentum}",
+            f"trigger {type(optimizer.trigger).__name__} {sorted(vars(optimizer.trigger).items())}",
+        ]
+        names = optimizer.named_parameters()
+        for group in optimizer.param_groups:
+            options = {key: group[key] for key in ("algorithm", "rank_fraction", "local_update")}
+            for parameter in group["params"]:
+                name, _ = next(names)
+                state = sorted(optimizer.state[parameter])
+                trained = "" if parameter.requires_grad else " frozen"
+                lines.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}{trained} {options} {state}")
+        return lines
+
+    def _check_equal(self, description: list[str], device: torch.device) -> None:
+        digest = hashlib.sha256("\n".join(description).encode()).digest()
+        own = torch.tensor(list(digest), dtype=torch.uint8, device=device)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        self.bytes_sent += own.nbytes
+        dist.all_gather(everyone, own, group=self._group)
+        if all(torch.equal(other, own) for other in everyone) and self.world_size > 0:
+            return
+        descriptions: list[Any] = [None] * self.world_size
+        dist.all_gather_object(descriptions, description, group=self._group)
+        raise ValueError(_first_difference(descriptions))
+
+    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
+        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = wire.pack([tensor.detach() for tensor in alike], dtype)
+            self.bytes_sent += flat.nbytes if self.rank == 0 else 0
+            dist.broadcast(flat, src=source, group=self._group)
+            with torch.no_grad():
+                for tensor, value in zip(alike, wire.unpack(flat, alike), strict=True):
+                    tensor.copy_(value)
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def agree(self, signal: Tensor) -> None:
+        """Replace ``signal``, two float64, by its element-wise maximum over the replicas: all a local step sends."""
+        self.bytes_sent += signal.nbytes
+        dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
+
+    def mean_left(self, optimizer: CurvaDion, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Mean over the replicas of what a sync step exchanges first: left factors, or momentum."""
+        if self.consensus != "factors":
+            return self._mean(tensors)
+        sketches = [displacement_left_factor(self._anchors, stack) for stack in optimizer.matrix_stacks()]
+        means = self._mean([*tensors, *sketches])
+        self._displacement_P = [dion.orthonormalize(sketch) for sketch in means[len(tensors) :]]
+        return means[: len(tensors)]
+
+    def mean_right(self, optimizer: CurvaDion, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Mean over the replicas of what a sync step exchanges second: right factors, and gradients of vector groups."""
+        if self.consensus != "factors":
+            return self._mean(tensors)
+        stacks, anchors = optimizer.matrix_stacks(), self._anchors
+        own = [
+            dion.right_factor(anchors.stacked_displacement(stack), P)
+            for stack, P in zip(stacks, self._displacement_P, strict=True)
+        ]
+        means = self._mean([*tensors, *own])
+        for stack, P, own_R, R in zip(stacks, self._displacement_P, own, means[len(tensors) :], strict=True):
+            anchors.move_through_factors(stack, P, own_R, R)
+        self._displacement_P = []
+        return means[: len(tensors)]
+
+    def meet(self, optimizer: CurvaDion) -> None:
+        """End of a sync step: the consensus that the third exchange carries."""
+        if self.consensus == "none":
+            return
+        parameters = _trainable(optimizer)
+        if self.consensus == "factors":
+            factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
+            parameters = [parameter for parameter in parameters if parameter not in factored]
+        self._average(optimizer, parameters, self.wire_format)
+
+    def reach_consensus(self, optimizers: CurvaDion | Iterable[CurvaDion], include_state: bool = False) -> None:
+        """Make all replicas one model now, whatever the trigger and the kind of consensus: an exact, full-width average.
+
+        With ``consensus="factors"`` and ``"none"`` too, and for good: the replicas go on from the average.
+
+        Args:
+            optimizers: The attached optimizers, the same in every process.
+            include_state: Also average their state, so that a checkpoint of any replica is the checkpoint of all. Frozen
+                parameters take part then.
+        """
+        for optimizer in [optimizers] if isinstance(optimizers, CurvaDion) else optimizers:
+            parameters = _trainable(optimizer)
+            floating: list[Tensor] = []
+            integers: list[Tensor] = []
+            if include_state:
+                optimizer.init_state()
+                parameters = [parameter for _, parameter in optimizer.named_parameters()]
+                floating, integers = _state_tensors(optimizer)
+            if self._needs_anchors:
+                self._anchors.capture(parameters)
+            self._average(optimizer, parameters, "float32", floating, integers)
+            _write_back_steps(optimizer, integers)
+            if include_state:
+                optimizer.replicas_share_state()
+
+    def _average(
+        self,
+        optimizer: CurvaDion,
+        parameters: Sequence[Tensor],
+        wire_format: str,
+        floating: Sequence[Tensor] = (),
+        integers: Sequence[Tensor] = (),
+    ) -> None:
+        """Mean of parameters, buffers and ``floating`` in place; integers become rank 0's."""
+        anchors = self._anchors
+        parameters = [parameter for parameter in parameters]
+        payload = [anchors.displacement(p) if self._needs_anchors else p.detach() for p in parameters]
+        exact = [buffer for buffer in self._buffers if buffer.is_floating_point()] + list(floating)
+        whole = [buffer for buffer in self._buffers if not buffer.is_floating_point()] + list(integers)
+        numbers = [wire.integers_to_numbers(t) if self.rank == 0 else wire.integers_to_numbers(t).zero_() for t in whole]
+        if wire_format == "float32":
+            means = self._mean([*payload, *exact], wire_format, numbers)
+            in_full = means[len(payload) :]
+        else:
+            means = self._mean(payload, wire_format)
+            in_full = self._mean(exact, "float32", numbers)
+        with torch.no_grad():
+            if self._needs_anchors:
+                if self._steps_outside:
+                    states = [optimizer.state[parameter] for parameter in parameters]
+                    outer_step(means[: len(payload)], states, self.outer_lr, self.outer_momentum)
+                for parameter, displacement in zip(parameters, means[: len(payload)], strict=True):
+                    anchors.move(parameter, displacement)
+            else:
+                for parameter, mean in zip(parameters, means[: len(payload)], strict=True):
+                    parameter.copy_(mean)
+            for tensor, mean in zip(exact, in_full[: len(exact)], strict=True):
+                tensor.copy_(mean)
+            for tensor, number in zip(whole, in_full[len(exact) :], strict=True):
+                tensor.copy_(wire.numbers_to_integers(number, like=tensor))
+
+    def _mean(
+        self, tensors: Sequence[Tensor], wire_format: str | None = None, summed: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Means of ``tensors`` and sums of ``summed`` over the replicas, in one all-reduce of one flat buffer."""
+        everything = [*tensors, *summed]
+        if not everything:
+            return []
+        flat = wire.pack(everything, wire.wire_dtype(wire_format or self.wire_format, everything))
+        # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
+        flat[: sum(tensor.numel() for tensor in tensors)].div_(self.world_size)
+        self.bytes_sent += flat.nbytes
+        dist.all_reduce(flat, group=self._group)
+        return wire.unpack(flat, everything)
+
+
+def _trainable(optimizer: CurvaDion) -> list[Tensor]:
+    return [parameter for _, parameter in optimizer.named_parameters() if parameter.requires_grad]
+
+
+def _state_tensors(optimizer: CurvaDion) -> tuple[list[Tensor], list[Tensor]]:
+    """Floating-point state of all parameters, and one integer tensor with their step counts."""
+    floating: list[Tensor] = []
+    steps: list[int] = []
+    device = torch.device("cpu")
+    for _, parameter in optimizer.named_parameters():
+        device = parameter.device
+        state = optimizer.state[parameter]
+        floating += [state[name] for name in sorted(state) if isinstance(state[name], Tensor)]
+        steps += [state["step"]] if "step" in state else []
+    return floating, [torch.tensor(steps, dtype=torch.int64, device=device)] if steps else []
+
+
+def _write_back_steps(optimizer: CurvaDion, integers: Sequence[Tensor]) -> None:
+    counted = [state for _, p in optimizer.named_parameters() if "step" in (state := optimizer.state[p])]
+    for state, step in zip(counted, integers[0].tolist() if integers else (), strict=False):
+        state["step"] = step
+
+
+def _first_difference(descriptions: Sequence[list[str]]) -> str:
+    reference = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        for ours, theirs in zip(reference, other, strict=False):
+            if ours != theirs:
+                return f"replicas differ: rank 0 has [{ours}] where rank {rank} has [{theirs}]; {_REMEDY}"
+        if len(other) != len(reference):
+            return f"replicas differ: rank 0 has {len(reference)} entries and rank {rank} has {len(other)}; {_REMEDY}"
+    raise AssertionError("digests differ but descriptions do not")
+
+
+_REMEDY = "build the same model and the same optimizer, in the same order, in every process"

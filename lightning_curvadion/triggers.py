@@ -1,0 +1,206 @@
+"""When to synchronise: small objects that are told the RMMC of every step and answer yes or no.
+
+All replicas tell their triggers the same number, so all get the same answer; a trigger must therefore depend on nothing
+else. Its state travels in the optimizer's ``state_dict``.
+"""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any
+
+State = dict[str, Any]
+
+
+class Trigger(ABC):
+    """Base class. A subclass answers in :meth:`wants_sync` and may keep its state in the attributes named in ``_state``."""
+
+    _state: tuple[str, ...] = ()
+
+    @abstractmethod
+    def wants_sync(self, rmmc: float) -> bool:
+        """Whether to synchronise at this step. Called exactly once a step.
+
+        Args:
+            rmmc: The largest RMMC of any matrix on any replica; infinite at the first step.
+        """
+
+    def stepped(self, synced: bool) -> None:  # noqa: B027
+        """Told after :meth:`wants_sync` what happened: a cap can force a sync that the trigger did not ask for."""
+
+    def state_dict(self) -> State:
+        """Plain numbers, under the name of the class."""
+        return {"type": type(self).__name__, **{name: getattr(self, name) for name in self._state}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a state of :meth:`state_dict`; warns and starts afresh where it is another trigger's."""
+        if state["type"] != type(self).__name__:
+            warnings.warn(
+                f"The checkpoint was written with the trigger {state['type']}; {type(self).__name__} starts afresh.",
+                stacklevel=2,
+            )
+            return
+        for name in self._state:
+            setattr(self, name, state[name])
+
+
+class RMMCThreshold(Trigger):
+    """Synchronise where RMMC > tau: the rule of the CurvaDion paper (arXiv:2512.13728).
+
+    Args:
+        tau: Threshold, >= 0. Its meaning shifts during a run, since the norm of the momentum grows and RMMC sinks; prefer
+            :class:`IntegratedRMMC` or :class:`CommunicationBudget` where that matters.
+
+    Raises:
+        ValueError: ``tau`` is negative or NaN.
+    """
+
+    def __init__(self, tau: float) -> None:
+        if not tau >= 0:
+            raise ValueError(f"tau must be >= 0, not {tau}: RMMC is a ratio of norms and never negative")
+        self.tau = float(tau)
+
+    def wants_sync(self, rmmc: float) -> bool:
+        """True where ``rmmc > tau``."""
+        return rmmc > self.tau
+
+
+class IntegratedRMMC(Trigger):
+    """Synchronise once the RMMC summed since the last sync passes a budget.
+
+    Where the curvature is steady this is a period; where it is not, syncs come denser. It needs no tuning when the batch
+    size changes the scale of RMMC.
+
+    Args:
+        budget: How much relative change the replicas may go through alone, > 0.
+
+    Raises:
+        ValueError: ``budget`` is not positive.
+    """
+
+    _state = ("spent",)
+
+    def __init__(self, budget: float) -> None:
+        if not budget > 0:
+            raise ValueError(f"budget must be > 0, not {budget}; to synchronise at every step use EveryNSteps(1)")
+        self.budget = float(budget)
+        self.spent = 0.0
+
+    def wants_sync(self, rmmc: float) -> bool:
+        """True where the sum, this step included, is above the budget."""
+        self.spent += rmmc
+        return self.spent > self.budget
+
+    def stepped(self, synced: bool) -> None:
+        """A sync starts a new sum."""
+        if synced:
+            self.spent = 0.0
+
+
+class EveryNSteps(Trigger):
+    """Synchronise at every n-th step, whatever RMMC says: the schedule of local SGD and DiLoCo. ``n=1`` is Dion.
+
+    Args:
+        n: Period in steps, >= 1.
+
+    Raises:
+        ValueError: ``n`` is not a positive integer.
+    """
+
+    _state = ("since_sync",)
+
+    def __init__(self, n: int) -> None:
+        if isinstance(n, bool) or n != int(n) or n < 1:
+            raise ValueError(f"n must be an integer >= 1, not {n!r}; EveryNSteps(1) synchronises at every step")
+        self.n = int(n)
+        self.since_sync = 0
+
+    def wants_sync(self, rmmc: float) -> bool:
+        """True at the n-th step since the last sync."""
+        self.since_sync += 1
+        return self.since_sync >= self.n
+
+    def stepped(self, synced: bool) -> None:
+        """A sync starts a new period."""
+        if synced:
+            self.since_sync = 0
+
+
+class CommunicationBudget(Trigger):
+    r"""Move the threshold so that a chosen share of the steps synchronises.
+
+    After every step :math:`\log\tau \leftarrow \log\tau + g\,([\mathrm{synced}] - f)`, the Robbins-Monro estimate of the
+    (1 - f)-quantile of RMMC. Summed over T steps this says that the share of sync steps differs from f by
+    :math:`|\log(\tau_T / \tau_1)| / (g T)`: however RMMC drifts, the budget is kept in the long run.
+
+    Args:
+        fraction: Share f of the steps that may synchronise, in (0, 1].
+
+    Raises:
+        ValueError: ``fraction`` outside (0, 1].
+    """
+
+    _state = ("tau",)
+    # Fast enough to follow RMMC down three decades in a few hundred steps, slow enough not to chase single steps.
+    _gain = 0.2
+    # A run of unchanged momenta (RMMC = 0) must not drive tau to a zero that no factor can lift again.
+    _least_tau = 1e-12
+
+    def __init__(self, fraction: float) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], not {fraction}: it is a share of the steps")
+        self.fraction = float(fraction)
+        self.tau = 0.0
+
+    def wants_sync(self, rmmc: float) -> bool:
+        """True where RMMC is above the present threshold, which starts at the first finite RMMC seen."""
+        if self.fraction == 1.0:
+            return True
+        if self.tau == 0.0 and 0 < rmmc < math.inf:
+            self.tau = rmmc
+            return False
+        return rmmc > self.tau
+
+    def stepped(self, synced: bool) -> None:
+        """Move the threshold: up after a sync, down after a local step."""
+        if self.tau > 0.0:
+            self.tau = max(self.tau * math.exp(self._gain * (synced - self.fraction)), self._least_tau)
+
+
+class LocalStepCap:
+    """Any trigger, with a bound on the run of local steps between two syncs.
+
+    Args:
+        trigger: Asked at every step.
+        max_local_steps: At most so many local steps in a row; the next one synchronises. ``None`` sets no bound.
+
+    Raises:
+        ValueError: ``trigger`` is no trigger, or ``max_local_steps`` no positive integer.
+    """
+
+    def __init__(self, trigger: Trigger, max_local_steps: int | None) -> None:
+        if not isinstance(trigger, Trigger):
+            raise ValueError(f"trigger must be a trigger such as IntegratedRMMC(0.5), not {trigger!r}")
+        if max_local_steps is not None and (max_local_steps != int(max_local_steps) or max_local_steps < 1):
+            raise ValueError(f"max_local_steps must be an integer >= 1, or None for no bound, not {max_local_steps!r}")
+        self.trigger = trigger
+        self.max_local_steps = max_local_steps
+        self.local_steps = 0
+
+    def decide(self, rmmc: float) -> bool:
+        """Whether this step synchronises. Called exactly once a step."""
+        synced = self.trigger.wants_sync(rmmc)
+        if self.max_local_steps is not None and self.local_steps >= self.max_local_steps:
+            synced = True
+        self.local_steps = 0 if synced else self.local_steps + 1
+        self.trigger.stepped(synced)
+        return synced
+
+    def state_dict(self) -> State:
+        """State of the trigger and the present run of local steps."""
+        return {"local_steps": self.local_steps, "trigger": self.trigger.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a state of :meth:`state_dict`."""
+        self.trigger.load_state_dict(state["trigger"])
+        self.local_steps = state["local_steps"]

@@ -1,0 +1,73 @@
+"""Updates of the parameters that are no matrices: AdamW and Lion as pure functions on lists of tensors.
+
+Embeddings, the output head, norms and biases take these. Everything is local to a replica; what brings the replicas
+together is the consensus, not the update.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def adamw_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101, algorithm 2), in place.
+
+    Args:
+        parameters: Changed in place, as are both moments.
+        gradients: One for each parameter.
+        first_moments: Running mean of the gradients.
+        second_moments: Running mean of their squares.
+        steps: Number of each parameter's steps, this one included, for the bias correction.
+        lr: Learning rate.
+        betas: Decay of the two moments.
+        weight_decay: Decoupled, multiplied by ``lr``.
+        eps: Added to the root of the second moment.
+    """
+    beta1, beta2 = betas
+    torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
+    torch._foreach_lerp_(first_moments, gradients, 1.0 - beta1)
+    torch._foreach_mul_(second_moments, beta2)
+    torch._foreach_addcmul_(second_moments, gradients, gradients, 1.0 - beta2)
+    denominators = torch._foreach_sqrt(second_moments)
+    torch._foreach_div_(denominators, [(1.0 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(parameters, first_moments, denominators, [-lr / (1.0 - beta1**step) for step in steps])
+
+
+def lion_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """One step of Lion (Chen et al., 2023, arXiv:2302.06675, algorithm 2), in place.
+
+    Args:
+        parameters: Changed in place, as are the momenta.
+        gradients: One for each parameter.
+        momenta: Running mean of the gradients.
+        lr: Learning rate; the sign makes every element move by it.
+        betas: Weight of the momentum in the step, and its decay.
+        weight_decay: Decoupled, multiplied by ``lr``.
+    """
+    beta1, beta2 = betas
+    torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
+    directions = torch._foreach_lerp(momenta, gradients, 1.0 - beta1)
+    torch._foreach_sign_(directions)
+    torch._foreach_add_(parameters, directions, alpha=-lr)
+    torch._foreach_lerp_(momenta, gradients, 1.0 - beta2)

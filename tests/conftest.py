@@ -1,0 +1,25 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from replicas import Replicas
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def replicas() -> Iterator[Replicas]:
+    pool = Replicas()
+    yield pool
+    pool.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

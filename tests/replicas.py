@@ -1,0 +1,130 @@
+"""Real processes for the tests: a pool of workers that form a gloo process group for every job.
+
+Importing torch takes seconds, so the workers stay. A job that hangs or kills its worker costs the pool: it is thrown away
+and the next job starts a new one. Only processes started here are ever killed.
+"""
+
+import datetime
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LARGEST_WORLD = 3
+
+
+class Failed(AssertionError):
+    """A replica raised; the message is its traceback."""
+
+
+class CountedCollectives(list):
+    """(name, bytes) of every torch.distributed collective called inside the block."""
+
+
+_COUNTED = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all",
+            "all_to_all_single", "all_gather_object", "broadcast_object_list", "barrier", "reduce", "gather", "scatter",
+            "send", "recv", "isend", "irecv", "batch_isend_irecv")
+
+
+@contextmanager
+def counted_collectives() -> Iterator[CountedCollectives]:
+    """Count collectives from outside, by wrapping the functions of ``torch.distributed``."""
+    calls = CountedCollectives()
+    originals = {name: getattr(dist, name) for name in _COUNTED}
+
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            calls.append((name, first.nbytes if isinstance(first, torch.Tensor) else 0))
+            return original(*args, **kwargs)
+
+        return counted
+
+    for name, original in originals.items():
+        setattr(dist, name, wrap(name, original))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        job = connection.recv()
+        if job is None:
+            return
+        function, rank, world, store, args = job
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+                timeout=datetime.timedelta(seconds=30),
+            )
+            torch.manual_seed(0)
+            answer = (True, function(rank, world, *args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        connection.send(answer)
+
+
+class Replicas:
+    """Runs functions on several ranks at once."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        while len(self._workers) < LARGEST_WORLD:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """Kill the workers."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        """``[function(rank, world, *args) for rank in range(world)]``, each in its process with a gloo group."""
+        self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            store = os.path.join(folder, "store")
+            connections = [connection for _, connection in self._workers[:world]]
+            for rank, connection in enumerate(connections):
+                connection.send((function, rank, world, store, args))
+            answers: dict[int, tuple[bool, Any]] = {}
+            deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+            while len(answers) < world:
+                left = (deadline - datetime.datetime.now()).total_seconds()
+                ready = wait([c for r, c in enumerate(connections) if r not in answers], timeout=max(left, 0))
+                if not ready:
+                    missing = sorted(set(range(world)) - set(answers))
+                    self.close()
+                    raise TimeoutError(f"ranks {missing} did not answer within {timeout} s: {answers}")
+                for connection in ready:
+                    try:
+                        answers[connections.index(connection)] = connection.recv()
+                    except EOFError:
+                        self.close()
+                        raise Failed(f"rank {connections.index(connection)} died") from None
+        failures = [f"rank {rank}:\n{answers[rank][1]}" for rank in range(world) if not answers[rank][0]]
+        if failures:
+            raise Failed("\n".join(failures))
+        return [answers[rank][1] for rank in range(world)]
