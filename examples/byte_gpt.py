@@ -1,0 +1,210 @@
+"""A byte-level GPT on the source files of Python's standard library: real text that every machine already has."""
+
+import hashlib
+import math
+import os
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_curvadion import CurvaDion, split_parameters
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of x, shape (batch, heads, time, size)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: causal attention with rotary positions, then an MLP of four times the width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Shape (batch, time, width) in and out."""
+        batch, time, width = x.shape
+        split = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            rotate(query, cosine, sine), rotate(key, cosine, sine), value, is_causal=True
+        )
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, width))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    """Decoder of bytes with an untied output head."""
+
+    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
+        half = width // heads // 2
+        angles = torch.outer(torch.arange(context), 10000.0 ** -(torch.arange(half) / half))
+        # Computed, not learnt: no part of a checkpoint and nothing to synchronise.
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits, shape (batch, time, 256), of bytes, shape (batch, time)."""
+        time = tokens.shape[1]
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.cosine[:time], self.sine[:time])
+        return self.head(self.norm(x))
+
+
+class ByteGPT(pl.LightningModule):
+    """Trains a :class:`GPT` with next-byte cross entropy.
+
+    Args:
+        optimizer: Builds the optimizer from the groups of ``split_parameters``.
+        layers: Number of blocks.
+        width: Width of the residual stream.
+        heads: Attention heads.
+        context: Bytes a sequence.
+        vector_lr: Learning rate of embeddings, head and norms (AdamW).
+        warmup_steps: Steps over which the learning rate rises.
+        cooldown: Share of the run, at its end, over which it falls to zero.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = CurvaDion,
+        layers: int = 4,
+        width: int = 96,
+        heads: int = 4,
+        context: int = 128,
+        vector_lr: float = 0.003,
+        warmup_steps: int = 20,
+        cooldown: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.vector_lr = vector_lr
+        self.warmup_steps = warmup_steps
+        self.cooldown = cooldown
+        self.gpt = GPT(layers, width, heads, context)
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        logits = self.gpt(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss in nats a byte of a batch of shape (sequences, context + 1)."""
+        loss = self._loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the loss in nats and in bits a byte."""
+        loss = self._loss(batch)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val_bits_per_byte", loss / math.log(2), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, with a learning rate that rises, stays, and falls linearly to zero."""
+        groups = split_parameters(self)
+        for group in groups:
+            if group["algorithm"] != "dion":
+                group["lr"] = self.vector_lr
+        optimizer = self.optimizer(groups)
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / self.warmup_steps, (total - step) / max(1, self.cooldown * total))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Windows(Dataset[Tensor]):
+    """Windows of a memory-mapped file of bytes.
+
+    Args:
+        path: The file.
+        length: Bytes a window.
+        stride: Distance between the starts of two windows.
+    """
+
+    def __init__(self, path: Path, length: int, stride: int) -> None:
+        self.data = np.memmap(path, dtype=np.uint8, mode="r")
+        self.length, self.stride = length, stride
+
+    def __len__(self) -> int:
+        return max(0, (len(self.data) - self.length) // self.stride + 1)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self.stride
+        return torch.from_numpy(self.data[start : start + self.length].astype(np.int64))
+
+
+class StandardLibrary(pl.LightningDataModule):
+    """Source files of the running Python's standard library, split by file: nine in ten train, one validates.
+
+    Args:
+        context: Bytes a sequence.
+        batch_size: Sequences per replica and step.
+        val_sequences: How many windows of the validation files to use, spread evenly.
+        cache: Folder for the two concatenated files.
+    """
+
+    def __init__(
+        self, context: int = 128, batch_size: int = 12, val_sequences: int = 512, cache: str = ".data"
+    ) -> None:
+        super().__init__()
+        self.context, self.batch_size, self.val_sequences = context, batch_size, val_sequences
+        self.cache = Path(cache)
+
+    def prepare_data(self) -> None:
+        """Write ``train.bin`` and ``val.bin`` once a node; a file appears whole or not at all."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        root = Path(sysconfig.get_paths()["stdlib"])
+        parts: dict[str, list[bytes]] = {"train": [], "val": []}
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root).as_posix()
+            if relative.startswith(("site-packages/", "dist-packages/", "test/", "idlelib/")) or "/tests/" in relative:
+                continue
+            # By a digest of the name, not by position: a file more or less moves no other file to the other side.
+            digest = hashlib.sha256(relative.encode()).digest()
+            parts["val" if digest[0] < 26 else "train"].append(path.read_bytes())
+        for name, contents in parts.items():
+            partial = self.cache / f"{name}.bin.{os.getpid()}"
+            partial.write_bytes(b"\0".join(contents))
+            partial.replace(self.cache / f"{name}.bin")
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Windows that do not overlap, shuffled."""
+        data = Windows(self.cache / "train.bin", self.context + 1, self.context)
+        return DataLoader(data, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """The same windows every time."""
+        path = self.cache / "val.bin"
+        stride = max(1, path.stat().st_size // (self.val_sequences + 1))
+        return DataLoader(Windows(path, self.context + 1, stride), 4 * self.batch_size)

@@ -1,0 +1,176 @@
+"""CurvaDionStrategy: everything that knows about the Trainer."""
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.profiler import record_function
+from typing_extensions import override
+
+from lightning_curvadion.optimizer import CurvaDion
+from lightning_curvadion.sync import ProcessGroupSync
+
+log = logging.getLogger(__name__)
+
+_DDP_ONLY = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+
+
+class CurvaDionStrategy(DDPStrategy):
+    """Data-parallel training without an all-reduce: replicas step alone until their optimizer asks for a sync.
+
+    Launching, devices, samplers and checkpoints are those of Lightning's ``DDPStrategy``. The module is not wrapped in
+    ``DistributedDataParallel``: there is no reducer and there are no gradient buckets. What communicates is a
+    :class:`~lightning_curvadion.ProcessGroupSync` hook on every :class:`~lightning_curvadion.CurvaDion` optimizer. Before
+    validation, before a checkpoint is written (there with the optimizers' state) and at the end of fit, the replicas reach
+    consensus whatever the triggers say, so that what is validated, saved and returned is one model.
+
+    Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
+
+    Args:
+        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next four.
+        wire_format: Number format of what is sent.
+        momentum: What a sync step does to momentum.
+        outer_lr: Learning rate of the outer step.
+        outer_momentum: Momentum of the outer step.
+        **kwargs: Arguments of ``DDPStrategy``, such as ``process_group_backend``, ``timeout`` and ``start_method``. Those of
+            ``DistributedDataParallel`` and its communication hooks have no meaning here.
+
+    Raises:
+        MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs between
+            ranks, and for 16-bit mixed precision with a gradient scaler, which is not supported yet.
+
+    Example::
+
+        trainer = Trainer(strategy=CurvaDionStrategy(wire_format="bfloat16"), devices=8)
+    """
+
+    def __init__(
+        self,
+        consensus: str = "average",
+        wire_format: str = "float32",
+        momentum: str = "factors",
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        refused = [name for name in _DDP_ONLY if kwargs.get(name) is not None]
+        if refused:
+            raise MisconfigurationException(
+                f"{', '.join(refused)}: there is no DistributedDataParallel under the curvadion strategy, whose gradients"
+                " never travel; leave it out, or use strategy='ddp'"
+            )
+        super().__init__(**kwargs)
+        if self._ddp_kwargs:
+            raise MisconfigurationException(
+                f"{', '.join(self._ddp_kwargs)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel"
+                " and knows no such argument; leave it out"
+            )
+        try:
+            self.sync = ProcessGroupSync(
+                consensus=consensus,
+                wire_format=wire_format,
+                momentum=momentum,
+                outer_lr=outer_lr,
+                outer_momentum=outer_momentum,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._training = False
+
+    @override
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped: without a reducer, backward stays on its replica."""
+        log.debug(f"{self.__class__.__name__}: leaving the module unwrapped")
+
+    @override
+    def setup_optimizers(self, trainer: "pl.Trainer") -> None:
+        super().setup_optimizers(trainer)
+        optimizers = self._curvadion_optimizers()
+        if isinstance(self.precision_plugin, MixedPrecision) and self.precision_plugin.scaler is not None:
+            raise MisconfigurationException(
+                "precision='16-mixed' scales gradients on each replica by itself, which CurvaDion does not support yet;"
+                " use precision='bf16-mixed'"
+            )
+        log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
+        try:
+            for optimizer in optimizers:
+                optimizer.register_sync_hook(self.sync)
+            assert self.lightning_module is not None
+            self.sync.include_module(self.lightning_module)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def _curvadion_optimizers(self) -> list[CurvaDion]:
+        wrong = [type(optimizer).__name__ for optimizer in self.optimizers if not isinstance(optimizer, CurvaDion)]
+        if wrong or not self.optimizers:
+            raise MisconfigurationException(
+                f"The curvadion strategy needs CurvaDion optimizers, but configure_optimizers returned"
+                f" {', '.join(wrong) or 'none'}. Write there:"
+                " return CurvaDion(split_parameters(self), lr=0.01)"
+                "  # from lightning_curvadion import CurvaDion, split_parameters;"
+                " groups with algorithm='adamw' train as under AdamW"
+            )
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, CurvaDion)]
+
+    def reach_consensus(self, include_state: bool = False) -> None:
+        """Make all replicas one model now; every rank must call it.
+
+        Args:
+            include_state: Also average the optimizers' state.
+        """
+        log.debug(f"{self.__class__.__name__}: reaching consensus, include_state={include_state}")
+        with record_function("curvadion::consensus"):
+            self.sync.reach_consensus(self._curvadion_optimizers(), include_state=include_state)
+
+    @override
+    def on_train_start(self) -> None:
+        self._training = True
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._training:
+            self.reach_consensus()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """State of the consensus: the first thing a checkpoint asks for, on every rank, before it reads the optimizers."""
+        if self._training:
+            self.reach_consensus(include_state=True)
+        return super().lightning_module_state_dict()
+
+    @override
+    def on_train_end(self) -> None:
+        self.reach_consensus(include_state=True)
+        self._training = False
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        # The other replicas may be gone: nobody must wait for them from here on.
+        self._training = False
+
+    @override
+    def teardown(self) -> None:
+        self._training = False
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        entries = (
+            ("curvadion", "popen"),
+            ("curvadion_spawn", "spawn"),
+            ("curvadion_fork", "fork"),
+            ("curvadion_notebook", "fork"),
+        )
+        for name, start_method in entries:
+            strategy_registry.register(
+                name,
+                cls,
+                description=f"CurvaDion strategy with `start_method` '{start_method}'",
+                override=True,
+                start_method=start_method,
+            )
