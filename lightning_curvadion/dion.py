@@ -131,14 +131,14 @@ def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Args:
         R: Shape (k, n, r).
         Q: The right factor of the step before, same shape.
-        eps: Added to each length before the division.
+        eps: Added to each length before the division; a column shorter than this has no direction either.
 
     Returns:
         The right factor to step with, and the one to keep.
     """
     length = torch.linalg.vector_norm(R, dim=-2, keepdim=True, dtype=torch.promote_types(R.dtype, torch.float32))
     noise = _NOISE * torch.finfo(length.dtype).eps * length.amax(dim=-1, keepdim=True)
-    alive = (length > noise).to(R.dtype)
+    alive = (length > noise.clamp_min(eps)).to(R.dtype)
     unit = R * (alive / (length + eps)).to(R.dtype)
     return unit, torch.addcmul(unit, Q, 1 - alive)
 

@@ -113,7 +113,7 @@ def split_parameters(module: nn.Module, overrides: Mapping[str, Override] | None
             override = overrides[pattern]
             options = {"algorithm": override} if isinstance(override, str) else dict(override)
             key = f"{pattern} ({roles[name]})"
-            groups.setdefault(key, {**_OPTIONS[roles[name]], **options, "name": pattern, "params": []})
+            groups.setdefault(key, {**_OPTIONS[roles[name]], **options, "name": key, "params": []})
         groups[key]["params"].append((name, parameter))
     return ParameterGroups(group for group in groups.values() if group["params"])
 

@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from lightning_curvadion import dion, wire
 from lightning_curvadion.anchors import Anchors, displacement_left_factor, outer_step
 from lightning_curvadion.groups import check_choice
-from lightning_curvadion.optimizer import CurvaDion
+from lightning_curvadion.optimizer import CurvaDion, StepReport
 
 CONSENSUS = ("average", "factors", "none")
 MOMENTUM = ("factors", "dion", "average", "local")
@@ -109,6 +109,8 @@ class ProcessGroupSync:
         self._anchors = Anchors()
         self._known: set[Tensor] = set()
         self._buffers: list[Tensor] = []
+        # The step after which each optimizer last reached consensus, and whether with state: once is enough.
+        self._reached: dict[CurvaDion, tuple[StepReport | None, bool]] = {}
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
 
@@ -136,9 +138,12 @@ class ProcessGroupSync:
         self._known.update(parameters)
         if self._needs_anchors:
             optimizer.register_step_pre_hook(lambda opt, *_: self._anchors.capture(_trainable(cast(CurvaDion, opt))))
-            optimizer.register_load_state_dict_post_hook(
-                lambda opt: self._anchors.drop(p for _, p in cast(CurvaDion, opt).named_parameters())
-            )
+        optimizer.register_load_state_dict_post_hook(lambda opt: self._forget(cast(CurvaDion, opt)))
+
+    def _forget(self, optimizer: CurvaDion) -> None:
+        """A state was loaded: the consensus is wherever the parameters are by the next step."""
+        self._anchors.drop(parameter for _, parameter in optimizer.named_parameters())
+        self._reached.pop(optimizer, None)
 
     def include_module(self, module: nn.Module) -> None:
         """Let the module's persistent buffers take part in every consensus: floating-point ones as means, others rank 0's.
@@ -246,6 +251,9 @@ class ProcessGroupSync:
                 parameters take part then.
         """
         for optimizer in [optimizers] if isinstance(optimizers, CurvaDion) else optimizers:
+            done_at, done_with_state = self._reached.get(optimizer, (None, False))
+            if optimizer.last_step is not None and optimizer.last_step is done_at and done_with_state >= include_state:
+                continue
             parameters = _trainable(optimizer)
             floating: list[Tensor] = []
             integers: list[Tensor] = []
@@ -259,6 +267,7 @@ class ProcessGroupSync:
             _write_back_steps(optimizer, integers)
             if include_state:
                 optimizer.replicas_share_state()
+            self._reached[optimizer] = (optimizer.last_step, include_state)
 
     def _average(
         self,

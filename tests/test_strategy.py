@@ -1,0 +1,328 @@
+"""CurvaDionStrategy under a real Trainer, with real processes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Net, parameters_of
+from replicas import counted_collectives
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_curvadion import (
+    CommunicationMonitor,
+    CurvaDion,
+    CurvaDionStrategy,
+    EveryNSteps,
+    split_parameters,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+class Member(LightningEnvironment):
+    """A process of a group that exists already."""
+
+    def __init__(self, rank, world):
+        super().__init__()
+        self._member = rank, world
+
+    creates_processes_externally = property(lambda self: True)
+    main_address = property(lambda self: "127.0.0.1")
+
+    def world_size(self):
+        return self._member[1]
+
+    def global_rank(self):
+        return self._member[0]
+
+    local_rank = global_rank
+
+
+class Module(pl.LightningModule):
+    def __init__(self, trigger=None, optimizer=None):
+        super().__init__()
+        self.net = Net()
+        self.trigger, self.optimizer = trigger or EveryNSteps(3), optimizer
+        self.validated, self.batches = [], []
+
+    def training_step(self, batch, batch_idx):
+        (tokens,) = batch
+        self.batches.append(tokens.tolist())
+        return nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11)
+
+    def on_validation_start(self):
+        if not self.trainer.sanity_checking:
+            self.before_validation = parameters_of(self)
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            self.validated.append(parameters_of(self) + [b.clone() for b in self.buffers()])
+        (tokens,) = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11), sync_dist=True)
+
+    def configure_optimizers(self):
+        if self.optimizer is not None:
+            return self.optimizer(self.parameters())
+        return CurvaDion(split_parameters(self), lr=0.02, trigger=self.trigger)
+
+    def _loader(self, seed, shuffle):
+        tokens = torch.randint(0, 11, (192,), generator=torch.Generator().manual_seed(seed))
+        return DataLoader(TensorDataset(tokens), batch_size=8, shuffle=shuffle)
+
+    def train_dataloader(self):
+        return self._loader(0, shuffle=True)
+
+    def val_dataloader(self):
+        return self._loader(1, shuffle=False)
+
+
+class Counter(Callback):
+    """Collectives of each training batch."""
+
+    def __init__(self, calls):
+        self.calls, self.batches = calls, []
+
+    def on_train_batch_start(self, *_):
+        self._before = len(self.calls)
+
+    def on_train_batch_end(self, trainer, *_):
+        report = trainer.optimizers[0].last_step
+        self.batches.append((report is not None and report.synced, self.calls[self._before :]))
+
+
+def trainer_for(rank, world, strategy=None, **options):
+    return pl.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy or CurvaDionStrategy(),
+        plugins=[Member(rank, world)], logger=options.pop("logger", False), enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=True,
+        **{"enable_checkpointing": False, "max_steps": 8, **options},
+    )
+
+
+def fit(rank, world, folder, strategy_options):
+    pl.seed_everything(0, verbose=False)
+    module = Module()
+    monitor = CommunicationMonitor()
+    checkpoint = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=4)
+    with counted_collectives() as calls:
+        counter = Counter(calls)
+        trainer = trainer_for(
+            rank, world, CurvaDionStrategy(**strategy_options), val_check_interval=4, enable_checkpointing=True,
+            callbacks=[monitor, checkpoint, counter, LearningRateMonitor("step")], logger=CSVLogger(folder),
+        )
+        trainer.fit(module)
+    wrapped = type(trainer.strategy.model).__name__
+    summary = monitor.summary(trainer)
+    return {
+        "batches": counter.batches, "validated": module.validated, "before": module.before_validation,
+        "final": parameters_of(module), "data": module.batches, "wrapped": wrapped, "summary": summary,
+        "sent": (monitor.bytes_sent(trainer), sum(size for _, size in calls)),
+    }
+
+
+@pytest.fixture(scope="module")
+def fitted(replicas, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    return folder, replicas.run(2, fit, str(folder), {}, timeout=120)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_module_is_not_wrapped_and_each_rank_sees_its_own_data(fitted):
+    _, (a, b) = fitted
+    assert a["wrapped"] == b["wrapped"] == "Module"
+    assert not set(map(tuple, a["data"])) & set(map(tuple, b["data"]))
+
+
+def test_a_local_training_batch_makes_one_collective_of_16_bytes(fitted):
+    for rank in fitted[1]:
+        assert [synced for synced, _ in rank["batches"]] == [False, False, True] * 2 + [False, False]
+        for synced, calls in rank["batches"]:
+            payload = [size for _, size in calls if size]
+            assert payload == [16] if not synced else len(payload) == 4
+
+
+def test_what_is_validated_and_what_fit_returns_is_one_model(fitted):
+    _, (a, b) = fitted
+    assert len(a["validated"]) > 0 and all(same(x, y) for x, y in zip(a["validated"], b["validated"], strict=True))
+    assert same(a["final"], b["final"])
+
+
+def test_the_strategy_reaches_consensus_before_the_modules_own_validation_hooks_end(fitted):
+    # Step 4 is a local one: without a consensus the ranks would validate different models.
+    _, (a, b) = fitted
+    assert not same(a["before"], a["validated"][0][: len(a["before"])])
+
+
+def test_a_checkpoint_is_the_consensus_and_plain(fitted):
+    folder, (a, _) = fitted
+    paths = sorted(folder.glob("*.ckpt"))
+    assert len(paths) == 2
+    saved = torch.load(paths[-1], weights_only=True)
+    names = [name for name, _ in Module().named_parameters()]
+    assert same([saved["state_dict"][name] for name in names], a["final"])
+    assert {"momentum", "Q", "norm"} <= set(saved["optimizer_states"][0]["state"][0])
+    assert saved["optimizer_states"][0]["trigger"]["trigger"]["type"] == "EveryNSteps"
+
+
+def test_the_summary_counts_what_was_sent(fitted):
+    for rank in fitted[1]:
+        sent, counted = rank["sent"]
+        # Lightning's own collectives (validation metric, barriers) are not the method's; broadcasts count at their source.
+        assert 0 < sent <= counted
+        assert re.search(r"sync steps +2 \(25\.0 %\)", rank["summary"]) and "val_loss" in rank["summary"]
+
+
+def resume(rank, world, path, steps):
+    pl.seed_everything(0, verbose=False)
+    module = Module()
+    trainer = trainer_for(rank, world, max_steps=steps)
+    trainer.fit(module, ckpt_path=path)
+    return trainer.global_step, parameters_of(module)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_checkpoint_resumes_on_any_number_of_replicas(replicas, fitted, world):
+    path = str(sorted(fitted[0].glob("*.ckpt"))[-1])
+    answers = replicas.run(world, resume, path, 11, timeout=120)
+    assert all(step == 11 for step, _ in answers)
+    assert all(same(parameters, answers[0][1]) for _, parameters in answers)
+
+
+def accumulate(rank, world):
+    pl.seed_everything(0, verbose=False)
+    module = Module()
+    with counted_collectives() as calls:
+        counter = Counter(calls)
+        trainer = trainer_for(rank, world, max_steps=3, accumulate_grad_batches=2, callbacks=[counter])
+        trainer.fit(module)
+    return [[size for _, size in calls if size] for _, calls in counter.batches]
+
+
+def test_accumulated_batches_send_nothing(replicas):
+    for payloads in replicas.run(2, accumulate):
+        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 4
+
+
+class Poison(Callback):
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            module.net.head.weight.grad[0, 0] = float("nan")
+
+
+def poisoned(rank, world):
+    module = Module()
+    with pytest.raises(ValueError, match=r"rank 1: net\.head\.weight has a gradient that is not finite") as caught:
+        trainer_for(rank, world, callbacks=[Poison()]).fit(module)
+    return str(caught.value)
+
+
+def test_a_bad_gradient_stops_all_ranks_with_the_same_error(replicas):
+    assert len(set(replicas.run(2, poisoned))) == 1
+
+
+def with_optimizer(rank, world, optimizer):
+    with pytest.raises(MisconfigurationException, match="needs CurvaDion optimizers") as caught:
+        trainer_for(rank, world).fit(Module(optimizer=optimizer))
+    return str(caught.value)
+
+
+def no_optimizer(parameters):
+    return None
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, no_optimizer])
+def test_another_optimizer_is_an_error_that_says_what_to_write(replicas, optimizer):
+    for message in replicas.run(2, with_optimizer, optimizer):
+        assert "return CurvaDion(split_parameters(self), lr=0.01)" in message
+
+
+def unequal_models(rank, world):
+    module = Module()
+    if rank == 1:
+        module.extra = nn.Linear(3, 3)
+    with pytest.raises(MisconfigurationException, match="replicas differ"):
+        trainer_for(rank, world).fit(module)
+
+
+def test_ranks_with_different_models_get_an_error(replicas):
+    replicas.run(2, unequal_models)
+
+
+def evaluate(rank, world):
+    module = Module()
+    trainer = trainer_for(rank, world)
+    (result,) = trainer.validate(module, verbose=False)
+    return result["val_loss"]
+
+
+def test_validating_without_training_needs_no_optimizer(replicas):
+    a, b = replicas.run(2, evaluate)
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"consensus": "mean"}, "consensus must be one of"),
+        ({"momentum": "mean"}, "momentum must be one of"),
+        ({"wire_format": "int3"}, "wire_format must be one of"),
+        ({"ddp_comm_hook": print}, "ddp_comm_hook: there is no DistributedDataParallel"),
+        ({"find_unused_parameters": True}, "find_unused_parameters: CurvaDionStrategy does not wrap"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        CurvaDionStrategy(**options)
+
+
+def test_the_names_are_registered():
+    for name, method in (
+        ("curvadion", "popen"), ("curvadion_spawn", "spawn"), ("curvadion_fork", "fork"), ("curvadion_notebook", "fork")
+    ):
+        strategy = StrategyRegistry.get(name)
+        assert type(strategy) is CurvaDionStrategy and strategy._start_method == method
+
+
+def run_script(code, folder, timeout=120):
+    script = folder / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def readme_script():
+    """The one complete script of the README."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    (script,) = [block for block in blocks if "trainer.fit" in block.lower()]
+    return script
+
+
+def test_the_readmes_script_runs_as_it_stands(tmp_path):
+    done = run_script(readme_script(), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"replicas +2", done.stdout) and "DDP would have sent" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["curvadion_spawn", "curvadion_fork"])
+def test_the_readmes_script_runs_with_other_launchers(tmp_path, name):
+    script = readme_script().replace('"curvadion"', f'"{name}"')
+    assert name in script
+    done = run_script(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"replicas +2", done.stdout)
