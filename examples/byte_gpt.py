@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -52,6 +53,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Decoder of bytes with an untied output head."""
+
+    cosine: Tensor
+    sine: Tensor
 
     def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
         super().__init__()
@@ -127,7 +131,7 @@ class ByteGPT(pl.LightningModule):
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self.log("val_bits_per_byte", loss / math.log(2), sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, with a learning rate that rises, stays, and falls linearly to zero."""
         groups = split_parameters(self)
         for group in groups:

@@ -13,11 +13,12 @@ from lightning_curvadion.optimizer import CurvaDion
 class CommunicationMonitor(Callback):
     """Counts sync steps and bytes; shows the sync rate in the progress bar and a table at the end of fit.
 
-    Logs ``curvadion/rmmc``, ``curvadion/sync_rate`` and ``curvadion/bytes_sent`` at the Trainer's logging interval, if the
-    Trainer has a logger. Under ``strategy="ddp"`` the same callback reports what DDP sends, so that two runs compare.
+    Logs ``curvadion/rmmc``, ``curvadion/sync_rate`` and ``curvadion/bytes_sent`` at the Trainer's logging interval,
+    if the Trainer has a logger. Under ``strategy="ddp"`` the same callback reports what DDP sends, so that two runs
+    compare.
 
-    Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n). What DDP would have sent is the
-    size of all gradients times the number of optimizer steps.
+    Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n). What DDP would have sent
+    is the size of all gradients times the number of optimizer steps.
     """
 
     def __init__(self) -> None:
@@ -53,12 +54,12 @@ class CommunicationMonitor(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.log("sync_rate", self.sync_rate, prog_bar=True, logger=False)
+        pl_module.log("sync_rate", self.sync_rate, prog_bar=True, logger=False)
         values = {"sync_rate": self.sync_rate, "bytes_sent": float(self.bytes_sent(trainer))}
         reports = [optimizer.last_step for optimizer in trainer.optimizers if isinstance(optimizer, CurvaDion)]
         if reports and reports[0] is not None:
             values["rmmc"] = max(report.rmmc for report in reports if report is not None)
-        self.log_dict({f"curvadion/{name}": value for name, value in values.items()})
+        pl_module.log_dict({f"curvadion/{name}": value for name, value in values.items()})
 
     def bytes_sent(self, trainer: "pl.Trainer") -> int:
         """Payload that this replica has sent for training so far, consensus outside of steps included."""

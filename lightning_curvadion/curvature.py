@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 # On a CPU the sum M + G is formed piece by piece in half a megabyte that never leaves the cache: fresh memory for whole
 # matrices costs more than the norm itself.
 _PIECE = 2**17
@@ -50,7 +49,7 @@ def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, piece: Tensor) -> Te
     return torch.stack(squares).sum().sqrt()
 
 
-def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+def gradient_norms(gradients: list[Tensor]) -> Tensor:
     """``||G||`` of every tensor, float32, shape (k,): the check that vector parameters get finite gradients."""
     return torch.stack(torch._foreach_norm(gradients, dtype=_accumulator(gradients[0]))).float()
 

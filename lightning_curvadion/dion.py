@@ -100,7 +100,8 @@ def _by_qr(Y: Tensor) -> Tensor:
 def _by_cholesky(Y: Tensor) -> Tensor:
     m, r = Y.shape[-2:]
     tiny = torch.finfo(Y.dtype).tiny
-    # With unit columns the squared norm in Fukaya's shift is at most r, and the smallest column is as safe as the largest.
+    # With unit columns the squared norm in Fukaya's shift is at most r, and the smallest column is as safe as the
+    # largest.
     shift = 11 * (m * r + r * (r + 1)) * torch.finfo(Y.dtype).eps
     Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_min(tiny)
     for jitter in (shift, torch.finfo(Y.dtype).eps * r, torch.finfo(Y.dtype).eps):
@@ -125,8 +126,8 @@ def _by_checked_cholesky(Y: Tensor) -> Tensor:
 def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Scale the columns of R to length one.
 
-    A column that is zero, or only the rounding of a rank-deficient momentum, has no direction: it steps nowhere, and the
-    next power iteration starts from the old column instead, so that a matrix without gradients can wake up later.
+    A column that is zero, or only the rounding of a rank-deficient momentum, has no direction: it steps nowhere, and
+    the next power iteration starts from the old column instead, so that a matrix without gradients can wake up later.
 
     Args:
         R: Shape (k, n, r).
@@ -146,8 +147,9 @@ def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:
     """``B -= share P R^T`` in place: what the step used up leaves the momentum, what it missed stays for the next one.
 
-    ``share = 1 - mu`` is Dion's error feedback. With ``R = R_own - mu R_mean`` and ``share = 1`` the replica's own part in
-    the span of P also becomes the mean's: ``B += P (R_mean - R_own)^T`` followed by Dion's feedback, in one product.
+    ``share = 1 - mu`` is Dion's error feedback. With ``R = R_own - mu R_mean`` and ``share = 1`` the replica's own
+    part in the span of P also becomes the mean's: ``B += P (R_mean - R_own)^T`` followed by Dion's feedback, in one
+    product.
 
     Args:
         B: Momentum with the gradient in it, shape (k, m, n); becomes the new momentum M.
@@ -158,7 +160,7 @@ def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:
     B.baddbmm_(P, R.mT, alpha=-share)
 
 
-def descend_(parameters: Sequence[Tensor], P: Tensor, Q: Tensor, lr: float, weight_decay: float) -> None:
+def descend_(parameters: list[Tensor], P: Tensor, Q: Tensor, lr: float, weight_decay: float) -> None:
     """``X <- (1 - lr weight_decay) X - lr sqrt(m / n) P Q^T`` in place, with decoupled weight decay.
 
     Args:

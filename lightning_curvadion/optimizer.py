@@ -10,31 +10,24 @@ One step reads as in the paper (arXiv:2512.13728; the Dion update is arXiv:2504.
    :math:`R = \mathrm{mean}_i B_i^\top P`;
 5. after a sync step, meets the other replicas' parameters (:class:`~lightning_curvadion.sync.ProcessGroupSync`).
 
-Nothing here communicates: a hook does, see :class:`SyncHook`.
+Nothing here communicates: a hook does, see :class:`~lightning_curvadion.hook.SyncHook`.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 from torch.profiler import record_function
 
-from lightning_curvadion import curvature, dion, vectors
-from lightning_curvadion.groups import Group, check_group
-from lightning_curvadion.stacks import MatrixStack, batches, new_matrix_state
+from lightning_curvadion import curvature, dion, faults, vectors
+from lightning_curvadion.hook import SyncHook
+from lightning_curvadion.stacked_optimizer import StackedOptimizer
+from lightning_curvadion.stacks import MatrixStack
 from lightning_curvadion.triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
-
-_FAULTS = (
-    "has a gradient that is not finite; lower the learning rate, clip gradients, or skip the batch that caused it",
-    "has a sparse gradient; build the embedding with sparse=False",
-    "has a complex gradient; train its real and imaginary part as two real parameters",
-)
-_NOT_FINITE, _SPARSE, _COMPLEX = range(len(_FAULTS))
 
 
 @dataclass(frozen=True)
@@ -52,53 +45,24 @@ class StepReport:
     bytes_sent: int
 
 
-class SyncHook(Protocol):
-    """What communicates for the optimizer. Every method is a meeting of all replicas.
-
-    Attributes:
-        rank: This replica.
-        momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what happens to momentum at a sync step.
-        averages_vector_gradients: Whether vector groups step with the mean gradient at a sync step.
-        bytes_sent: Payload sent so far.
-    """
-
-    rank: int
-    momentum: str
-    averages_vector_gradients: bool
-    bytes_sent: int
-
-    def attach(self, optimizer: "CurvaDion") -> None:
-        """Check that all replicas hold the same parameters, and start them from the same values."""
-
-    def agree(self, signal: Tensor) -> None:
-        """Replace a float64 tensor of two elements by the element-wise maximum over the replicas."""
-
-    def mean_left(self, optimizer: "CurvaDion", tensors: Sequence[Tensor]) -> list[Tensor]:
-        """First exchange of a sync step: the mean of each tensor over the replicas."""
-
-    def mean_right(self, optimizer: "CurvaDion", tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Second exchange of a sync step."""
-
-    def meet(self, optimizer: "CurvaDion") -> None:
-        """End of a sync step: bring the parameters together."""
-
-
-class CurvaDion(Optimizer):
+class CurvaDion(StackedOptimizer):
     r"""Dion with decoupled momentum that synchronises replicas only when its trigger says so.
 
-    Without a hook (:meth:`register_sync_hook`) it is a single replica and never communicates; its steps are those of Dion.
+    Without a hook (:meth:`register_sync_hook`) it is a single replica and never communicates; its steps are those of
+    Dion.
 
     Args:
         params: Parameters or groups; :func:`~lightning_curvadion.split_parameters` makes them from a module. Groups of
             ``algorithm="dion"``, the default, hold matrices only. Other parameters go to groups with ``"adamw"`` or
-            ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient counts as zero for
-            matrices; other parameters skip the step, as in ``torch.optim``.
+            ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient counts as zero
+            for matrices; other parameters skip the step, as in ``torch.optim``.
         lr: Learning rate :math:`\eta`; matrices scale it by :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`.
         tau: Shorthand for ``trigger=RMMCThreshold(tau)``.
         mu: Momentum decay :math:`\mu`, in [0, 1).
         rank_fraction: Rank of the factors over the smaller side of the matrix, in (0, 1].
         local_update: How matrices step between syncs: ``"dion"``, the same update with the replica's own momentum, or
-            ``"sgd"``, :math:`X \leftarrow X - \eta_{local} G` with the momentum decayed by ``mu``, the paper's cheap step.
+            ``"sgd"``, :math:`X \leftarrow X - \eta_{local} G` with the momentum decayed by ``mu``, the paper's cheap
+            step.
         local_lr: :math:`\eta_{local}`, needed by ``local_update="sgd"``.
         betas: Decay of the moments of AdamW, or of Lion.
         weight_decay: Decoupled weight decay.
@@ -108,9 +72,9 @@ class CurvaDion(Optimizer):
 
     Every hyperparameter up to ``eps``, except ``tau``, can be set per group, and so can ``algorithm``.
 
-    State of a matrix: its momentum, its right factor Q (min(m, n) x r) and one number. Of other parameters: that of AdamW
-    or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one matrix if larger); a
-    sync step holds the factors of all of them.
+    State of a matrix: its momentum, its right factor Q (min(m, n) x r) and one number. Of other parameters: that of
+    AdamW or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one matrix if
+    larger); a sync step holds the factors of all of them.
 
     Raises:
         ValueError: On a bad argument or group, naming it and the remedy.
@@ -146,7 +110,6 @@ class CurvaDion(Optimizer):
             trigger = IntegratedRMMC(0.5) if tau is None else RMMCThreshold(tau)
         self._cap = LocalStepCap(copy.deepcopy(trigger), max_local_steps)
         self._hook: SyncHook | None = None
-        self._stacks: list[MatrixStack] = []
         self._replicas_share_Q = True
         self.last_step: StepReport | None = None
         defaults = {
@@ -172,117 +135,6 @@ class CurvaDion(Optimizer):
         """The attached hook, if any."""
         return self._hook
 
-    # -- parameters and state ---------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group, as in ``torch.optim``; its options are checked like the constructor's.
-
-        Raises:
-            ValueError: On a bad option, or on a parameter that the group's algorithm cannot take.
-        """
-        if self.param_groups and "param_names" in self.param_groups[0]:
-            # torch refuses a group without names beside groups with names; finetuning callbacks add such groups.
-            members = param_group["params"]
-            members = [members] if isinstance(members, Tensor) else list(members)
-            number = len(self.param_groups)
-            param_group["params"] = [
-                member if isinstance(member, tuple) else (_default_name(position, number), member)
-                for position, member in enumerate(members)
-            ]
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1], self._names(len(self.param_groups) - 1))
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _names(self, group_index: int) -> list[str]:
-        group = self.param_groups[group_index]
-        if "param_names" in group:
-            return list(group["param_names"])
-        return [_default_name(position, group_index) for position in range(len(group["params"]))]
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters in order, with the name from the module where the groups carry one."""
-        for index, group in enumerate(self.param_groups):
-            yield from zip(self._names(index), group["params"], strict=True)
-
-    def init_state(self) -> None:
-        """Create the state of all parameters that have none; the first :meth:`step` calls it.
-
-        ``state[p]["momentum"]``, ``state[p]["Q"]`` and ``state[p]["norm"]`` for matrices. Q is random but the same in
-        every process, and the global random generators are left alone.
-        """
-        for seed, (group, parameter) in enumerate(self._members()):
-            if group["algorithm"] == "dion":
-                if "momentum" not in self.state[parameter]:
-                    self.state[parameter].update(new_matrix_state(parameter, group["rank_fraction"], seed))
-            elif "step" not in self.state[parameter]:
-                moments = ("exp_avg", "exp_avg_sq") if group["algorithm"] == "adamw" else ("exp_avg",)
-                self.state[parameter].update(step=0, **{name: torch.zeros_like(parameter) for name in moments})
-
-    def _members(self) -> Iterator[tuple[Group, Tensor]]:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                yield group, parameter
-
-    def matrix_stacks(self) -> list[MatrixStack]:
-        """The trainable matrices in stacks of one shape; built anew where somebody replaced state or (un)froze one."""
-        self.init_state()
-        trainable = {
-            index: [parameter for parameter in group["params"] if parameter.requires_grad]
-            for index, group in enumerate(self.param_groups)
-            if group["algorithm"] == "dion"
-        }
-        stacked = [parameter for stack in self._stacks for parameter in stack.parameters]
-        if len(stacked) == sum(map(len, trainable.values())) and all(
-            all(parameter.requires_grad for parameter in stack.parameters)
-            and stack.mirrors([self.state[parameter] for parameter in stack.parameters])
-            for stack in self._stacks
-        ):
-            return self._stacks
-        self._stacks = [
-            MatrixStack(self.param_groups[index], members, [self.state[parameter] for parameter in members])
-            for index, parameters in trainable.items()
-            for members in batches(parameters, self.state)
-        ]
-        return self._stacks
-
-    def _vector_groups(self) -> list[tuple[Group, list[Tensor]]]:
-        return [
-            (group, [parameter for parameter in group["params"] if parameter.requires_grad])
-            for group in self.param_groups
-            if group["algorithm"] != "dion"
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim``, and the trigger's state under ``"trigger"``; tensors and plain numbers only."""
-        return {**super().state_dict(), "trigger": self._cap.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim``. A state without ``"trigger"`` leaves the trigger as it is."""
-        super().load_state_dict(state_dict)
-        saved_order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for index, (_, parameter) in zip(saved_order, self._members(), strict=True):
-            saved = state_dict["state"].get(index, {})
-            if "norm" in saved:
-                # torch casts every state to the parameter's dtype; RMMC needs its float32.
-                self.state[parameter]["norm"] = saved["norm"].detach().clone().to(parameter.device)
-        if "trigger" in state_dict:
-            self._cap.load_state_dict(state_dict["trigger"])
-        self._replicas_share_Q = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has the trigger and the state, and no hook: a process group cannot be copied."""
-        return {**super().__getstate__(), "_cap": self._cap}  # type: ignore[no-untyped-call]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_hook", None)
-        self.__dict__.setdefault("last_step", None)
-        self._stacks = []
-        self._replicas_share_Q = True
-
     def register_sync_hook(self, hook: SyncHook) -> None:
         """Attach what communicates; a meeting of all replicas, so every process calls it.
 
@@ -300,10 +152,24 @@ class CurvaDion(Optimizer):
         """Told by the hook that all replicas now hold the same state, so the same Q."""
         self._replicas_share_Q = True
 
-    # -- one step ---------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, and the trigger's state under ``"trigger"``; tensors and plain numbers only."""
+        return {**super().state_dict(), "trigger": self._cap.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim``. A state without ``"trigger"`` leaves the trigger as it is."""
+        super().load_state_dict(state_dict)
+        if "trigger" in state_dict:
+            self._cap.load_state_dict(state_dict["trigger"])
+        self.replicas_share_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the trigger and the state, and no hook: a process group cannot be copied."""
+        own = {"_cap": self._cap, "_hook": None, "_replicas_share_Q": True, "last_step": self.last_step}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on this replica; with a hook a meeting of all of them, of 16 bytes unless the trigger fires.
 
         Args:
@@ -331,7 +197,7 @@ class CurvaDion(Optimizer):
                 hook.agree(signal)
         rmmc, fault = signal.tolist()
         if fault > 0:
-            raise ValueError(self._describe_fault(int(fault)))
+            raise ValueError(faults.describe(int(fault), [name for name, _ in self.named_parameters()]))
         for stack, norm in zip(stacks, norms, strict=True):
             stack.norm.copy_(norm)
 
@@ -350,45 +216,35 @@ class CurvaDion(Optimizer):
 
     def _measure(self, stacks: list[MatrixStack]) -> tuple[list[Tensor], Tensor]:
         """Norms of all B, and the signal to agree on: (RMMC, code of a bad gradient or 0), float64, on the device."""
-        members = list(self._members())
-        device = members[0][1].device
-        number_of = {parameter: number for number, (_, parameter) in enumerate(members)}
-        host_fault = 0
-        for parameter, number in number_of.items():
-            gradient = parameter.grad if parameter.requires_grad else None
-            if gradient is not None and (gradient.layout != torch.strided or gradient.is_complex()):
-                host_fault = self._fault_code(number, _COMPLEX if gradient.is_complex() else _SPARSE)
-        if host_fault:
-            return [], torch.tensor([0.0, host_fault], dtype=torch.float64, device=device)
+        parameters = [parameter for _, parameter in self.members()]
+        number_of = {parameter: number for number, parameter in enumerate(parameters)}
+        rank = self._hook.rank if self._hook is not None else 0
+
+        def code(kind: int, parameter: Tensor) -> int:
+            return faults.encode(kind, number_of[parameter], len(parameters), rank)
+
+        signal = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
+        graded = [p for p in parameters if p.requires_grad and p.grad is not None]
+        unusable = [(kind, p) for p in graded if (kind := faults.layout_fault(cast(Tensor, p.grad))) is not None]
+        if unusable:
+            signal[1] = code(*unusable[0])
+            return [], signal
 
         norms = [curvature.momentum_norms(stack.momenta, stack.gradients) for stack in stacks]
-        numbers = [number_of[parameter] for stack in stacks for parameter in stack.parameters]
-        checked = list(norms)
-        graded = [p for _, parameters in self._vector_groups() for p in parameters if p.grad is not None]
-        if graded:
-            checked.append(curvature.gradient_norms([cast(Tensor, p.grad) for p in graded]))
-            numbers += [number_of[p] for p in graded]
-        signal = torch.zeros(2, dtype=torch.float64, device=device)
+        checked = [parameter for stack in stacks for parameter in stack.parameters]
+        sizes = list(norms)
         if norms:
             previous = torch.cat([stack.norm for stack in stacks])
             signal[0] = curvature.relative_change(torch.cat(norms), previous).max()
-        if checked:
-            codes = torch.tensor([self._fault_code(number, _NOT_FINITE) for number in numbers], dtype=torch.float64)
-            bad = ~torch.isfinite(torch.cat(checked))
-            signal[1] = (codes.to(device, non_blocking=True) * bad).max()
+        vector_members = [p for _, members in self.vector_groups() for p in members if p.grad is not None]
+        if vector_members:
+            checked += vector_members
+            sizes.append(curvature.gradient_norms([cast(Tensor, p.grad) for p in vector_members]))
+        if sizes:
+            codes = torch.tensor([code(faults.NOT_FINITE, p) for p in checked], dtype=torch.float64)
+            bad = ~torch.isfinite(torch.cat(sizes))
+            signal[1] = (codes.to(signal.device, non_blocking=True) * bad).max()
         return norms, signal
-
-    def _fault_code(self, number: int, kind: int) -> int:
-        """One positive number for (rank, parameter, kind): MAX picks one fault whole, not parts of two."""
-        rank = self._hook.rank if self._hook is not None else 0
-        total = sum(len(group["params"]) for group in self.param_groups)
-        return (rank * total + number) * len(_FAULTS) + kind + 1
-
-    def _describe_fault(self, code: int) -> str:
-        names = [name for name, _ in self.named_parameters()]
-        place, kind = divmod(code - 1, len(_FAULTS))
-        rank, number = divmod(place, len(names))
-        return f"rank {rank}: {names[number]} {_FAULTS[kind]}. No replica has taken this step."
 
     def _local_step(self, stacks: list[MatrixStack], dion_only: bool = False) -> None:
         """Every parameter steps with this replica's own gradient and momentum."""
@@ -423,7 +279,8 @@ class CurvaDion(Optimizer):
         self._replicas_share_Q = True
 
     def _factor_step(self, stacks: list[MatrixStack], hook: SyncHook) -> None:
-        """The Dion factor collectives: P and R are means over the replicas, each exchanged for the whole model at once."""
+        """The Dion factor collectives: P and R are means over the replicas, each exchanged for the whole model at
+        once."""
         # Where two factors are as large as the matrix, the mean matrix itself is exchanged and both factors follow from
         # it, on every replica alike if they start from one Q.
         dense = [stack.averaging_is_cheaper and self._replicas_share_Q for stack in stacks]
@@ -443,7 +300,7 @@ class CurvaDion(Optimizer):
         to_meet = [R for R, whole in zip(own_R, dense, strict=True) if not whole]
         graded: list[Tensor] = []
         if hook.averages_vector_gradients:
-            graded = [parameter for _, parameters in self._vector_groups() for parameter in parameters]
+            graded = [parameter for _, parameters in self.vector_groups() for parameter in parameters]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in graded]
         right = iter(hook.mean_right(self, to_meet + gradients))
         for number, stack in enumerate(stacks):
@@ -454,7 +311,7 @@ class CurvaDion(Optimizer):
         self._step_vectors(dict(zip(graded, right, strict=True)))
 
     def _step_vectors(self, mean_gradients: dict[Tensor, Tensor] | None = None) -> None:
-        for group, parameters in self._vector_groups():
+        for group, parameters in self.vector_groups():
             gradient_of = mean_gradients or {p: p.grad for p in parameters if p.grad is not None}
             members = [p for p in parameters if p in gradient_of]
             if not members:
@@ -487,7 +344,3 @@ def _sgd_step(stack: MatrixStack) -> None:
         parameters, gradients = zip(*pairs, strict=True)
         torch._foreach_add_(parameters, gradients, alpha=-stack.group["local_lr"])
     stack.momentum.mul_(stack.group["mu"])
-
-
-def _default_name(position: int, group_index: int) -> str:
-    return f"parameter {position} of group {group_index}"

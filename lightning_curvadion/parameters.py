@@ -73,18 +73,20 @@ def split_parameters(module: nn.Module, overrides: Mapping[str, Override] | None
     matrices and go to Dion. Embeddings, the output head, convolutions, norms, biases, and parameters that a module of
     unknown type holds itself go to AdamW; norms and biases without weight decay.
 
-    The output head is a linear layer whose weight is tied to an embedding or has the shape of one, or else the last linear
-    layer of the module, unless it is one of a row of equal blocks (then the module has no head, such as an encoder).
+    The output head is a linear layer whose weight is tied to an embedding or has the shape of one, or else the last
+    linear layer of the module, unless it is one of a row of equal blocks (then the module has no head, such as an
+    encoder).
 
     Args:
-        module: Any module; a LightningModule in ``configure_optimizers``: ``split_parameters(self)``. Frozen parameters are
-            included, so that they can be unfrozen later; the optimizer leaves them alone until then.
+        module: Any module; a LightningModule in ``configure_optimizers``: ``split_parameters(self)``. Frozen
+            parameters are included, so that they can be unfrozen later; the optimizer leaves them alone until then.
         overrides: Patterns of parameter names (``*`` as in file names) and what to do with those parameters instead: an
             algorithm, or a dictionary of group options. The first matching pattern counts.
 
     Returns:
-        A list of groups with named parameters, to pass to the optimizer. ``print`` shows what was decided. Each group also
-        has ``"name"``, so that options can be set per kind: ``for g in groups: if g["name"] == "embeddings": g["lr"] = ...``
+        A list of groups with named parameters, to pass to the optimizer. ``print`` shows what was decided. Each
+        group also has ``"name"``, so that options can be set per kind: ``for g in groups: if g["name"] ==
+        "embeddings": g["lr"] = ...``
 
     Raises:
         ValueError: A pattern that matches no parameter, or an unknown algorithm.
@@ -107,12 +109,12 @@ def split_parameters(module: nn.Module, overrides: Mapping[str, Override] | None
     named = dict(module.named_parameters())
     groups: dict[str, Group] = {role: {**options, "name": role, "params": []} for role, options in _OPTIONS.items()}
     for name, parameter in named.items():
-        pattern = next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)
+        matching = next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)
         key = roles[name]
-        if pattern is not None:
-            override = overrides[pattern]
+        if matching is not None:
+            override = overrides[matching]
             options = {"algorithm": override} if isinstance(override, str) else dict(override)
-            key = f"{pattern} ({roles[name]})"
+            key = f"{matching} ({roles[name]})"
             groups.setdefault(key, {**_OPTIONS[roles[name]], **options, "name": key, "params": []})
         groups[key]["params"].append((name, parameter))
     return ParameterGroups(group for group in groups.values() if group["params"])
@@ -164,7 +166,7 @@ def _head(module: nn.Module) -> nn.Module | None:
 
 
 def _place_in_block(name: str) -> str:
-    """``layers.3.mlp.0`` -> ``layers.*.mlp.0``: the same for all blocks of a row, different for layers of a Sequential."""
+    """``layers.3.mlp.0`` -> ``layers.*.mlp.0``: one for all blocks of a row, distinct for layers of a Sequential."""
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
 
 

@@ -19,8 +19,8 @@ State = dict[str, Any]
 class MatrixStack:
     """k equally shaped matrices of one parameter group, with their state stacked along a first dimension.
 
-    The optimizer's ``state[p]`` holds views of these tensors, so that users and checkpoints see one matrix at a time and
-    the arithmetic all k.
+    The optimizer's ``state[p]`` holds views of these tensors, so that users and checkpoints see one matrix at a time
+    and the arithmetic all k.
 
     Args:
         group: The parameter group, read at every step since schedulers write to it.

@@ -4,10 +4,10 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.profiler import record_function
 from typing_extensions import override
 
@@ -24,9 +24,9 @@ class CurvaDionStrategy(DDPStrategy):
 
     Launching, devices, samplers and checkpoints are those of Lightning's ``DDPStrategy``. The module is not wrapped in
     ``DistributedDataParallel``: there is no reducer and there are no gradient buckets. What communicates is a
-    :class:`~lightning_curvadion.ProcessGroupSync` hook on every :class:`~lightning_curvadion.CurvaDion` optimizer. Before
-    validation, before a checkpoint is written (there with the optimizers' state) and at the end of fit, the replicas reach
-    consensus whatever the triggers say, so that what is validated, saved and returned is one model.
+    :class:`~lightning_curvadion.ProcessGroupSync` hook on every :class:`~lightning_curvadion.CurvaDion` optimizer.
+    Before validation, before a checkpoint is written (there with the optimizers' state) and at the end of fit, the
+    replicas reach consensus whatever the triggers say, so that what is validated, saved and returned is one model.
 
     Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
 
@@ -36,12 +36,12 @@ class CurvaDionStrategy(DDPStrategy):
         momentum: What a sync step does to momentum.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
-        **kwargs: Arguments of ``DDPStrategy``, such as ``process_group_backend``, ``timeout`` and ``start_method``. Those of
-            ``DistributedDataParallel`` and its communication hooks have no meaning here.
+        **kwargs: Arguments of ``DDPStrategy``, such as ``process_group_backend``, ``timeout`` and ``start_method``.
+            Those of ``DistributedDataParallel`` and its communication hooks have no meaning here.
 
     Raises:
-        MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs between
-            ranks, and for 16-bit mixed precision with a gradient scaler, which is not supported yet.
+        MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs
+            between ranks, and for 16-bit mixed precision with a gradient scaler, which is not supported yet.
 
     Example::
 
@@ -60,8 +60,8 @@ class CurvaDionStrategy(DDPStrategy):
         refused = [name for name in _DDP_ONLY if kwargs.get(name) is not None]
         if refused:
             raise MisconfigurationException(
-                f"{', '.join(refused)}: there is no DistributedDataParallel under the curvadion strategy, whose gradients"
-                " never travel; leave it out, or use strategy='ddp'"
+                f"{', '.join(refused)}: there is no DistributedDataParallel under the curvadion strategy,"
+                " whose gradients never travel; leave it out, or use strategy='ddp'"
             )
         super().__init__(**kwargs)
         if self._ddp_kwargs:
@@ -137,7 +137,7 @@ class CurvaDionStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """State of the consensus: the first thing a checkpoint asks for, on every rank, before it reads the optimizers."""
+        """State of the consensus: what a checkpoint asks for first, on every rank, before it reads the optimizers."""
         if self._training:
             self.reach_consensus(include_state=True)
         return super().lightning_module_state_dict()

@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 from lightning_curvadion import dion, wire
 from lightning_curvadion.anchors import Anchors, displacement_left_factor, outer_step
 from lightning_curvadion.groups import check_choice
-from lightning_curvadion.optimizer import CurvaDion, StepReport
+from lightning_curvadion.optimizer import CurvaDion
 
 CONSENSUS = ("average", "factors", "none")
 MOMENTUM = ("factors", "dion", "average", "local")
@@ -41,29 +41,29 @@ MOMENTUM = ("factors", "dion", "average", "local")
 class ProcessGroupSync:
     """Brings the replicas of a process group together: a sync hook for :class:`~lightning_curvadion.CurvaDion`.
 
-    Works in a plain torch loop, under Fabric, and inside :class:`~lightning_curvadion.CurvaDionStrategy`. One object may
-    serve several optimizers of one model.
+    Works in a plain torch loop, under Fabric, and inside :class:`~lightning_curvadion.CurvaDionStrategy`. One object
+    may serve several optimizers of one model.
 
     Args:
         group: Process group; ``None`` is the default group, which must be initialised when the hook is attached.
-        consensus: How parameters come back together at a sync step. ``"average"``: the mean over the replicas, afterwards
-            bit-identical on all of them. ``"factors"``: the displacement of each matrix since the last consensus goes
-            through factors of the optimizer's rank; cheap and inexact. ``"none"``: not at all, the paper's literal method,
-            with the mean gradient for vector groups.
+        consensus: How parameters come back together at a sync step. ``"average"``: the mean over the replicas,
+            afterwards bit-identical on all of them. ``"factors"``: the displacement of each matrix since the last
+            consensus goes through factors of the optimizer's rank; cheap and inexact. ``"none"``: not at all, the
+            paper's literal method, with the mean gradient for vector groups.
         wire_format: ``"float32"``, or ``"bfloat16"`` for half the bytes: parameters travel as displacements then.
         momentum: What a sync step does to momentum. ``"factors"``: step along the factors of the mean momentum, and the
-            part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same factors, and each replica
-            keeps its own momentum. ``"average"``: the whole momentum is averaged, and Q with it. ``"local"``: nothing, each
-            replica takes its own Dion step (local SGD). Consensus ``"none"`` implies ``"dion"``.
+            part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same factors, and each
+            replica keeps its own momentum. ``"average"``: the whole momentum is averaged, and Q with it. ``"local"``:
+            nothing, each replica takes its own Dion step (local SGD). Consensus ``"none"`` implies ``"dion"``.
         outer_lr: Learning rate of the outer step on the averaged displacement; 1 takes the average itself.
         outer_momentum: Nesterov momentum of the outer step, as in DiLoCo.
 
-    Memory: a copy of the parameters where ``consensus="factors"``, ``wire_format="bfloat16"`` or an outer step needs it,
-    and one more for ``outer_momentum``. During a sync step, one flat buffer of what is sent.
+    Memory: a copy of the parameters where ``consensus="factors"``, ``wire_format="bfloat16"`` or an outer step needs
+    it, and one more for ``outer_momentum``. During a sync step, one flat buffer of what is sent.
 
     Attributes:
-        bytes_sent: Payload of this replica's collectives so far; an all-reduce of n bytes counts n, a broadcast counts n
-            at its source.
+        bytes_sent: Payload of this replica's collectives so far; an all-reduce of n bytes counts n, a broadcast
+            counts n at its source.
 
     Raises:
         ValueError: On a bad argument, or a combination that would do nothing.
@@ -103,14 +103,14 @@ class ProcessGroupSync:
         self.world_size = 1
         self._group = group
         self._steps_outside = steps_outside
-        self._needs_anchors = consensus == "factors" or steps_outside or (
-            consensus == "average" and wire_format != "float32"
+        self._needs_anchors = (
+            consensus == "factors" or steps_outside or (consensus == "average" and wire_format != "float32")
         )
         self._anchors = Anchors()
         self._known: set[Tensor] = set()
         self._buffers: list[Tensor] = []
-        # The step after which each optimizer last reached consensus, and whether with state: once is enough.
-        self._reached: dict[CurvaDion, tuple[StepReport | None, bool]] = {}
+        # Optimizers that have met since their last step, and whether with their state: once is enough.
+        self._met: dict[CurvaDion, bool] = {}
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
 
@@ -136,26 +136,31 @@ class ProcessGroupSync:
         self._broadcast(parameters + floating + integers)
         _write_back_steps(optimizer, integers)
         self._known.update(parameters)
-        if self._needs_anchors:
-            optimizer.register_step_pre_hook(lambda opt, *_: self._anchors.capture(_trainable(cast(CurvaDion, opt))))
+        optimizer.register_step_pre_hook(lambda opt, *_: self._before_step(cast(CurvaDion, opt)))
         optimizer.register_load_state_dict_post_hook(lambda opt: self._forget(cast(CurvaDion, opt)))
+
+    def _before_step(self, optimizer: CurvaDion) -> None:
+        self._met.pop(optimizer, None)
+        if self._needs_anchors:
+            self._anchors.capture(_trainable(optimizer))
 
     def _forget(self, optimizer: CurvaDion) -> None:
         """A state was loaded: the consensus is wherever the parameters are by the next step."""
+        self._met.pop(optimizer, None)
         self._anchors.drop(parameter for _, parameter in optimizer.named_parameters())
-        self._reached.pop(optimizer, None)
 
     def include_module(self, module: nn.Module) -> None:
-        """Let the module's persistent buffers take part in every consensus: floating-point ones as means, others rank 0's.
+        """Let the module's persistent buffers take part in every consensus: floating-point ones as means, others
+        rank 0's.
 
-        Also broadcasts rank 0's buffers and the parameters that no attached optimizer holds. Call it on every rank, after
-        the hook is attached.
+        Also broadcasts rank 0's buffers and the parameters that no attached optimizer holds. Call it on every rank,
+        after the hook is attached.
         """
         saved = module.state_dict(keep_vars=True)
         self._buffers = [tensor for tensor in saved.values() if not isinstance(tensor, nn.Parameter)]
         rest = [parameter for parameter in module.parameters() if parameter not in self._known]
         described = [f"buffer {name} {tuple(t.shape)} {t.dtype}" for name, t in saved.items() if isinstance(t, Tensor)]
-        every = rest + [buffer for buffer in module.buffers()]
+        every = rest + list(module.buffers())
         if every:
             self._check_equal(described, every[0].device)
             self._broadcast(every)
@@ -182,7 +187,7 @@ class ProcessGroupSync:
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         self.bytes_sent += own.nbytes
         dist.all_gather(everyone, own, group=self._group)
-        if all(torch.equal(other, own) for other in everyone) and self.world_size > 0:
+        if all(torch.equal(other, own) for other in everyone):
             return
         descriptions: list[Any] = [None] * self.world_size
         dist.all_gather_object(descriptions, description, group=self._group)
@@ -216,7 +221,7 @@ class ProcessGroupSync:
         return means[: len(tensors)]
 
     def mean_right(self, optimizer: CurvaDion, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Mean over the replicas of what a sync step exchanges second: right factors, and gradients of vector groups."""
+        """Mean over the replicas of what a sync step exchanges second: right factors, gradients of vector groups."""
         if self.consensus != "factors":
             return self._mean(tensors)
         stacks, anchors = optimizer.matrix_stacks(), self._anchors
@@ -238,71 +243,67 @@ class ProcessGroupSync:
         if self.consensus == "factors":
             factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
             parameters = [parameter for parameter in parameters if parameter not in factored]
-        self._average(optimizer, parameters, self.wire_format)
+        self._average(optimizer, parameters, self._buffers, self.wire_format)
+        if self.consensus == "average":
+            self._met[optimizer] = False
 
     def reach_consensus(self, optimizers: CurvaDion | Iterable[CurvaDion], include_state: bool = False) -> None:
-        """Make all replicas one model now, whatever the trigger and the kind of consensus: an exact, full-width average.
+        """Make all replicas one model now, whatever the trigger and the kind of consensus: an average at full width.
 
-        With ``consensus="factors"`` and ``"none"`` too, and for good: the replicas go on from the average.
+        With ``consensus="factors"`` and ``"none"`` too, and for good: the replicas go on from the average. What has met
+        already since the last step is not sent again.
 
         Args:
             optimizers: The attached optimizers, the same in every process.
-            include_state: Also average their state, so that a checkpoint of any replica is the checkpoint of all. Frozen
-                parameters take part then.
+            include_state: Also average their state, so that a checkpoint of any replica is the checkpoint of all.
+                Frozen parameters take part then.
         """
         for optimizer in [optimizers] if isinstance(optimizers, CurvaDion) else optimizers:
-            done_at, done_with_state = self._reached.get(optimizer, (None, False))
-            if optimizer.last_step is not None and optimizer.last_step is done_at and done_with_state >= include_state:
+            met_state = self._met.get(optimizer)
+            if met_state or (met_state is False and not include_state):
                 continue
-            parameters = _trainable(optimizer)
-            floating: list[Tensor] = []
-            integers: list[Tensor] = []
-            if include_state:
-                optimizer.init_state()
-                parameters = [parameter for _, parameter in optimizer.named_parameters()]
-                floating, integers = _state_tensors(optimizer)
+            moved = met_state is None
+            optimizer.init_state()
+            frozen = [p for _, p in optimizer.named_parameters() if not p.requires_grad] if include_state else []
+            parameters = (_trainable(optimizer) if moved else []) + frozen
+            state, steps = _state_tensors(optimizer) if include_state else ([], [])
             if self._needs_anchors:
                 self._anchors.capture(parameters)
-            self._average(optimizer, parameters, "float32", floating, integers)
-            _write_back_steps(optimizer, integers)
+            self._average(optimizer, parameters, [*(self._buffers if moved else ()), *state, *steps], "float32")
+            _write_back_steps(optimizer, steps)
             if include_state:
                 optimizer.replicas_share_state()
-            self._reached[optimizer] = (optimizer.last_step, include_state)
+            self._met[optimizer] = include_state
 
     def _average(
-        self,
-        optimizer: CurvaDion,
-        parameters: Sequence[Tensor],
-        wire_format: str,
-        floating: Sequence[Tensor] = (),
-        integers: Sequence[Tensor] = (),
+        self, optimizer: CurvaDion, parameters: list[Tensor], others: Sequence[Tensor], wire_format: str
     ) -> None:
-        """Mean of parameters, buffers and ``floating`` in place; integers become rank 0's."""
-        anchors = self._anchors
-        parameters = [parameter for parameter in parameters]
-        payload = [anchors.displacement(p) if self._needs_anchors else p.detach() for p in parameters]
-        exact = [buffer for buffer in self._buffers if buffer.is_floating_point()] + list(floating)
-        whole = [buffer for buffer in self._buffers if not buffer.is_floating_point()] + list(integers)
-        numbers = [wire.integers_to_numbers(t) if self.rank == 0 else wire.integers_to_numbers(t).zero_() for t in whole]
+        """Bring parameters together in ``wire_format``, and other tensors at full width, integers as rank 0's."""
+        anchors = self._anchors if self._needs_anchors else None
+        payload = [anchors.displacement(p) if anchors else p.detach() for p in parameters]
+        floating = [tensor for tensor in others if tensor.is_floating_point()]
+        integers = [tensor for tensor in others if not tensor.is_floating_point()]
+        numbers = [wire.integers_to_numbers(tensor) for tensor in integers]
+        if self.rank != 0:
+            numbers = [torch.zeros_like(number) for number in numbers]
         if wire_format == "float32":
-            means = self._mean([*payload, *exact], wire_format, numbers)
-            in_full = means[len(payload) :]
+            means = self._mean([*payload, *floating], wire_format, numbers)
         else:
-            means = self._mean(payload, wire_format)
-            in_full = self._mean(exact, "float32", numbers)
+            means = self._mean(payload, wire_format) + self._mean(floating, "float32", numbers)
+        split = len(payload), len(payload) + len(floating)
+        moves, means, numbers = means[: split[0]], means[split[0] : split[1]], means[split[1] :]
         with torch.no_grad():
-            if self._needs_anchors:
-                if self._steps_outside:
-                    states = [optimizer.state[parameter] for parameter in parameters]
-                    outer_step(means[: len(payload)], states, self.outer_lr, self.outer_momentum)
-                for parameter, displacement in zip(parameters, means[: len(payload)], strict=True):
-                    anchors.move(parameter, displacement)
-            else:
-                for parameter, mean in zip(parameters, means[: len(payload)], strict=True):
-                    parameter.copy_(mean)
-            for tensor, mean in zip(exact, in_full[: len(exact)], strict=True):
+            if self._steps_outside:
+                states = [optimizer.state[parameter] for parameter in parameters]
+                outer_step(moves, states, self.outer_lr, self.outer_momentum)
+            for parameter, move in zip(parameters, moves, strict=True):
+                if anchors:
+                    anchors.move(parameter, move)
+                else:
+                    parameter.copy_(move)
+            for tensor, mean in zip(floating, means, strict=True):
                 tensor.copy_(mean)
-            for tensor, number in zip(whole, in_full[len(exact) :], strict=True):
+            for tensor, number in zip(integers, numbers, strict=True):
                 tensor.copy_(wire.numbers_to_integers(number, like=tensor))
 
     def _mean(

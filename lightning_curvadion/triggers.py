@@ -13,7 +13,8 @@ State = dict[str, Any]
 
 
 class Trigger(ABC):
-    """Base class. A subclass answers in :meth:`wants_sync` and may keep its state in the attributes named in ``_state``."""
+    """Base class. A subclass answers in :meth:`wants_sync` and may keep its state in the attributes named in
+    ``_state``."""
 
     _state: tuple[str, ...] = ()
 
@@ -48,8 +49,8 @@ class RMMCThreshold(Trigger):
     """Synchronise where RMMC > tau: the rule of the CurvaDion paper (arXiv:2512.13728).
 
     Args:
-        tau: Threshold, >= 0. Its meaning shifts during a run, since the norm of the momentum grows and RMMC sinks; prefer
-            :class:`IntegratedRMMC` or :class:`CommunicationBudget` where that matters.
+        tau: Threshold, >= 0. Its meaning shifts during a run, since the norm of the momentum grows and RMMC sinks;
+            prefer :class:`IntegratedRMMC` or :class:`CommunicationBudget` where that matters.
 
     Raises:
         ValueError: ``tau`` is negative or NaN.
@@ -68,8 +69,8 @@ class RMMCThreshold(Trigger):
 class IntegratedRMMC(Trigger):
     """Synchronise once the RMMC summed since the last sync passes a budget.
 
-    Where the curvature is steady this is a period; where it is not, syncs come denser. It needs no tuning when the batch
-    size changes the scale of RMMC.
+    Where the curvature is steady this is a period; where it is not, syncs come denser. It needs no tuning when the
+    batch size changes the scale of RMMC.
 
     Args:
         budget: How much relative change the replicas may go through alone, > 0.
@@ -129,8 +130,8 @@ class EveryNSteps(Trigger):
 class CommunicationBudget(Trigger):
     r"""Move the threshold so that a chosen share of the steps synchronises.
 
-    After every step :math:`\log\tau \leftarrow \log\tau + g\,([\mathrm{synced}] - f)`, the Robbins-Monro estimate of the
-    (1 - f)-quantile of RMMC. Summed over T steps this says that the share of sync steps differs from f by
+    After every step :math:`\log\tau \leftarrow \log\tau + g\,([\mathrm{synced}] - f)`, the Robbins-Monro estimate of
+    the (1 - f)-quantile of RMMC. Summed over T steps this says that the share of sync steps differs from f by
     :math:`|\log(\tau_T / \tau_1)| / (g T)`: however RMMC drifts, the budget is kept in the long run.
 
     Args:

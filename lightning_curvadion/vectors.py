@@ -4,18 +4,16 @@ Embeddings, the output head, norms and biases take these. Everything is local to
 together is the consensus, not the update.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def adamw_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    first_moments: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    steps: Sequence[int],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: list[int],
     *,
     lr: float,
     betas: tuple[float, float],
@@ -47,9 +45,9 @@ def adamw_(
 
 
 def lion_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
     *,
     lr: float,
     betas: tuple[float, float],

@@ -20,9 +20,7 @@ class Golden:
         self._arrays = np.load(DATA / f"{name}.npz")
         meta: dict[str, Any] = json.loads(str(self._arrays["meta"]))
         self.world, self.steps = meta["world"], meta["steps"]
-        self.options = {
-            "lr": meta["lr"], "mu": meta["mu"], "rank_fraction": meta["rf"], "weight_decay": meta["wd"]
-        }
+        self.options = {"lr": meta["lr"], "mu": meta["mu"], "rank_fraction": meta["rf"], "weight_decay": meta["wd"]}
         self.count = len(meta["shapes"])
 
     def tensors(self, rank: int, when: str, what: str) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Real processes for the tests: a pool of workers that form a gloo process group for every job.
 
-Importing torch takes seconds, so the workers stay. A job that hangs or kills its worker costs the pool: it is thrown away
-and the next job starts a new one. Only processes started here are ever killed.
+Importing torch takes seconds, so the workers stay. A job that hangs or kills its worker costs the pool: it is thrown
+away and the next job starts a new one. Only processes started here are ever killed.
 """
 
 import datetime
@@ -28,9 +28,26 @@ class CountedCollectives(list):
     """(name, bytes) of every torch.distributed collective called inside the block."""
 
 
-_COUNTED = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all",
-            "all_to_all_single", "all_gather_object", "broadcast_object_list", "barrier", "reduce", "gather", "scatter",
-            "send", "recv", "isend", "irecv", "batch_isend_irecv")
+_COUNTED = (
+    "all_reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "all_gather_object",
+    "broadcast_object_list",
+    "barrier",
+    "reduce",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "batch_isend_irecv",
+)
 
 
 @contextmanager
@@ -65,7 +82,10 @@ def _serve(connection: Connection) -> None:
         function, rank, world, store, args = job
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world,
                 timeout=datetime.timedelta(seconds=30),
             )
             torch.manual_seed(0)

@@ -64,7 +64,11 @@ def one_update(B, Q, method, mu=0.9):
 @pytest.mark.parametrize(("m", "n", "r"), [(24, 16, 4), (16, 16, 16), (9, 1, 1), (1, 1, 1)])
 def test_zero_deficient_and_thin_matrices_stay_finite_in_every_dtype(method, dtype, m, n, r):
     Q = torch.stack([dion.initial_right_factor(n, r, seed, torch.empty((), dtype=dtype)) for seed in range(2)])
-    for B in (torch.zeros(2, m, n, dtype=dtype), matrices(2, m, n, rank=1, dtype=dtype), matrices(2, m, n, dtype=dtype)):
+    for B in (
+        torch.zeros(2, m, n, dtype=dtype),
+        matrices(2, m, n, rank=1, dtype=dtype),
+        matrices(2, m, n, dtype=dtype),
+    ):
         P, step, kept, M = one_update(B, Q, method)
         for tensor in (P, step, kept, M):
             assert tensor.dtype == dtype

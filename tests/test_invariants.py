@@ -154,7 +154,7 @@ def test_a_local_step_is_one_small_collective_and_a_sync_step_at_most_four(repli
 
 def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
     hook = {"consensus": "average", "momentum": "factors"}
-    (report, calls), *_ = [c for c in replicas.run(1, collectives, 2, hook)[0] if c[0].synced]
+    (_, calls), *_ = [c for c in replicas.run(1, collectives, 2, hook)[0] if c[0].synced]
     rank, width, layers = 4, 16, 2
     factors = 2 * layers * 4 * rank * (width, 2 * width)[1], 2 * layers * 4 * rank * width
     parameters = 4 * sum(p.numel() for p in build(2)[0].parameters())
@@ -269,7 +269,9 @@ def saved_and_loaded(rank, world, hook, path):
     return same_start, equal(state_of(optimizer), state_of(other)), optimizer.last_step == other.last_step
 
 
-@pytest.mark.parametrize("hook", [HOOKS[0], HOOKS[2], HOOKS[3], HOOKS[4], OUTER, {"wire_format": "bfloat16"}], ids=name_of)
+@pytest.mark.parametrize(
+    "hook", [HOOKS[0], HOOKS[2], HOOKS[3], HOOKS[4], OUTER, {"wire_format": "bfloat16"}], ids=name_of
+)
 def test_a_saved_consensus_is_every_ranks_and_continues_bit_for_bit(replicas, hook, tmp_path):
     for same_start, same_end, same_report in replicas.run(2, saved_and_loaded, hook, str(tmp_path / "saved.pt")):
         assert same_start and same_end and same_report

@@ -30,7 +30,8 @@ def test_adamw_groups_are_torchs_adamw(options):
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.01, "eps": 1e-8, **options}
     ours, theirs = [nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(1))) for _ in range(2)]
     optimizers = [
-        CurvaDion([{"params": [ours], "algorithm": "adamw"}], **options), torch.optim.AdamW([theirs], **options)
+        CurvaDion([{"params": [ours], "algorithm": "adamw"}], **options),
+        torch.optim.AdamW([theirs], **options),
     ]
     for step in range(6):
         for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -107,7 +108,9 @@ def test_the_sgd_local_update_is_the_papers_cheap_step():
     optimizer.step()
     assert optimizer.last_step.synced
     update = torch.linalg.svdvals(parameter.detach() - before * (1 - 0.01 * 0.01))
-    assert update[0] == pytest.approx(0.01 * (6 / 4) ** 0.5, rel=0.05), "a sync step is a Dion step: an orthonormal update"
+    assert update[0] == pytest.approx(0.01 * (6 / 4) ** 0.5, rel=0.05), (
+        "a sync step is a Dion step: an orthonormal update"
+    )
 
 
 def test_frozen_parameters_do_not_move_and_train_once_unfrozen():
@@ -252,7 +255,9 @@ def test_state_is_momentum_Q_and_one_number_a_matrix():
     optimizer = CurvaDion([parameter], rank_fraction=0.25)
     optimizer.init_state()
     assert {name: tuple(value.shape) for name, value in optimizer.state[parameter].items()} == {
-        "momentum": (32, 16), "Q": (16, 4), "norm": ()
+        "momentum": (32, 16),
+        "Q": (16, 4),
+        "norm": (),
     }
 
 

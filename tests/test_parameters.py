@@ -86,7 +86,9 @@ def test_recurrent_layers_and_unpacked_attention():
 
 def test_overrides_by_name_pattern():
     model = Transformer(tied=False)
-    groups = split_parameters(model, {"position": "lion", "*.linear1.weight": {"rank_fraction": 0.5}, "pool.*": "adamw"})
+    groups = split_parameters(
+        model, {"position": "lion", "*.linear1.weight": {"rank_fraction": 0.5}, "pool.*": "adamw"}
+    )
     split = names(groups)
     by_name = {group["name"]: group for group in groups}
     assert split["position (other parameters)"] == ["position"]
@@ -100,7 +102,9 @@ def test_overrides_by_name_pattern():
 
 
 def test_a_wrong_override_says_so():
-    with pytest.raises(ValueError, match="overrides\\['hed.*'\\] matches no parameter; names are such as position, embedding.weight"):
+    with pytest.raises(
+        ValueError, match=r"overrides\['hed\.\*'\] matches no parameter; names are such as position, embedding\.weight"
+    ):
         split_parameters(Transformer(False), {"hed.*": "adamw"})
     with pytest.raises(ValueError, match="must be one of 'dion', 'adamw', 'lion', not 'sgd'"):
         split_parameters(Transformer(False), {"pool.*": "sgd"})

@@ -103,9 +103,14 @@ class Counter(Callback):
 
 def trainer_for(rank, world, strategy=None, **options):
     return pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy or CurvaDionStrategy(),
-        plugins=[Member(rank, world)], logger=options.pop("logger", False), enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=True,
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy or CurvaDionStrategy(),
+        plugins=[Member(rank, world)],
+        logger=options.pop("logger", False),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=True,
         **{"enable_checkpointing": False, "max_steps": 8, **options},
     )
 
@@ -118,15 +123,25 @@ def fit(rank, world, folder, strategy_options):
     with counted_collectives() as calls:
         counter = Counter(calls)
         trainer = trainer_for(
-            rank, world, CurvaDionStrategy(**strategy_options), val_check_interval=4, enable_checkpointing=True,
-            callbacks=[monitor, checkpoint, counter, LearningRateMonitor("step")], logger=CSVLogger(folder),
+            rank,
+            world,
+            CurvaDionStrategy(**strategy_options),
+            val_check_interval=4,
+            enable_checkpointing=True,
+            callbacks=[monitor, checkpoint, counter, LearningRateMonitor("step")],
+            logger=CSVLogger(folder),
         )
         trainer.fit(module)
     wrapped = type(trainer.strategy.model).__name__
     summary = monitor.summary(trainer)
     return {
-        "batches": counter.batches, "validated": module.validated, "before": module.before_validation,
-        "final": parameters_of(module), "data": module.batches, "wrapped": wrapped, "summary": summary,
+        "batches": counter.batches,
+        "validated": module.validated,
+        "before": module.before_validation,
+        "final": parameters_of(module),
+        "data": module.batches,
+        "wrapped": wrapped,
+        "summary": summary,
         "sent": (monitor.bytes_sent(trainer), sum(size for _, size in calls)),
     }
 
@@ -163,7 +178,7 @@ def test_what_is_validated_and_what_fit_returns_is_one_model(fitted):
 
 def test_the_strategy_reaches_consensus_before_the_modules_own_validation_hooks_end(fitted):
     # Step 4 is a local one: without a consensus the ranks would validate different models.
-    _, (a, b) = fitted
+    _, (a, _) = fitted
     assert not same(a["before"], a["validated"][0][: len(a["before"])])
 
 
@@ -181,7 +196,8 @@ def test_a_checkpoint_is_the_consensus_and_plain(fitted):
 def test_the_summary_counts_what_was_sent(fitted):
     for rank in fitted[1]:
         sent, counted = rank["sent"]
-        # Lightning's own collectives (validation metric, barriers) are not the method's; broadcasts count at their source.
+        # Lightning's own collectives (validation metric, barriers) are not the method's; broadcasts count at their
+        # source.
         assert 0 < sent <= counted
         assert re.search(r"sync steps +2 \(25\.0 %\)", rank["summary"]) and "val_loss" in rank["summary"]
 
@@ -291,7 +307,10 @@ def test_bad_arguments(options, message):
 
 def test_the_names_are_registered():
     for name, method in (
-        ("curvadion", "popen"), ("curvadion_spawn", "spawn"), ("curvadion_fork", "fork"), ("curvadion_notebook", "fork")
+        ("curvadion", "popen"),
+        ("curvadion_spawn", "spawn"),
+        ("curvadion_fork", "fork"),
+        ("curvadion_notebook", "fork"),
     ):
         strategy = StrategyRegistry.get(name)
         assert type(strategy) is CurvaDionStrategy and strategy._start_method == method

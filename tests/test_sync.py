@@ -114,7 +114,9 @@ def consensus(rank, world, hook, include_state):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("hook", [{}, {"consensus": "factors"}, {"consensus": "none"}, {"wire_format": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "hook", [{}, {"consensus": "factors"}, {"consensus": "none"}, {"wire_format": "bfloat16"}], ids=str
+)
 @pytest.mark.parametrize("include_state", [False, True])
 def test_reaching_consensus_is_the_exact_mean_whatever_the_settings(replicas, world, hook, include_state):
     answers = replicas.run(world, consensus, hook, include_state)
@@ -144,9 +146,7 @@ def outer(rank, world, outer_lr, outer_momentum):
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(6, 4))
     optimizer = CurvaDion([parameter], trigger=EveryNSteps(2))
-    optimizer.register_sync_hook(
-        ProcessGroupSync(momentum="local", outer_lr=outer_lr, outer_momentum=outer_momentum)
-    )
+    optimizer.register_sync_hook(ProcessGroupSync(momentum="local", outer_lr=outer_lr, outer_momentum=outer_momentum))
     anchor = parameter.detach().clone()
     reference = nn.Parameter(anchor.clone())
     sgd = torch.optim.SGD([reference], lr=outer_lr, momentum=outer_momentum, nesterov=outer_momentum > 0)

@@ -19,7 +19,14 @@ def test_threshold_fires_above_tau_and_not_at_it():
 
 
 def test_integrated_spends_a_budget_and_starts_anew():
-    assert decisions(IntegratedRMMC(1.0), [math.inf, 0.6, 0.4, 0.1, 0.9, 0.2]) == [True, False, False, True, False, True]
+    assert decisions(IntegratedRMMC(1.0), [math.inf, 0.6, 0.4, 0.1, 0.9, 0.2]) == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_every_n_steps():
@@ -42,7 +49,9 @@ def test_communication_budget_survives_a_momentum_that_does_not_change():
     assert sum(synced[-200:]) == pytest.approx(100, abs=20)
 
 
-@pytest.mark.parametrize("trigger", [RMMCThreshold(1.0), IntegratedRMMC(1e9), EveryNSteps(1000), CommunicationBudget(1e-6)])
+@pytest.mark.parametrize(
+    "trigger", [RMMCThreshold(1.0), IntegratedRMMC(1e9), EveryNSteps(1000), CommunicationBudget(1e-6)]
+)
 def test_the_cap_bounds_the_run_of_local_steps(trigger):
     synced = decisions(trigger, [0.001 * 0.9**step for step in range(12)], cap=3)
     assert synced == [False, False, False, True] * 3
@@ -53,7 +62,8 @@ def test_a_forced_sync_also_starts_a_new_sum_and_a_new_period():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: RMMCThreshold(0.3), lambda: IntegratedRMMC(0.7), lambda: EveryNSteps(4), lambda: CommunicationBudget(0.3)]
+    "make",
+    [lambda: RMMCThreshold(0.3), lambda: IntegratedRMMC(0.7), lambda: EveryNSteps(4), lambda: CommunicationBudget(0.3)],
 )
 def test_state_survives_a_state_dict_round_trip_of_the_optimizer(make, tmp_path):
     signals = torch.rand(40, generator=torch.Generator().manual_seed(0)).mul(0.6).tolist()

@@ -1,7 +1,7 @@
 """Time of one optimizer step: CurvaDion (local and sync) beside torch's AdamW and Muon, for the matrices of a GPT.
 
-    python examples/benchmarks/step_time.py            # 12 layers, 768 wide: 85 M parameters, minutes (Muon is slow on a CPU)
-    python examples/benchmarks/step_time.py --smoke    # 2 layers, 64 wide: seconds
+    python examples/benchmarks/step_time.py            # 12 layers, 768 wide: 85 M parameters, minutes (Muon is slow
+    on a CPU) python examples/benchmarks/step_time.py --smoke    # 2 layers, 64 wide: seconds
 
 One process, one thread, random gradients that change at every step. The optimizers take turns in one run, so that a
 change of the machine's speed meets all of them; quote the ratios of the medians.
@@ -64,7 +64,9 @@ def main() -> None:
     parameters = matrices(args.layers, args.width)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    local = CurvaDion(parameters, trigger=RMMCThreshold(float("inf")), max_local_steps=None, rank_fraction=args.rank_fraction)
+    local = CurvaDion(
+        parameters, trigger=RMMCThreshold(float("inf")), max_local_steps=None, rank_fraction=args.rank_fraction
+    )
     sync = CurvaDion(parameters, trigger=EveryNSteps(1), rank_fraction=args.rank_fraction)
     sync.register_sync_hook(ProcessGroupSync())
     contestants: dict[str, tuple[Callable[[], object], int]] = {
@@ -88,7 +90,8 @@ def main() -> None:
 
     count = sum(parameter.numel() for parameter in parameters)
     median = {name: statistics.median(values) for name, values in times.items() if values}
-    print(f"{count / 1e6:.1f} M parameters, rank fraction {args.rank_fraction}, float32, one thread, torch {torch.__version__}")
+    setting = f"rank fraction {args.rank_fraction}, float32, one thread, torch {torch.__version__}"
+    print(f"{count / 1e6:.1f} M parameters, {setting}")
     print(f"{'':24}{'median':>10}{'min':>10}{'max':>10}{'/ AdamW':>10}{'/ Muon':>10}")
     for name, value in median.items():
         muon = f"{value / median['Muon']:10.3f}" if "Muon" in median else ""
