@@ -1,13 +1,17 @@
 """CurvaDionStrategy: everything that knows about the Trainer."""
 
 import logging
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.constants import default_pg_timeout
 from torch.profiler import record_function
 from typing_extensions import override
 
@@ -15,8 +19,6 @@ from lightning_curvadion.optimizer import CurvaDion
 from lightning_curvadion.sync import ProcessGroupSync
 
 log = logging.getLogger(__name__)
-
-_DDP_ONLY = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
 
 
 class CurvaDionStrategy(DDPStrategy):
@@ -36,8 +38,15 @@ class CurvaDionStrategy(DDPStrategy):
         momentum: What a sync step does to momentum.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
-        **kwargs: Arguments of ``DDPStrategy``, such as ``process_group_backend``, ``timeout`` and ``start_method``.
-            Those of ``DistributedDataParallel`` and its communication hooks have no meaning here.
+        accelerator: As in ``DDPStrategy``, like all that follow.
+        parallel_devices: Devices of this node.
+        cluster_environment: Who launches the processes.
+        checkpoint_io: What writes checkpoints.
+        precision_plugin: Numerical precision.
+        process_group_backend: Backend of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
+        timeout: How long a collective waits for a replica that does not come.
+        start_method: How processes are started.
+        **unsupported: Arguments of ``DistributedDataParallel`` are refused.
 
     Raises:
         MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs
@@ -55,20 +64,32 @@ class CurvaDionStrategy(DDPStrategy):
         momentum: str = "factors",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
-        **kwargs: Any,
+        accelerator: "pl.accelerators.Accelerator | None" = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **unsupported: Any,
     ) -> None:
-        refused = [name for name in _DDP_ONLY if kwargs.get(name) is not None]
-        if refused:
+        # Not passed on, and so not offered by a command line that reads signatures.
+        if unsupported:
             raise MisconfigurationException(
-                f"{', '.join(refused)}: there is no DistributedDataParallel under the curvadion strategy,"
-                " whose gradients never travel; leave it out, or use strategy='ddp'"
+                f"{', '.join(unsupported)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel, whose"
+                " arguments and communication hooks have no meaning here; leave it out, or use strategy='ddp'"
             )
-        super().__init__(**kwargs)
-        if self._ddp_kwargs:
-            raise MisconfigurationException(
-                f"{', '.join(self._ddp_kwargs)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel"
-                " and knows no such argument; leave it out"
-            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         try:
             self.sync = ProcessGroupSync(
                 consensus=consensus,
