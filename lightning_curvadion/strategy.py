@@ -90,17 +90,21 @@ class CurvaDionStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        self._sync_settings: dict[str, Any] = {
+            "consensus": consensus,
+            "wire_format": wire_format,
+            "momentum": momentum,
+            "outer_lr": outer_lr,
+            "outer_momentum": outer_momentum,
+        }
+        self.sync = self._new_sync()
+        self._training = False
+
+    def _new_sync(self) -> ProcessGroupSync:
         try:
-            self.sync = ProcessGroupSync(
-                consensus=consensus,
-                wire_format=wire_format,
-                momentum=momentum,
-                outer_lr=outer_lr,
-                outer_momentum=outer_momentum,
-            )
+            return ProcessGroupSync(**self._sync_settings)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._training = False
 
     @override
     def configure_ddp(self) -> None:
@@ -117,6 +121,8 @@ class CurvaDionStrategy(DDPStrategy):
                 " use precision='bf16-mixed'"
             )
         log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
+        # A second fit has new optimizers, and nothing of the first one's consensus concerns them.
+        self.sync = self._new_sync()
         try:
             for optimizer in optimizers:
                 optimizer.register_sync_hook(self.sync)

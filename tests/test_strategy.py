@@ -250,6 +250,25 @@ def test_a_bad_gradient_stops_all_ranks_with_the_same_error(replicas):
     assert len(set(replicas.run(2, poisoned))) == 1
 
 
+def fit_twice(rank, world):
+    module = Module()
+    monitor = CommunicationMonitor()
+    trainer = trainer_for(
+        rank, world, CurvaDionStrategy(**{"momentum": "local", "outer_momentum": 0.5}), callbacks=[monitor]
+    )
+    trainer.fit(module)
+    first = monitor.bytes_sent(trainer)
+    trainer.fit_loop.epoch_loop.max_steps = 16
+    trainer.fit(module)
+    return first, monitor.bytes_sent(trainer), monitor.steps, parameters_of(module)
+
+
+def test_fit_again_in_the_same_process(replicas):
+    a, b = replicas.run(2, fit_twice)
+    assert a[2] == b[2] == 8 and same(a[3], b[3])
+    assert a[1] == pytest.approx(a[0], rel=0.4), "the second fit counts its own bytes"
+
+
 def with_optimizer(rank, world, optimizer):
     with pytest.raises(MisconfigurationException, match="needs CurvaDion optimizers") as caught:
         trainer_for(rank, world).fit(Module(optimizer=optimizer))

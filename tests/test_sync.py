@@ -171,6 +171,21 @@ def test_the_outer_step_is_torchs_nesterov_sgd_on_the_averaged_displacement(repl
     replicas.run(2, outer, outer_lr, outer_momentum)
 
 
+def consensus_after_sync(rank, world):
+    model, optimizer = build(hook={"outer_lr": 0.7, "outer_momentum": 0.9}, trigger=EveryNSteps(2))
+    for step in range(4):
+        train_step(model, optimizer, step, shard=rank)
+    assert optimizer.last_step.synced
+    before = parameters_of(model)
+    for include_state in (False, True, True):
+        optimizer.sync_hook.reach_consensus(optimizer, include_state)
+    return all(torch.equal(a, b) for a, b in zip(before, parameters_of(model), strict=True))
+
+
+def test_a_consensus_right_after_a_sync_step_takes_no_second_outer_step(replicas):
+    assert replicas.run(2, consensus_after_sync) == [True, True]
+
+
 def gan(rank, world):
     generator, first = build(trigger=EveryNSteps(2))
     critic, second = build(layers=1, trigger=EveryNSteps(3))

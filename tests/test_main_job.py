@@ -1,0 +1,52 @@
+"""The commands of the README, shortened; each in processes of its own, as a user would run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*words, timeout=200):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("strategy", ["curvadion", "ddp"])
+def test_the_main_job_trains_and_ends_with_its_table(tmp_path, strategy):
+    shown = run(
+        "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml", f"--trainer.strategy={strategy}",
+        "--trainer.max_steps=12", "--trainer.val_check_interval=6", f"--data.cache={tmp_path / 'data'}",
+        "--data.val_sequences=64", f"--trainer.logger.init_args.save_dir={tmp_path}",
+    )  # fmt: skip
+    table = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", shown.partition("Communication of this run")[2], flags=re.M))
+    assert float(table["val_bits_per_byte"]) == pytest.approx(float(table["val_loss"]) / 0.6931, rel=1e-3)
+    assert float(table["val_loss"]) < 5.6
+    assert table["optimizer steps"] == "12" and table["replicas"] == "2"
+    ratio = float(table["ratio"].split()[0])
+    assert (table["sync steps"] == "12 (100.0 %)" and ratio == 100) if strategy == "ddp" else ratio > 0
+    assert {"sent per replica", "DDP would have sent"} <= set(table)
+
+
+def test_a_strategy_with_options_from_the_command_line(tmp_path):
+    shown = run(
+        "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml", "--trainer.max_steps=3",
+        "--trainer.strategy.class_path=lightning_curvadion.CurvaDionStrategy",
+        "--trainer.strategy.init_args.wire_format=bfloat16", "--trainer.limit_val_batches=0",
+        f"--data.cache={tmp_path / 'data'}", f"--trainer.logger.init_args.save_dir={tmp_path}",
+    )  # fmt: skip
+    assert "CurvaDionStrategy" in shown
+
+
+def test_the_benchmark_of_step_times_runs():
+    shown = run("examples/benchmarks/step_time.py", "--smoke")
+    for line in ("AdamW", "CurvaDion, local step", "CurvaDion, sync step", "Muon", "RMMC takes", "state of CurvaDion"):
+        assert line in shown
