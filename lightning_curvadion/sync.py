@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.profiler import record_function
 
 from lightning_curvadion import dion, wire
 from lightning_curvadion.anchors import Anchors, displacement_left_factor, outer_step
@@ -317,7 +318,8 @@ class ProcessGroupSync:
         # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
         flat[: sum(tensor.numel() for tensor in tensors)].div_(self.world_size)
         self.bytes_sent += flat.nbytes
-        dist.all_reduce(flat, group=self._group)
+        with record_function("curvadion::exchange"):
+            dist.all_reduce(flat, group=self._group)
         return wire.unpack(flat, everything)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from golden import Golden, assert_follows, start_from
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, dion
 
 
 @pytest.mark.parametrize("name", ["single_fullrank", "single_lowrank"])
@@ -13,6 +13,14 @@ def test_a_single_replica_follows_the_reference(name):
     optimizer = CurvaDion(parameters, **golden.options)
     start_from(optimizer, parameters, golden.tensors(0, "init", "Q"))
     assert_follows(golden, 0, optimizer, parameters)
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky"])
+@pytest.mark.parametrize("name", ["single_fullrank", "single_lowrank"])
+def test_every_orthonormalisation_follows_the_reference(name, method, monkeypatch):
+    by_default = dion.orthonormalize
+    monkeypatch.setattr(dion, "orthonormalize", lambda Y: by_default(Y, method))
+    test_a_single_replica_follows_the_reference(name)
 
 
 def follow(rank, world, name, same_data):
