@@ -7,6 +7,7 @@ away and the next job starts a new one. Only processes started here are ever kil
 import datetime
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,7 +26,14 @@ class Failed(AssertionError):
 
 
 class CountedCollectives(list):
-    """(name, bytes) of every torch.distributed collective called inside the block."""
+    """(name, bytes) of every torch.distributed collective called inside the block, and who called it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callers: list[str] = []
+
+    def of(self, module: str) -> list[tuple[str, int]]:
+        return [call for call, caller in zip(self, self.callers, strict=True) if caller == module]
 
 
 _COUNTED = (
@@ -58,8 +66,9 @@ def counted_collectives() -> Iterator[CountedCollectives]:
 
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()), None)
-            calls.append((name, first.nbytes if isinstance(first, torch.Tensor) else 0))
+            payload = next((value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)), None)
+            calls.append((name, 0 if payload is None else payload.nbytes))
+            calls.callers.append(sys._getframe(1).f_globals["__name__"])
             return original(*args, **kwargs)
 
         return counted

@@ -129,8 +129,8 @@ def test_a_sync_step_leaves_one_right_factor_on_all_replicas(replicas, hook):
 # -- invariant 4 ------------------------------------------------------------------------------------------------------
 
 
-def collectives(rank, world, layers, hook, steps=4):
-    model, optimizer = build(layers, hook, trigger=EveryNSteps(2))
+def collectives(rank, world, layers, hook, period=2, rank_fraction=0.25, steps=4):
+    model, optimizer = build(layers, hook, trigger=EveryNSteps(period), rank_fraction=rank_fraction)
     counts = []
     for step in range(steps):
         with counted_collectives() as calls:
@@ -161,6 +161,16 @@ def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
     # Running mean and variance, and one 64-bit counter that travels as eight small numbers.
     buffers = 4 * (16 + 16) + 4 * 8
     assert [size for _, size in calls] == [16, *factors, parameters + buffers]
+
+
+def test_a_matrix_travels_whole_where_its_factors_would_be_larger_and_replicas_share_Q(replicas):
+    width, layers = 16, 2
+    matrix, factor = 4 * width * 2 * width, 4 * width * (width + 2 * width)
+    everything_else = replicas.run(1, collectives, layers, {"momentum": "local"}, 1)[0][-1][1][-1][1]
+    always = replicas.run(1, collectives, layers, {}, 1, 1.0)[0][-1][1]
+    assert [size for _, size in always] == [16, 2 * layers * matrix, everything_else]
+    after_local_steps = replicas.run(1, collectives, layers, {}, 2, 1.0)[0][-1][1]
+    assert sum(size for _, size in after_local_steps) == 16 + 2 * layers * factor + everything_else
 
 
 def test_bfloat16_halves_what_a_sync_step_sends(replicas):
