@@ -279,8 +279,7 @@ class CurvaDion(StackedOptimizer):
         self._replicas_share_Q = True
 
     def _factor_step(self, stacks: list[MatrixStack], hook: SyncHook) -> None:
-        """The Dion factor collectives: P and R are means over the replicas, each exchanged for the whole model at
-        once."""
+        """The Dion factor collectives: P and R are means over the replicas, one exchange each for the whole model."""
         # Where two factors are as large as the matrix, the mean matrix itself is exchanged and both factors follow from
         # it, on every replica alike if they start from one Q.
         dense = [stack.averaging_is_cheaper and self._replicas_share_Q for stack in stacks]

@@ -50,3 +50,9 @@ def test_the_benchmark_of_step_times_runs():
     shown = run("examples/benchmarks/step_time.py", "--smoke")
     for line in ("AdamW", "CurvaDion, local step", "CurvaDion, sync step", "Muon", "RMMC takes", "state of CurvaDion"):
         assert line in shown
+
+
+def test_the_plain_loop_trains_without_lightning():
+    shown = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "examples/plain_loop.py")
+    first, last, synced = re.search(r"loss (\S+) -> (\S+), (\d+) sync steps", shown).groups()
+    assert float(last) < 0.6 * float(first) and 1 < int(synced) < 200

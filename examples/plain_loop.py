@@ -1,0 +1,45 @@
+"""CurvaDion in a plain torch loop, without Lightning.
+
+torchrun --standalone --nproc-per-node 2 examples/plain_loop.py
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_curvadion import CurvaDion, IntegratedRMMC, ProcessGroupSync, split_parameters
+
+
+def main() -> None:
+    """Fit random labels of a linear teacher; each rank draws its own data."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    teacher = torch.randn(32, 10)
+    model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    optimizer = CurvaDion(split_parameters(model), lr=0.01, trigger=IntegratedRMMC(0.5))
+    sync = ProcessGroupSync()
+    optimizer.register_sync_hook(sync)  # the ranks compare their models here, and start from rank 0's values
+    sync.include_module(model)
+
+    torch.manual_seed(dist.get_rank())
+    losses, synced = [], 0
+    for _ in range(200):
+        x = torch.randn(64, 32)
+        loss = nn.functional.cross_entropy(model(x), (x @ teacher).argmax(dim=1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        synced += optimizer.last_step is not None and optimizer.last_step.synced
+    sync.reach_consensus(optimizer, include_state=True)  # before a checkpoint or an evaluation
+
+    if dist.get_rank() == 0:
+        print(
+            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {synced} sync steps of 200, {sync.bytes_sent / 1e6:.2f} MB sent"
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
