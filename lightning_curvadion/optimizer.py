@@ -111,6 +111,7 @@ class CurvaDion(StackedOptimizer):
         self._cap = LocalStepCap(copy.deepcopy(trigger), max_local_steps)
         self._hook: SyncHook | None = None
         self._replicas_share_Q = True
+        self._codes: tuple[list[int], Tensor] | None = None
         self.last_step: StepReport | None = None
         defaults = {
             "lr": lr,
@@ -165,7 +166,7 @@ class CurvaDion(StackedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the trigger and the state, and no hook: a process group cannot be copied."""
-        own = {"_cap": self._cap, "_hook": None, "_replicas_share_Q": True, "last_step": self.last_step}
+        own = {"_cap": self._cap, "_hook": None, "_replicas_share_Q": True, "_codes": None, "last_step": self.last_step}
         return {**super().__getstate__(), **own}
 
     @torch.no_grad()
@@ -241,10 +242,15 @@ class CurvaDion(StackedOptimizer):
             checked += vector_members
             sizes.append(curvature.gradient_norms([cast(Tensor, p.grad) for p in vector_members]))
         if sizes:
-            codes = torch.tensor([code(faults.NOT_FINITE, p) for p in checked], dtype=torch.float64)
-            bad = ~torch.isfinite(torch.cat(sizes))
-            signal[1] = (codes.to(signal.device, non_blocking=True) * bad).max()
+            codes = self._on_device([code(faults.NOT_FINITE, p) for p in checked], signal)
+            signal[1] = (codes * ~torch.isfinite(torch.cat(sizes))).max()
         return norms, signal
+
+    def _on_device(self, codes: list[int], like: Tensor) -> Tensor:
+        """The codes as a tensor, copied to the device only when they have changed: a copy makes the host wait."""
+        if self._codes is None or self._codes[0] != codes or self._codes[1].device != like.device:
+            self._codes = codes, torch.tensor(codes, dtype=like.dtype, device=like.device)
+        return self._codes[1]
 
     def _local_step(self, stacks: list[MatrixStack], dion_only: bool = False) -> None:
         """Every parameter steps with this replica's own gradient and momentum."""

@@ -30,12 +30,15 @@ class Matrix:
         self.X = [(start.T if self.wide else start).clone() for _ in range(world)]
         rank = math.ceil(rank_fraction * min(m, n))
         self.dense = rank * (m + n) >= m * n
+        self.anchor = self.X[0].clone()
         self.M = [torch.zeros_like(self.X[0]) for _ in range(world)]
         self.Q = [initial_right_factor(min(m, n), rank, seed, start) for _ in range(world)]
 
     def step(self, gradients: list[Tensor], sync: bool, momentum: str, consensus: str, lr: float, mu: float, wd: float):
         B = [M + (G.T if self.wide else G) for M, G in zip(self.M, gradients, strict=True)]
         replicas = range(len(B))
+        if sync and consensus == "factors":
+            self.meet_through_factors()
         if not sync or momentum == "local":
             P = [orthonormal(B[i] @ self.Q[i]) for i in replicas]
             R = [B[i].T @ P[i] for i in replicas]
@@ -57,6 +60,13 @@ class Matrix:
             self.X[i] = (1 - lr * wd) * self.X[i] - lr * self.scale * P[i] @ self.Q[i].T
         if sync and consensus == "average":
             self.X = [mean(self.X)] * len(B)
+
+    def meet_through_factors(self) -> None:
+        D = [X - self.anchor for X in self.X]
+        P = orthonormal(mean([D[i] @ self.Q[i] for i in range(len(D))]))
+        R = [Di.T @ P for Di in D]
+        self.X = [X + P @ (mean(R) - own).T for X, own in zip(self.X, R, strict=True)]
+        self.anchor = self.anchor + P @ mean(R).T
 
     def state(self, replica: int) -> list[Tensor]:
         """X, M and Q as the optimizer keeps them."""

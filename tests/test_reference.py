@@ -47,7 +47,14 @@ def ours(rank, world, period, momentum, consensus, rank_fraction):
 @pytest.mark.parametrize("rank_fraction", [0.25, 1.0])
 @pytest.mark.parametrize(
     ("momentum", "consensus"),
-    [("factors", "average"), ("dion", "average"), ("average", "average"), ("local", "average"), ("dion", "none")],
+    [
+        *[
+            (momentum, consensus)
+            for consensus in ("average", "factors")
+            for momentum in ("factors", "dion", "average", "local")
+        ],
+        ("dion", "none"),
+    ],
 )
 def test_every_combination_follows_the_plain_version(replicas, world, period, rank_fraction, momentum, consensus):
     histories = replicas.run(world, ours, period, momentum, consensus, rank_fraction)
