@@ -54,7 +54,7 @@ class Module(pl.LightningModule):
         super().__init__()
         self.net = Net()
         self.trigger, self.optimizer = trigger or EveryNSteps(3), optimizer
-        self.validated, self.batches = [], []
+        self.validated, self.before_validation, self.batches = [], [], []
 
     def training_step(self, batch, batch_idx):
         (tokens,) = batch
@@ -63,7 +63,7 @@ class Module(pl.LightningModule):
 
     def on_validation_start(self):
         if not self.trainer.sanity_checking:
-            self.before_validation = parameters_of(self)
+            self.before_validation.append(parameters_of(self))
 
     def validation_step(self, batch, batch_idx):
         if not self.trainer.sanity_checking:
@@ -119,7 +119,7 @@ def fit(rank, world, folder, strategy_options):
     pl.seed_everything(0, verbose=False)
     module = Module()
     monitor = CommunicationMonitor()
-    checkpoint = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=4)
+    checkpoint = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=8)
     with counted_collectives() as calls:
         counter = Counter(calls)
         trainer = trainer_for(
@@ -177,15 +177,16 @@ def test_what_is_validated_and_what_fit_returns_is_one_model(fitted):
 
 
 def test_the_strategy_reaches_consensus_before_the_modules_own_validation_hooks_end(fitted):
-    # Step 4 is a local one: without a consensus the ranks would validate different models.
+    # Step 4 is a local one, and no checkpoint is due: without a consensus the ranks would validate different models.
     _, (a, _) = fitted
-    assert not same(a["before"], a["validated"][0][: len(a["before"])])
+    first = a["before"][0]
+    assert not same(first, a["validated"][0][: len(first)])
 
 
 def test_a_checkpoint_is_the_consensus_and_plain(fitted):
     folder, (a, _) = fitted
     paths = sorted(folder.glob("*.ckpt"))
-    assert len(paths) == 2
+    assert len(paths) == 1
     saved = torch.load(paths[-1], weights_only=True)
     names = [name for name, _ in Module().named_parameters()]
     assert same([saved["state_dict"][name] for name in names], a["final"])
