@@ -1,5 +1,6 @@
 """CurvaDionStrategy under a real Trainer, with real processes."""
 
+import io
 import os
 import re
 import subprocess
@@ -101,6 +102,17 @@ class Counter(Callback):
         self.batches.append((report is not None and report.synced, self.calls[self._before :]))
 
 
+class Dumped(Callback):
+    """The checkpoint as this rank would write it."""
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        kept = {key: checkpoint[key] for key in ("state_dict", "optimizer_states")}
+        buffer = io.BytesIO()
+        torch.save(kept, buffer)
+        buffer.seek(0)
+        self.seen = torch.load(buffer, weights_only=True)
+
+
 def trainer_for(rank, world, strategy=None, **options):
     return pl.Trainer(
         accelerator="cpu",
@@ -119,6 +131,7 @@ def fit(rank, world, folder, strategy_options):
     pl.seed_everything(0, verbose=False)
     module = Module()
     monitor = CommunicationMonitor()
+    dumped = Dumped()
     checkpoint = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=8)
     with counted_collectives() as calls:
         counter = Counter(calls)
@@ -128,7 +141,7 @@ def fit(rank, world, folder, strategy_options):
             CurvaDionStrategy(**strategy_options),
             val_check_interval=4,
             enable_checkpointing=True,
-            callbacks=[monitor, checkpoint, counter, LearningRateMonitor("step")],
+            callbacks=[monitor, checkpoint, counter, dumped, LearningRateMonitor("step")],
             logger=CSVLogger(folder),
         )
         trainer.fit(module)
@@ -139,6 +152,7 @@ def fit(rank, world, folder, strategy_options):
         "validated": module.validated,
         "before": module.before_validation,
         "final": parameters_of(module),
+        "dumped": dumped.seen,
         "data": module.batches,
         "wrapped": wrapped,
         "summary": summary,
@@ -192,6 +206,21 @@ def test_a_checkpoint_is_the_consensus_and_plain(fitted):
     assert same([saved["state_dict"][name] for name in names], a["final"])
     assert {"momentum", "Q", "norm"} <= set(saved["optimizer_states"][0]["state"][0])
     assert saved["optimizer_states"][0]["trigger"]["trigger"]["type"] == "EveryNSteps"
+
+
+def flat(value, path=""):
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return flat(dict(enumerate(value)), path)
+    return {path: value}
+
+
+def test_any_rank_would_write_the_same_checkpoint(fitted):
+    a, b = (flat(rank["dumped"]) for rank in fitted[1])
+    assert a.keys() == b.keys() and any("momentum" in key for key in a)
+    for key, value in a.items():
+        assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
 
 
 def test_the_summary_counts_what_was_sent(fitted):
