@@ -94,9 +94,12 @@ def test_a_zero_momentum_does_not_move_the_parameters():
     assert all(torch.equal(parameter, torch.ones(4, 3)) for parameter in parameters)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("k", [1, 3])
-def test_descend_is_the_equation(wide, k):
+def test_descend_is_the_equation(wide, k, large, monkeypatch):
+    if large:
+        monkeypatch.setattr(dion, "_LARGE", 1)
     P, Q = dion.orthonormalize(matrices(k, 6, 2)), dion.orthonormalize(matrices(k, 4, 2, seed=1))
     shape = (4, 6) if wide else (6, 4)
     start = [torch.randn(shape) for _ in range(k)]
