@@ -5,12 +5,12 @@ Importing the package registers the strategies.
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_curvadion.callbacks import CommunicationMonitor
-from lightning_curvadion.optimizer import CurvaDion
-from lightning_curvadion.parameters import split_parameters
-from lightning_curvadion.strategy import CurvaDionStrategy
-from lightning_curvadion.sync import ProcessGroupSync
-from lightning_curvadion.triggers import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from .callbacks import CommunicationMonitor
+from .optimizer import CurvaDion
+from .parameters import split_parameters
+from .strategy import CurvaDionStrategy
+from .sync import ProcessGroupSync
+from .triggers import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
 
 CurvaDionStrategy.register_strategies(StrategyRegistry)
 

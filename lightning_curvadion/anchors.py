@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvadion import dion
-from lightning_curvadion.stacks import MatrixStack
+from . import dion
+from .stacks import MatrixStack
 
 
 class Anchors:

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_curvadion.optimizer import CurvaDion
+from .optimizer import CurvaDion
 
 
 class CommunicationMonitor(Callback):

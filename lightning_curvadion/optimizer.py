@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.profiler import record_function
 
-from lightning_curvadion import curvature, dion, faults, vectors
-from lightning_curvadion.hook import SyncHook
-from lightning_curvadion.stacked_optimizer import StackedOptimizer
-from lightning_curvadion.stacks import MatrixStack
-from lightning_curvadion.triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
+from . import curvature, dion, faults, vectors
+from .hook import SyncHook
+from .stacked_optimizer import StackedOptimizer
+from .stacks import MatrixStack
+from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_curvadion.groups import ALGORITHMS, Group, check_choice
+from .groups import ALGORITHMS, Group, check_choice
 
 # Roles in the order of their groups, with what becomes of each and the options of its group.
 _MATRIX, _EMBEDDING, _HEAD, _CONVOLUTION, _NORM, _BIAS, _OTHER = (

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lightning_curvadion.groups import Group, check_group
-from lightning_curvadion.stacks import MatrixStack, batches, new_matrix_state
+from .groups import Group, check_group
+from .stacks import MatrixStack, batches, new_matrix_state
 
 
 class StackedOptimizer(Optimizer):

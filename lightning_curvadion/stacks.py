@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curvadion import dion
+from . import dion
 
 # 16 MiB of float32: enough work a call to hide what a call costs, small enough that the temporaries of a step stay in a
 # CPU's cache and are no memory to speak of on a GPU. Larger matrices have a stack of their own.

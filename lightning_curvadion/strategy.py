@@ -15,8 +15,8 @@ from torch.distributed.constants import default_pg_timeout
 from torch.profiler import record_function
 from typing_extensions import override
 
-from lightning_curvadion.optimizer import CurvaDion
-from lightning_curvadion.sync import ProcessGroupSync
+from .optimizer import CurvaDion
+from .sync import ProcessGroupSync
 
 log = logging.getLogger(__name__)
 

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
-from lightning_curvadion import dion, wire
-from lightning_curvadion.anchors import Anchors, displacement_left_factor, outer_step
-from lightning_curvadion.groups import check_choice
-from lightning_curvadion.optimizer import CurvaDion
+from . import dion, wire
+from .anchors import Anchors, displacement_left_factor, outer_step
+from .groups import check_choice
+from .optimizer import CurvaDion
 
 CONSENSUS = ("average", "factors", "none")
 MOMENTUM = ("factors", "dion", "average", "local")
