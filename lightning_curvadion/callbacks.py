@@ -36,11 +36,11 @@ class CommunicationMonitor(Callback):
     def _count(self, optimizer: Optimizer, *_: Any) -> None:
         self.steps += 1
         self.ddp_bytes += sum(p.nbytes for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        report = optimizer.last_step if isinstance(optimizer, CurvaDion) else None
-        if report is not None and isinstance(optimizer, CurvaDion) and optimizer.sync_hook is not None:
+        report = optimizer.last_step if isinstance(optimizer, CurvaDion) and optimizer.sync_hook is not None else None
+        if report is not None:
             self.sync_steps += report.synced
             self._step_bytes += report.bytes_sent
-        elif optimizer is not None:
+        else:
             # No hook: the replicas communicate through DDP's reducer, at every step.
             self.sync_steps += 1
             self._step_bytes = self.ddp_bytes
