@@ -1,5 +1,6 @@
 """ProcessGroupSync: attaching, consensus, the outer step, and its errors."""
 
+import copy
 import time
 
 import pytest
@@ -184,6 +185,29 @@ def consensus_after_sync(rank, world):
 
 def test_a_consensus_right_after_a_sync_step_takes_no_second_outer_step(replicas):
     assert replicas.run(2, consensus_after_sync) == [True, True]
+
+
+def rewind(rank, world, hook):
+    model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
+
+    def train(steps):
+        for step in steps:
+            train_step(model, optimizer, step, shard=rank)
+        return parameters_of(model)
+
+    train(range(3))
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    model_state, optimizer_state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    once = train(range(3, 8))
+    model.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    again = train(range(3, 8))
+    return all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("hook", [{"wire_format": "bfloat16"}, {"outer_lr": 0.7, "outer_momentum": 0.9}], ids=str)
+def test_loading_a_state_into_a_running_optimizer_forgets_where_it_was(replicas, hook):
+    assert replicas.run(2, rewind, hook) == [True, True]
 
 
 def gan(rank, world):
