@@ -11,7 +11,7 @@ from lightning_curvadion import CurvaDion, IntegratedRMMC, ProcessGroupSync, spl
 
 
 def main() -> None:
-    """Fit random labels of a linear teacher; each rank draws its own data."""
+    """Fit the labels of a linear teacher; each rank draws its own data."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     teacher = torch.randn(32, 10)

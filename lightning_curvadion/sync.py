@@ -160,11 +160,11 @@ class ProcessGroupSync:
         saved = module.state_dict(keep_vars=True)
         self._buffers = [tensor for tensor in saved.values() if not isinstance(tensor, nn.Parameter)]
         rest = [parameter for parameter in module.parameters() if parameter not in self._known]
-        described = [f"buffer {name} {tuple(t.shape)} {t.dtype}" for name, t in saved.items() if isinstance(t, Tensor)]
-        every = rest + list(module.buffers())
-        if every:
-            self._check_equal(described, every[0].device)
-            self._broadcast(every)
+        everything = [*module.named_parameters(), *module.named_buffers()]
+        # Also where this rank has nothing to send: another one may, and would wait for it.
+        described = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in everything]
+        self._check_equal(described, everything[0][1].device)
+        self._broadcast(rest + list(module.buffers()))
 
     def _description(self, optimizer: CurvaDion) -> list[str]:
         lines = [

@@ -66,6 +66,22 @@ def test_replicas_that_differ_get_a_clear_error_on_every_rank(replicas, what):
     assert time.monotonic() - before < 30, "an error, not a time-out"
 
 
+def different_buffers(rank, world, persistent):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if rank == 1:
+        model.register_buffer("extra", torch.zeros(3), persistent=persistent)
+    optimizer = CurvaDion(split_parameters(model))
+    sync = ProcessGroupSync()
+    optimizer.register_sync_hook(sync)
+    with pytest.raises(ValueError, match="replicas differ: rank 0 has 4 entries and rank 1 has 5"):
+        sync.include_module(model)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_only_one_rank_has_are_an_error_and_not_a_hang(replicas, persistent):
+    replicas.run(2, different_buffers, persistent, timeout=20)
+
+
 def second_hook(rank, world):
     _, optimizer = build(hook={})
     with pytest.raises(ValueError, match="already"):
