@@ -1,12 +1,11 @@
 """Where the replicas last agreed: what a replica's parameters moved since then is its displacement."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dion
 from .stacks import MatrixStack
 
 
@@ -20,27 +19,23 @@ class Anchors:
         """Anchor the parameters that have no anchor yet where they are."""
         for parameter in parameters:
             if parameter not in self._anchor:
-                self._anchor[parameter] = parameter.detach().clone()
+                # In float32 at least: a mean of small moves must not be rounded away in a narrow parameter.
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                anchor = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+                self._anchor[parameter] = anchor.copy_(parameter.detach())
 
     def drop(self, parameters: Iterable[Tensor]) -> None:
         """Forget the anchors, since the parameters were set to something else."""
         for parameter in parameters:
             self._anchor.pop(parameter, None)
 
-    def displacement(self, parameter: Tensor) -> Tensor:
-        """``X - anchor`` in float32 at least."""
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return parameter.detach().to(dtype) - self._anchor[parameter].to(dtype)
-
-    def move(self, parameter: Tensor, displacement: Tensor) -> None:
-        """Set parameter and anchor to ``anchor + displacement``: the same bits on all replicas."""
-        anchor = self._anchor[parameter]
-        anchor.add_(displacement)
-        parameter.copy_(anchor)
+    def of(self, parameter: Tensor) -> Tensor:
+        """The anchor of a parameter, contiguous, in float32 at least."""
+        return self._anchor[parameter]
 
     def stacked_displacement(self, stack: MatrixStack) -> Tensor:
         """Displacements of a stack, shape (k, m, n) with m >= n."""
-        displacement = torch.stack([self.displacement(parameter) for parameter in stack.parameters])
+        displacement = torch.stack([parameter.detach() - self._anchor[parameter] for parameter in stack.parameters])
         return displacement.mT if stack.wide else displacement
 
     def move_through_factors(self, stack: MatrixStack, P: Tensor, own_R: Tensor, R: Tensor) -> None:
@@ -51,8 +46,8 @@ class Anchors:
         Args:
             stack: The matrices.
             P: Orthonormal, shape (k, m, r), the same on all replicas.
-            own_R: ``D^T P`` of this replica's displacement D, shape (k, n, r).
-            R: Its mean over the replicas.
+            own_R: What this replica sent of ``D^T P``, D its displacement; shape (k, n, r).
+            R: The mean of what the replicas sent.
         """
         changes, moves = P @ (R - own_R).mT, P @ R.mT
         if stack.wide:
@@ -62,27 +57,31 @@ class Anchors:
             self._anchor[parameter].add_(move)
 
 
-def outer_step(displacements: Sequence[Tensor], states: Sequence[dict[str, Any]], lr: float, momentum: float) -> None:
-    """Turn averaged displacements into outer steps, in place: SGD with Nesterov momentum, as in DiLoCo.
+class OuterStep:
+    """Turns the averaged displacement of a parameter into an outer step: SGD with Nesterov momentum, as in DiLoCo.
 
     Douillard et al., 2023, arXiv:2311.08105, algorithm 1, with the displacement as the negative outer gradient:
     ``v = momentum v + d``, step ``lr (d + momentum v)``.
 
     Args:
-        displacements: Means over the replicas.
-        states: ``state[p]`` of each parameter, where v is kept as ``"outer_momentum"``.
+        state: ``state[p]``, where v is kept as ``"outer_momentum"``.
+        parameter: The parameter.
         lr: Outer learning rate.
         momentum: Outer momentum, 0 for none.
     """
-    for displacement, state in zip(displacements, states, strict=True):
+
+    def __init__(self, state: dict[str, Any], parameter: Tensor, lr: float, momentum: float) -> None:
+        self._lr, self._momentum = lr, momentum
+        self._velocity: Tensor | None = None
         if momentum:
-            velocity = state.setdefault("outer_momentum", torch.zeros_like(displacement))
-            velocity.mul_(momentum).add_(displacement)
-            displacement.add_(velocity, alpha=momentum)
-        displacement.mul_(lr)
+            if "outer_momentum" not in state:
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                state["outer_momentum"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            self._velocity = state["outer_momentum"].view(-1)
 
-
-def displacement_left_factor(anchors: Anchors, stack: MatrixStack) -> Tensor:
-    """``D Q``: local Dion steps are sums of P Q^T, so the momentum's Q is a good sketch of the displacement too."""
-    displacement = anchors.stacked_displacement(stack)
-    return dion.left_factor(displacement, stack.Q.to(displacement.dtype))
+    def __call__(self, displacement: Tensor, start: int, stop: int) -> Tensor:
+        """The step for a range of the flat elements."""
+        if self._velocity is None:
+            return displacement * self._lr
+        velocity = self._velocity[start:stop].mul_(self._momentum).add_(displacement)
+        return (displacement + self._momentum * velocity).mul_(self._lr)

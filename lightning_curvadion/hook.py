@@ -12,14 +12,20 @@ class SyncHook(Protocol):
     Attributes:
         rank: This replica.
         momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what happens to momentum at a sync step.
+        sync_rank_fraction: Rank of the factors that momentum meets through, ``None`` for the rank of the step.
         averages_vector_gradients: Whether vector groups step with the mean gradient at a sync step.
         bytes_sent: Payload sent so far.
     """
 
-    rank: int
     momentum: str
+    sync_rank_fraction: float | None
     averages_vector_gradients: bool
-    bytes_sent: int
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def bytes_sent(self) -> int: ...  # noqa: D102
 
     def attach(self, optimizer: Any) -> None:
         """Check that all replicas hold the same parameters, and start them from the same values."""
@@ -27,11 +33,17 @@ class SyncHook(Protocol):
     def agree(self, signal: Tensor) -> None:
         """Replace a float64 tensor of two elements by the element-wise maximum over the replicas."""
 
-    def mean_left(self, optimizer: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """First exchange of a sync step: the mean of each tensor over the replicas."""
+    def mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+        """First exchange of a sync step.
 
-    def mean_right(self, optimizer: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Second exchange of a sync step."""
+        Args:
+            optimizer: Who asks.
+            factors: Left factors, shape (k, m, r).
+            whole: Tensors that become their means, in place.
 
-    def meet(self, optimizer: Any) -> None:
-        """End of a sync step: bring the parameters together."""
+        Returns:
+            The means of the factors; the factors themselves become what this replica sent of them.
+        """
+
+    def mean_right(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+        """Second exchange of a sync step, the same for right factors; also brings the parameters together."""

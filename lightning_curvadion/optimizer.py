@@ -7,8 +7,7 @@ One step reads as in the paper (arXiv:2512.13728; the Dion update is arXiv:2504.
 2. agrees: the largest RMMC of all replicas, one collective of 16 bytes, and with it whether any gradient is not finite;
 3. decides: the trigger is told that number, so every replica takes the same branch;
 4. steps: with its own :math:`B_i`, or at a sync step with :math:`P = \mathrm{orth}(\mathrm{mean}_i B_i Q)` and
-   :math:`R = \mathrm{mean}_i B_i^\top P`;
-5. after a sync step, meets the other replicas' parameters (:class:`~lightning_curvadion.sync.ProcessGroupSync`).
+   :math:`R = \mathrm{mean}_i B_i^\top P`, where parameters meet too (:class:`~lightning_curvadion.ProcessGroupSync`).
 
 Nothing here communicates: a hook does, see :class:`~lightning_curvadion.hook.SyncHook`.
 """
@@ -206,8 +205,6 @@ class CurvaDion(StackedOptimizer):
         if synced and hook is not None:
             with record_function("curvadion::sync_step"):
                 self._sync_step(stacks, hook)
-            with record_function("curvadion::consensus"):
-                hook.meet(self)
         else:
             with record_function("curvadion::local_step"):
                 self._local_step(stacks, dion_only=synced)
@@ -264,56 +261,75 @@ class CurvaDion(StackedOptimizer):
         self._step_vectors()
 
     def _sync_step(self, stacks: list[MatrixStack], hook: SyncHook) -> None:
-        """Every matrix steps along factors that are the same on all replicas (design of ``momentum``: see the hook)."""
+        """A step at which the replicas meet; what of their momentum does is the hook's ``momentum``."""
         if hook.momentum == "local":
-            hook.mean_left(self, [])
-            hook.mean_right(self, [])
             self._local_step(stacks, dion_only=True)
-            return
-        for stack in stacks:
-            stack.accumulate()
-        if hook.momentum == "average":
-            shared = [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)]
-            for tensor, mean in zip(shared, hook.mean_left(self, shared), strict=True):
-                tensor.copy_(mean)
-            hook.mean_right(self, [])
+            hook.mean_left(self, [], [])
+            hook.mean_right(self, [], [])
+        elif hook.momentum == "average":
+            for stack in stacks:
+                stack.accumulate()
+            hook.mean_left(self, [], [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)])
             for stack in stacks:
                 _dion_step(stack)
+            self._replicas_share_Q = True
             self._step_vectors()
+            hook.mean_right(self, [], [])
+        elif hook.sync_rank_fraction is not None:
+            self._local_step(stacks, dion_only=True)
+            self._thin_meeting(stacks, hook, hook.sync_rank_fraction)
         else:
+            for stack in stacks:
+                stack.accumulate()
             self._factor_step(stacks, hook)
-        self._replicas_share_Q = True
+            self._replicas_share_Q = True
+
+    def _thin_meeting(self, stacks: list[MatrixStack], hook: SyncHook, rank_fraction: float) -> None:
+        """After a step of its own, each replica's momentum takes the mean's part in the span of a few common columns.
+
+        The first columns of Q are the dominant ones: every step orthonormalises them from left to right.
+        """
+        thin = [stack.Q[..., : dion.rank_of(stack.parameters[0].shape, rank_fraction)] for stack in stacks]
+        left = [dion.left_factor(stack.B, Q) for stack, Q in zip(stacks, thin, strict=True)]
+        common = [dion.orthonormalize(mean) for mean in hook.mean_left(self, left, [])]
+        own = [dion.right_factor(stack.B, P) for stack, P in zip(stacks, common, strict=True)]
+        for stack, P, sent, R in zip(stacks, common, own, hook.mean_right(self, own, []), strict=True):
+            dion.feed_back_error_(stack.B, P, sent - R, share=1.0)
 
     def _factor_step(self, stacks: list[MatrixStack], hook: SyncHook) -> None:
         """The Dion factor collectives: P and R are means over the replicas, one exchange each for the whole model."""
         # Where two factors are as large as the matrix, the mean matrix itself is exchanged and both factors follow from
         # it, on every replica alike if they start from one Q.
         dense = [stack.averaging_is_cheaper and self._replicas_share_Q for stack in stacks]
-        left = hook.mean_left(
-            self,
-            [s.momentum if whole else dion.left_factor(s.B, s.Q) for s, whole in zip(stacks, dense, strict=True)],
-        )
-        P, own_R = [], []
-        for number, stack in enumerate(stacks):
-            B = stack.B
-            if dense[number]:
-                B = left[number].mT if stack.wide else left[number]
-                if hook.momentum == "factors":
-                    stack.momentum.copy_(left[number])
-            P.append(dion.orthonormalize(dion.left_factor(B, stack.Q) if dense[number] else left[number]))
-            own_R.append(dion.right_factor(B, P[-1]))
-        to_meet = [R for R, whole in zip(own_R, dense, strict=True) if not whole]
-        graded: list[Tensor] = []
+        thin = [stack for stack, whole in zip(stacks, dense, strict=True) if not whole]
+        # Where replicas keep their own momentum, the mean is formed beside it.
+        shared = {
+            stack: stack.momentum if hook.momentum == "factors" else stack.momentum.clone()
+            for stack, whole in zip(stacks, dense, strict=True)
+            if whole
+        }
+        left = iter(hook.mean_left(self, [dion.left_factor(s.B, s.Q) for s in thin], list(shared.values())))
+        P, own_R = {}, {}
+        for stack in stacks:
+            B = stack.oriented(shared[stack]) if stack in shared else stack.B
+            P[stack] = dion.orthonormalize(dion.left_factor(B, stack.Q) if stack in shared else next(left))
+            own_R[stack] = dion.right_factor(B, P[stack])
+
+        gradients: dict[Tensor, Tensor] = {}
         if hook.averages_vector_gradients:
             graded = [parameter for _, parameters in self.vector_groups() for parameter in parameters]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in graded]
-        right = iter(hook.mean_right(self, to_meet + gradients))
-        for number, stack in enumerate(stacks):
-            if dense[number]:
-                stack.descend(P[number], own_R[number])
+            gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in graded}
+        else:
+            # Before parameters meet, so that they end the step as one.
+            self._step_vectors()
+        right = iter(hook.mean_right(self, [own_R[stack] for stack in thin], list(gradients.values())))
+        for stack in stacks:
+            if stack in shared:
+                stack.descend(P[stack], own_R[stack])
             else:
-                stack.descend(P[number], next(right), own_R[number] if hook.momentum == "factors" else None)
-        self._step_vectors(dict(zip(graded, right, strict=True)))
+                stack.descend(P[stack], next(right), own_R[stack] if hook.momentum == "factors" else None)
+        if gradients:
+            self._step_vectors(gradients)
 
     def _step_vectors(self, mean_gradients: dict[Tensor, Tensor] | None = None) -> None:
         for group, parameters in self.vector_groups():

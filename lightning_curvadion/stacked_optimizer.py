@@ -113,9 +113,9 @@ class StackedOptimizer(Optimizer):
         saved_order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for index, (_, parameter) in zip(saved_order, self.members(), strict=True):
             saved = state_dict["state"].get(index, {})
-            if "norm" in saved:
-                # torch casts every state to the parameter's dtype; RMMC needs its float32.
-                self.state[parameter]["norm"] = saved["norm"].detach().clone().to(parameter.device)
+            for name in saved.keys() & {"norm", "residual", "outer_momentum"}:
+                # torch casts every state to the parameter's dtype; these have one of their own.
+                self.state[parameter][name] = saved[name].detach().clone().to(parameter.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -57,7 +57,11 @@ class MatrixStack:
     @property
     def B(self) -> Tensor:
         """The momentum as the equations see it, at least as tall as wide: a view of shape (k, m, n)."""
-        return self.momentum.mT if self.wide else self.momentum
+        return self.oriented(self.momentum)
+
+    def oriented(self, matrices: Tensor) -> Tensor:
+        """A view of matrices shaped like the parameters that is at least as tall as wide."""
+        return matrices.mT if self.wide else matrices
 
     @property
     def averaging_is_cheaper(self) -> bool:

@@ -1,42 +1,54 @@
-"""ProcessGroupSync: every byte that crosses the network, and its count.
+"""ProcessGroupSync: what the replicas tell each other, and when.
 
-Collectives are called through the ``torch.distributed`` module, so that they can be counted from outside. A local step
-makes one all-reduce of 16 bytes. A sync step makes at most three more, of flat buffers that carry the whole model:
+A local step makes one all-reduce of 16 bytes. A sync step makes at most two exchanges more, of everything at once, so
+that a model of any depth costs as many collectives as one matrix; an exchange is one collective at full width and
+between two replicas, two where coded numbers of more replicas meet (``exchange.py``).
 
-===================  ==========================  =====================  ====================================
-momentum             first                       second                 third
-===================  ==========================  =====================  ====================================
-``"factors"``        P, or B where smaller       R
-``"dion"``           P, or B where smaller       R
+===================  =============================  ================================
+momentum             first exchange                 second
+===================  =============================  ================================
+``"factors"``        P, or B where smaller          R
+``"dion"``           P, or B where smaller          R
 ``"average"``        B and Q
 ``"local"``
-===================  ==========================  =====================  ====================================
+===================  =============================  ================================
 
-consensus            first                       second                 third
-===================  ==========================  =====================  ====================================
-``"average"``                                                           all parameters, buffers
-``"factors"``        left displacement factor    right displ. factor    parameters without factors, buffers
-``"none"``                                       vector gradients
-===================  ==========================  =====================  ====================================
+consensus            first exchange                 second
+===================  =============================  ================================
+``"average"``                                       all parameters, buffers
+``"factors"``        left displacement factor       right displacement factor, parameters without factors, buffers
+``"none"``                                          vector gradients
+===================  =============================  ================================
+
+Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``), parameters meet just before it, which
+comes to the same and saves an exchange.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.profiler import record_function
 
-from . import dion, wire
-from .anchors import Anchors, displacement_left_factor, outer_step
+from . import dion
+from .anchors import Anchors, OuterStep
+from .exchange import CHUNK, Exchange
 from .groups import check_choice
 from .optimizer import CurvaDion
+from .parcels import Averaged, Displacement, Factor, Integers, Parcel
+from .wire import WIRE_FORMATS
 
 CONSENSUS = ("average", "factors", "none")
 MOMENTUM = ("factors", "dion", "average", "local")
+RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Chosen by loss, see examples/benchmarks/README.md.
+FACTOR_FORMAT_BESIDE = {"float32": "float32", "bfloat16": "bfloat16"}
+FACTOR_FORMAT = "int4"
+_CODABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ProcessGroupSync:
@@ -51,20 +63,27 @@ class ProcessGroupSync:
             afterwards bit-identical on all of them. ``"factors"``: the displacement of each matrix since the last
             consensus goes through factors of the optimizer's rank; cheap and inexact. ``"none"``: not at all, the
             paper's literal method, with the mean gradient for vector groups.
-        wire_format: ``"float32"``, or ``"bfloat16"`` for half the bytes: parameters travel as displacements then.
+        wire_format: How parameters travel: ``"float32"``, or coded in ``"bfloat16"``, ``"int8"``, ``"int4"``,
+            ``"int2"`` or ``"sign"`` (16, 8.1, 4.3, 2.3 and 1.1 bits a number) as displacements since the last
+            consensus. What coding loses of a displacement is kept in ``state[p]["residual"]`` and sent another time.
         momentum: What a sync step does to momentum. ``"factors"``: step along the factors of the mean momentum, and the
             part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same factors, and each
             replica keeps its own momentum. ``"average"``: the whole momentum is averaged, and Q with it. ``"local"``:
             nothing, each replica takes its own Dion step (local SGD). Consensus ``"none"`` implies ``"dion"``.
         outer_lr: Learning rate of the outer step on the averaged displacement; 1 takes the average itself.
         outer_momentum: Nesterov momentum of the outer step, as in DiLoCo.
+        factor_format: How momentum travels, its factors or the whole of it, and the factors of displacements and the
+            vector gradients of the other kinds of consensus. ``None`` is ``wire_format`` at 16 bits and more and
+            ``"int4"`` below.
+        sync_rank_fraction: Rank of the factors that a sync step sends over the smaller side of the matrix, where it is
+            to be lower than the optimizer's. Every replica takes a local step of full rank then, and the momenta meet
+            after it in the span of the leading columns. For ``momentum="factors"``.
+        residual_dtype: ``"float32"``, or ``"bfloat16"`` for half the memory, with what that rounds away lost.
+        chunk: Numbers that are coded, sent and decoded at a time; larger payloads take more collectives.
 
-    Memory: a copy of the parameters where ``consensus="factors"``, ``wire_format="bfloat16"`` or an outer step needs
-    it, and one more for ``outer_momentum``. During a sync step, one flat buffer of what is sent.
-
-    Attributes:
-        bytes_sent: Payload of this replica's collectives so far; an all-reduce of n bytes counts n, a broadcast
-            counts n at its source.
+    Memory: a copy of the parameters in float32 where ``consensus="factors"``, a coded ``wire_format`` or an outer step
+    needs it, another one of ``residual_dtype`` for a coded ``wire_format``, and another one for ``outer_momentum``.
+    During a sync step about ``5 * chunk`` numbers, less where the model is smaller, and the factors.
 
     Raises:
         ValueError: On a bad argument, or a combination that would do nothing.
@@ -78,14 +97,25 @@ class ProcessGroupSync:
         momentum: str = "factors",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        factor_format: str | None = None,
+        sync_rank_fraction: float | None = None,
+        residual_dtype: str = "float32",
+        chunk: int = CHUNK,
     ) -> None:
         check_choice("consensus", consensus, CONSENSUS)
-        check_choice("wire_format", wire_format, wire.WIRE_FORMATS)
+        check_choice("wire_format", wire_format, WIRE_FORMATS)
         check_choice("momentum", momentum, MOMENTUM)
+        if factor_format is None:
+            factor_format = FACTOR_FORMAT_BESIDE.get(wire_format, FACTOR_FORMAT)
+        check_choice("factor_format", factor_format, WIRE_FORMATS)
+        residual_dtype = str(residual_dtype).removeprefix("torch.")
+        check_choice("residual_dtype", residual_dtype, tuple(RESIDUAL_DTYPES))
         if not outer_lr > 0:
             raise ValueError(f"outer_lr must be > 0, not {outer_lr}; 1.0 takes the average itself")
         if not 0 <= outer_momentum < 1:
             raise ValueError(f"outer_momentum must be in [0, 1), not {outer_momentum}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 number, not {chunk}; {CHUNK} is the default")
         steps_outside = (outer_lr, outer_momentum) != (1.0, 0.0)
         if steps_outside and consensus != "average":
             raise ValueError(f'an outer step needs consensus="average", not {consensus!r}')
@@ -93,48 +123,81 @@ class ProcessGroupSync:
             if momentum not in ("factors", "dion"):
                 raise ValueError(f'consensus="none" implies momentum="dion", not {momentum!r}')
             momentum = "dion"
+        if sync_rank_fraction is not None:
+            if not 0 < sync_rank_fraction <= 1:
+                raise ValueError(f"sync_rank_fraction must be in (0, 1], not {sync_rank_fraction}")
+            if momentum != "factors":
+                raise ValueError(
+                    'sync_rank_fraction is the rank of what momentum="factors" sends and needs a consensus of'
+                    f" parameters; leave it out with momentum={momentum!r}, consensus={consensus!r}"
+                )
+        if momentum == "average" and factor_format in ("int2", "sign"):
+            warnings.warn(
+                f"a whole momentum in {factor_format} is known to hurt the loss; use factor_format='int4', or"
+                " momentum='factors'",
+                stacklevel=2,
+            )
         self.consensus = consensus
         self.wire_format = wire_format
         self.momentum = momentum
         self.outer_lr = outer_lr
         self.outer_momentum = outer_momentum
+        self.factor_format = factor_format
+        self.sync_rank_fraction = sync_rank_fraction
+        self.residual_dtype = residual_dtype
         self.averages_vector_gradients = consensus == "none"
-        self.bytes_sent = 0
-        self.rank = 0
-        self.world_size = 1
-        self._group = group
+        self._exchange = Exchange(group, chunk)
         self._steps_outside = steps_outside
         self._needs_anchors = (
             consensus == "factors" or steps_outside or (consensus == "average" and wire_format != "float32")
         )
         self._anchors = Anchors()
         self._known: set[Tensor] = set()
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[str, Tensor] = {}
         # Optimizers that have met since their last step, and whether with their state: once is enough.
         self._met: dict[CurvaDion, bool] = {}
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
 
+    @property
+    def rank(self) -> int:
+        """This replica."""
+        return self._exchange.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of replicas."""
+        return self._exchange.world_size
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload of this replica's collectives so far; a mean of n bytes, coded or not, counts n."""
+        return self._exchange.bytes_sent
+
     # -- getting together -------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: CurvaDion) -> None:
-        """Check in one collective that all replicas train the same model alike, then broadcast rank 0's values.
+        """Check that all replicas train the same model alike, then broadcast rank 0's values.
 
         Called by :meth:`CurvaDion.register_sync_hook <lightning_curvadion.CurvaDion.register_sync_hook>`.
 
         Raises:
-            ValueError: No process group, or replicas that differ: on every rank, naming the first difference.
+            ValueError: No process group, a backend or a parameter that the wire formats do not fit, or replicas that
+                differ: on every rank, naming the first difference.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
                 "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
-        self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        self._exchange.join()
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
+        for parameter in parameters:
+            optimizer.state[parameter].pop("residual", None)
         self._check_equal(self._description(optimizer), parameters[0].device)
+        self._check_formats(optimizer, parameters[0].device)
         floating, integers = _state_tensors(optimizer)
-        self._broadcast(parameters + floating + integers)
+        self._exchange.broadcast(parameters + list(floating.values()) + integers)
         _write_back_steps(optimizer, integers)
         self._known.update(parameters)
         optimizer.register_step_pre_hook(lambda opt, *_: self._before_step(cast(CurvaDion, opt)))
@@ -143,7 +206,7 @@ class ProcessGroupSync:
     def _before_step(self, optimizer: CurvaDion) -> None:
         self._met.pop(optimizer, None)
         if self._needs_anchors:
-            self._anchors.capture(_trainable(optimizer))
+            self._anchors.capture(_trainable(optimizer).values())
 
     def _forget(self, optimizer: CurvaDion) -> None:
         """A state was loaded: the consensus is wherever the parameters are by the next step."""
@@ -158,18 +221,19 @@ class ProcessGroupSync:
         after the hook is attached.
         """
         saved = module.state_dict(keep_vars=True)
-        self._buffers = [tensor for tensor in saved.values() if not isinstance(tensor, nn.Parameter)]
+        self._buffers = {name: tensor for name, tensor in saved.items() if not isinstance(tensor, nn.Parameter)}
         rest = [parameter for parameter in module.parameters() if parameter not in self._known]
         everything = [*module.named_parameters(), *module.named_buffers()]
         # Also where this rank has nothing to send: another one may, and would wait for it.
         described = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in everything]
         self._check_equal(described, everything[0][1].device)
-        self._broadcast(rest + list(module.buffers()))
+        self._exchange.broadcast(rest + list(module.buffers()))
 
     def _description(self, optimizer: CurvaDion) -> list[str]:
+        settings = ["consensus", "wire_format", "momentum", "outer_lr", "outer_momentum"]
+        settings += ["factor_format", "sync_rank_fraction", "residual_dtype"]
         lines = [
-            f"hook consensus={self.consensus} wire_format={self.wire_format} momentum={self.momentum}"
-            f" outer_lr={self.outer_lr} outer_momentum={self.outer_momentum}",
+            "hook " + " ".join(f"{name}={getattr(self, name)}" for name in settings),
             f"trigger {type(optimizer.trigger).__name__} {sorted(vars(optimizer.trigger).items())}",
         ]
         names = optimizer.named_parameters()
@@ -185,68 +249,129 @@ class ProcessGroupSync:
     def _check_equal(self, description: list[str], device: torch.device) -> None:
         digest = hashlib.sha256("\n".join(description).encode()).digest()
         own = torch.tensor(list(digest), dtype=torch.uint8, device=device)
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        self.bytes_sent += own.nbytes
-        dist.all_gather(everyone, own, group=self._group)
-        if all(torch.equal(other, own) for other in everyone):
+        if all(torch.equal(other, own) for other in self._exchange.gather(own)):
             return
-        descriptions: list[Any] = [None] * self.world_size
-        dist.all_gather_object(descriptions, description, group=self._group)
-        raise ValueError(_first_difference(descriptions))
+        raise ValueError(_first_difference(self._exchange.gather_objects(description)))
 
-    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
-        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = wire.pack([tensor.detach() for tensor in alike], dtype)
-            self.bytes_sent += flat.nbytes if self.rank == 0 else 0
-            dist.broadcast(flat, src=source, group=self._group)
-            with torch.no_grad():
-                for tensor, value in zip(alike, wire.unpack(flat, alike), strict=True):
-                    tensor.copy_(value)
+    def _check_formats(self, optimizer: CurvaDion, device: torch.device) -> None:
+        """By now all replicas are known to be alike, so that all raise or none."""
+        coded = [name for name in ("wire_format", "factor_format") if getattr(self, name) != "float32"]
+        if not coded:
+            return
+        chosen = ", ".join(f"{name}={getattr(self, name)!r}" for name in coded)
+        for name, parameter in optimizer.named_parameters():
+            if parameter.dtype not in _CODABLE:
+                raise ValueError(
+                    f"{name} is {parameter.dtype}, which {chosen} cannot code (float32, float16 and bfloat16 can be);"
+                    " use wire_format='float32', which sends it as it is"
+                )
+        try:
+            self._exchange.average([Averaged("probe", torch.zeros(1, device=device), getattr(self, coded[0]))])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the {self._exchange.backend} backend cannot carry {chosen} ({error}); wire_format='float32' it can,"
+                " and gloo (CPU) and nccl (GPU) carry every format"
+            ) from error
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def agree(self, signal: Tensor) -> None:
         """Replace ``signal``, two float64, by its element-wise maximum over the replicas: all a local step sends."""
-        self.bytes_sent += signal.nbytes
-        dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
+        self._exchange.maximum(signal)
 
-    def mean_left(self, optimizer: CurvaDion, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Mean over the replicas of what a sync step exchanges first: left factors, or momentum."""
-        if self.consensus != "factors":
-            return self._mean(tensors)
-        sketches = [displacement_left_factor(self._anchors, stack) for stack in optimizer.matrix_stacks()]
-        means = self._mean([*tensors, *sketches])
-        self._displacement_P = [dion.orthonormalize(sketch) for sketch in means[len(tensors) :]]
-        return means[: len(tensors)]
+    def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+        """First exchange of a sync step; see :class:`~lightning_curvadion.hook.SyncHook`."""
+        parcels = [self._factor("left factors of the momentum", factor) for factor in factors]
+        sketches = []
+        if self.consensus == "factors":
+            sketches = [
+                # Local Dion steps are sums of P Q^T, so the momentum's Q is a good sketch of the displacement too.
+                self._factor("left factors of the displacement", dion.left_factor(displacement, stack.Q))
+                for stack in optimizer.matrix_stacks()
+                for displacement in [self._anchors.stacked_displacement(stack)]
+            ]
+        self._exchange.average([*parcels, *self._whole(whole), *sketches])
+        self._displacement_P = [dion.orthonormalize(sketch.mean) for sketch in sketches]
+        return [parcel.mean for parcel in parcels]
 
-    def mean_right(self, optimizer: CurvaDion, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Mean over the replicas of what a sync step exchanges second: right factors, gradients of vector groups."""
-        if self.consensus != "factors":
-            return self._mean(tensors)
-        stacks, anchors = optimizer.matrix_stacks(), self._anchors
+    def mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+        """Second exchange of a sync step, parameters and buffers included."""
+        parcels = [self._factor("right factors of the momentum", factor) for factor in factors]
+        stacks = optimizer.matrix_stacks() if self.consensus == "factors" else []
         own = [
-            dion.right_factor(anchors.stacked_displacement(stack), P)
+            dion.right_factor(self._anchors.stacked_displacement(stack), P)
             for stack, P in zip(stacks, self._displacement_P, strict=True)
         ]
-        means = self._mean([*tensors, *own])
-        for stack, P, own_R, R in zip(stacks, self._displacement_P, own, means[len(tensors) :], strict=True):
-            anchors.move_through_factors(stack, P, own_R, R)
+        moves = [self._factor("right factors of the displacement", R) for R in own]
+        self._exchange.average([*parcels, *self._whole(whole), *moves, *self._meeting(optimizer)])
+        for stack, P, own_R, move in zip(stacks, self._displacement_P, own, moves, strict=True):
+            self._anchors.move_through_factors(stack, P, own_R, move.mean)
         self._displacement_P = []
-        return means[: len(tensors)]
+        if self.consensus == "average":
+            self._met[optimizer] = False
+        return [parcel.mean for parcel in parcels]
 
-    def meet(self, optimizer: CurvaDion) -> None:
-        """End of a sync step: the consensus that the third exchange carries."""
+    def _factor(self, name: str, factor: Tensor) -> Factor:
+        return Factor(f"{name}, {tuple(factor.shape)},", factor, self.factor_format)
+
+    def _whole(self, tensors: Sequence[Tensor]) -> list[Parcel]:
+        return [Averaged(f"momentum {tuple(tensor.shape)}", tensor, self.factor_format) for tensor in tensors]
+
+    def _meeting(self, optimizer: CurvaDion) -> list[Parcel]:
+        """Parameters and buffers, as the consensus of a sync step wants them."""
         if self.consensus == "none":
-            return
+            return []
         parameters = _trainable(optimizer)
         if self.consensus == "factors":
             factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
-            parameters = [parameter for parameter in parameters if parameter not in factored]
-        self._average(optimizer, parameters, self._buffers, self.wire_format)
-        if self.consensus == "average":
-            self._met[optimizer] = False
+            parameters = {name: p for name, p in parameters.items() if p not in factored}
+        return [*self._moves(optimizer, parameters, self.wire_format), *self._exact(self._buffers)]
+
+    def _moves(
+        self,
+        optimizer: CurvaDion,
+        parameters: dict[str, Tensor],
+        wire_format: str,
+        settle: bool = False,
+        outer: bool = True,
+    ) -> list[Parcel]:
+        """What brings parameters together: themselves, or their displacements.
+
+        Args:
+            optimizer: Keeper of the state.
+            parameters: By name.
+            wire_format: A coded one uses and keeps residuals.
+            settle: With ``"float32"``, send the residuals too, and have none any more.
+            outer: Whether an outer step is due.
+        """
+        if not self._needs_anchors:
+            return [Averaged(name, parameter) for name, parameter in parameters.items()]
+        self._anchors.capture(parameters.values())
+        parcels: list[Parcel] = []
+        for name, parameter in parameters.items():
+            state = optimizer.state[parameter]
+            residual = state.pop("residual", None) if settle else None
+            if wire_format != "float32":
+                if "residual" not in state:
+                    dtype = RESIDUAL_DTYPES[self.residual_dtype]
+                    state["residual"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+                residual = state["residual"]
+            step = (
+                OuterStep(state, parameter, self.outer_lr, self.outer_momentum)
+                if outer and self._steps_outside
+                else None
+            )
+            parcels.append(Displacement(name, parameter, self._anchors.of(parameter), wire_format, residual, step))
+        return parcels
+
+    def _exact(self, tensors: dict[str, Tensor]) -> list[Parcel]:
+        """Means at full width; of integers rank 0's."""
+        return [
+            Averaged(name, tensor) if tensor.is_floating_point() else Integers(name, tensor, self.rank, self.world_size)
+            for name, tensor in tensors.items()
+        ]
+
+    # -- consensus whatever the trigger says ------------------------------------------------------------------------
 
     def reach_consensus(self, optimizers: CurvaDion | Iterable[CurvaDion], include_state: bool = False) -> None:
         """Make all replicas one model now, whatever the trigger and the kind of consensus: an average at full width.
@@ -256,86 +381,51 @@ class ProcessGroupSync:
 
         Args:
             optimizers: The attached optimizers, the same in every process.
-            include_state: Also average their state, so that a checkpoint of any replica is the checkpoint of all.
-                Frozen parameters take part then.
+            include_state: Also average their state, so that a checkpoint of any replica is the checkpoint of all, and
+                settle what coding has kept back so far: the parameters get it whole. Frozen parameters take part then.
         """
         for optimizer in [optimizers] if isinstance(optimizers, CurvaDion) else optimizers:
             met_state = self._met.get(optimizer)
             if met_state or (met_state is False and not include_state):
                 continue
-            moved = met_state is None
             optimizer.init_state()
-            frozen = [p for _, p in optimizer.named_parameters() if not p.requires_grad] if include_state else []
-            parameters = (_trainable(optimizer) if moved else []) + frozen
-            state, steps = _state_tensors(optimizer) if include_state else ([], [])
-            if self._needs_anchors:
-                self._anchors.capture(parameters)
-            self._average(optimizer, parameters, [*(self._buffers if moved else ()), *state, *steps], "float32")
-            _write_back_steps(optimizer, steps)
+            moved = met_state is None
+            trainable = _trainable(optimizer)
+            kept_back = include_state and any("residual" in optimizer.state[p] for p in trainable.values())
+            parcels: list[Parcel] = []
+            if moved or kept_back:
+                parcels += self._moves(optimizer, trainable, "float32", settle=include_state, outer=moved)
+            if moved:
+                parcels += self._exact(self._buffers)
+            steps: list[Tensor] = []
             if include_state:
+                frozen = {name: p for name, p in optimizer.named_parameters() if not p.requires_grad}
+                state, steps = _state_tensors(optimizer)
+                parcels += self._exact({**frozen, **state, **dict(zip(["step counts"], steps, strict=False))})
+            self._exchange.average(parcels)
+            if include_state:
+                _write_back_steps(optimizer, steps)
                 optimizer.replicas_share_state()
+                # A run that resumes has no other anchor than the parameters.
+                self._anchors.drop(trainable.values())
             self._met[optimizer] = include_state
 
-    def _average(
-        self, optimizer: CurvaDion, parameters: list[Tensor], others: Sequence[Tensor], wire_format: str
-    ) -> None:
-        """Bring parameters together in ``wire_format``, and other tensors at full width, integers as rank 0's."""
-        anchors = self._anchors if self._needs_anchors else None
-        payload = [anchors.displacement(p) if anchors else p.detach() for p in parameters]
-        floating = [tensor for tensor in others if tensor.is_floating_point()]
-        integers = [tensor for tensor in others if not tensor.is_floating_point()]
-        numbers = [wire.integers_to_numbers(tensor) for tensor in integers]
-        if self.rank != 0:
-            numbers = [torch.zeros_like(number) for number in numbers]
-        if wire_format == "float32":
-            means = self._mean([*payload, *floating], wire_format, numbers)
-        else:
-            means = self._mean(payload, wire_format) + self._mean(floating, "float32", numbers)
-        split = len(payload), len(payload) + len(floating)
-        moves, means, numbers = means[: split[0]], means[split[0] : split[1]], means[split[1] :]
-        with torch.no_grad():
-            if self._steps_outside:
-                states = [optimizer.state[parameter] for parameter in parameters]
-                outer_step(moves, states, self.outer_lr, self.outer_momentum)
-            for parameter, move in zip(parameters, moves, strict=True):
-                if anchors:
-                    anchors.move(parameter, move)
-                else:
-                    parameter.copy_(move)
-            for tensor, mean in zip(floating, means, strict=True):
-                tensor.copy_(mean)
-            for tensor, number in zip(integers, numbers, strict=True):
-                tensor.copy_(wire.numbers_to_integers(number, like=tensor))
 
-    def _mean(
-        self, tensors: Sequence[Tensor], wire_format: str | None = None, summed: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
-        """Means of ``tensors`` and sums of ``summed`` over the replicas, in one all-reduce of one flat buffer."""
-        everything = [*tensors, *summed]
-        if not everything:
-            return []
-        flat = wire.pack(everything, wire.wire_dtype(wire_format or self.wire_format, everything))
-        # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
-        flat[: sum(tensor.numel() for tensor in tensors)].div_(self.world_size)
-        self.bytes_sent += flat.nbytes
-        with record_function("curvadion::exchange"):
-            dist.all_reduce(flat, group=self._group)
-        return wire.unpack(flat, everything)
+def _trainable(optimizer: CurvaDion) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in optimizer.named_parameters() if parameter.requires_grad}
 
 
-def _trainable(optimizer: CurvaDion) -> list[Tensor]:
-    return [parameter for _, parameter in optimizer.named_parameters() if parameter.requires_grad]
-
-
-def _state_tensors(optimizer: CurvaDion) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating-point state of all parameters, and one integer tensor with their step counts."""
-    floating: list[Tensor] = []
+def _state_tensors(optimizer: CurvaDion) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Floating-point state that replicas may share, by name, and one integer tensor with all step counts."""
+    floating: dict[str, Tensor] = {}
     steps: list[int] = []
     device = torch.device("cpu")
-    for _, parameter in optimizer.named_parameters():
+    for parameter_name, parameter in optimizer.named_parameters():
         device = parameter.device
         state = optimizer.state[parameter]
-        floating += [state[name] for name in sorted(state) if isinstance(state[name], Tensor)]
+        for name in sorted(state):
+            if isinstance(state[name], Tensor) and name != "residual":
+                floating[f"{name} of {parameter_name}"] = state[name]
         steps += [state["step"]] if "step" in state else []
     return floating, [torch.tensor(steps, dtype=torch.int64, device=device)] if steps else []
 

@@ -37,8 +37,11 @@ class Matrix:
     def step(self, gradients: list[Tensor], sync: bool, momentum: str, consensus: str, lr: float, mu: float, wd: float):
         B = [M + (G.T if self.wide else G) for M, G in zip(self.M, gradients, strict=True)]
         replicas = range(len(B))
-        if sync and consensus == "factors":
-            self.meet_through_factors()
+        # Displacements meet with the momentum: around the step where that is each replica's own.
+        through_factors = sync and consensus == "factors"
+        P_displacement = self.common_basis() if through_factors and momentum != "local" else None
+        if through_factors and momentum in ("factors", "dion"):
+            self.meet_through_factors(P_displacement)
         if not sync or momentum == "local":
             P = [orthonormal(B[i] @ self.Q[i]) for i in replicas]
             R = [B[i].T @ P[i] for i in replicas]
@@ -58,13 +61,16 @@ class Matrix:
             self.M[i] = B[i] - (1 - mu) * P[i] @ R[i].T
             self.Q[i] = unit(R[i])
             self.X[i] = (1 - lr * wd) * self.X[i] - lr * self.scale * P[i] @ self.Q[i].T
+        if through_factors and momentum in ("average", "local"):
+            self.meet_through_factors(self.common_basis() if P_displacement is None else P_displacement)
         if sync and consensus == "average":
             self.X = [mean(self.X)] * len(B)
 
-    def meet_through_factors(self) -> None:
-        D = [X - self.anchor for X in self.X]
-        P = orthonormal(mean([D[i] @ self.Q[i] for i in range(len(D))]))
-        R = [Di.T @ P for Di in D]
+    def common_basis(self) -> Tensor:
+        return orthonormal(mean([(X - self.anchor) @ Q for X, Q in zip(self.X, self.Q, strict=True)]))
+
+    def meet_through_factors(self, P: Tensor) -> None:
+        R = [(X - self.anchor).T @ P for X in self.X]
         self.X = [X + P @ (mean(R) - own).T for X, own in zip(self.X, R, strict=True)]
         self.anchor = self.anchor + P @ mean(R).T
 

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LARGEST_WORLD = 3
-
 
 class Failed(AssertionError):
     """A replica raised; the message is its traceback."""
@@ -66,8 +64,12 @@ def counted_collectives() -> Iterator[CountedCollectives]:
 
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            payload = next((value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)), None)
-            calls.append((name, 0 if payload is None else payload.nbytes))
+            tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
+            # What is sent comes last: all_to_all_single and its like are told first where to receive.
+            size = tensors[-1].nbytes if tensors else 0
+            if name == "all_to_all_single":
+                size = size // dist.get_world_size() * (dist.get_world_size() - 1)
+            calls.append((name, size))
             calls.callers.append(sys._getframe(1).f_globals["__name__"])
             return original(*args, **kwargs)
 
@@ -113,9 +115,9 @@ class Replicas:
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
         context = mp.get_context("spawn")
-        while len(self._workers) < LARGEST_WORLD:
+        while len(self._workers) < world:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -132,7 +134,7 @@ class Replicas:
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         """``[function(rank, world, *args) for rank in range(world)]``, each in its process with a gloo group."""
-        self._start()
+        self._start(world)
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")
             connections = [connection for _, connection in self._workers[:world]]

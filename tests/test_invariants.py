@@ -141,13 +141,13 @@ def collectives(rank, world, layers, hook, period=2, rank_fraction=0.25, steps=4
 
 @pytest.mark.parametrize("layers", [2, 24])
 @pytest.mark.parametrize("hook", [*HOOKS, OUTER], ids=name_of)
-def test_a_local_step_is_one_small_collective_and_a_sync_step_at_most_four(replicas, layers, hook):
+def test_a_local_step_is_one_small_collective_and_a_sync_step_at_most_three(replicas, layers, hook):
     for counts in replicas.run(2, collectives, layers, hook):
         assert [report.synced for report, _ in counts] == [False, True, False, True]
         for report, calls in counts:
             assert report.bytes_sent == sum(size for _, size in calls)
             if report.synced:
-                assert len(calls) <= 4
+                assert len(calls) <= 3
             else:
                 assert [size for _, size in calls] == [16]
 
@@ -160,7 +160,7 @@ def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
     parameters = 4 * sum(p.numel() for p in build(2)[0].parameters())
     # Running mean and variance, and one 64-bit counter that travels as eight small numbers.
     buffers = 4 * (16 + 16) + 4 * 8
-    assert [size for _, size in calls] == [16, *factors, parameters + buffers]
+    assert [size for _, size in calls] == [16, factors[0], factors[1] + parameters + buffers]
 
 
 def test_a_matrix_travels_whole_where_its_factors_would_be_larger_and_replicas_share_Q(replicas):

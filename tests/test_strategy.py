@@ -156,7 +156,7 @@ def fit(rank, world, folder, strategy_options):
         "data": module.batches,
         "wrapped": wrapped,
         "summary": summary,
-        "sent": (monitor.bytes_sent(trainer), calls.of("lightning_curvadion.sync")),
+        "sent": (monitor.bytes_sent(trainer), calls.of("lightning_curvadion.exchange")),
     }
 
 
