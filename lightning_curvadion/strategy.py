@@ -15,6 +15,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.profiler import record_function
 from typing_extensions import override
 
+from .exchange import CHUNK
 from .optimizer import CurvaDion
 from .sync import ProcessGroupSync
 
@@ -33,11 +34,15 @@ class CurvaDionStrategy(DDPStrategy):
     Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
 
     Args:
-        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next four.
-        wire_format: Number format of what is sent.
+        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next eight.
+        wire_format: How parameters travel, from ``"float32"`` down to ``"int2"`` and ``"sign"``.
         momentum: What a sync step does to momentum.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
+        factor_format: How momentum travels.
+        sync_rank_fraction: Rank of the factors that momentum meets through.
+        residual_dtype: Of what coding keeps back, ``"float32"`` or ``"bfloat16"``.
+        chunk: Numbers that are sent at a time.
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
         cluster_environment: Who launches the processes.
@@ -64,6 +69,10 @@ class CurvaDionStrategy(DDPStrategy):
         momentum: str = "factors",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
+        factor_format: str | None = None,
+        sync_rank_fraction: float | None = None,
+        residual_dtype: str = "float32",
+        chunk: int = CHUNK,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -96,6 +105,10 @@ class CurvaDionStrategy(DDPStrategy):
             "momentum": momentum,
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,
+            "factor_format": factor_format,
+            "sync_rank_fraction": sync_rank_fraction,
+            "residual_dtype": residual_dtype,
+            "chunk": chunk,
         }
         self.sync = self._new_sync()
         self._training = False

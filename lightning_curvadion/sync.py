@@ -24,7 +24,6 @@ Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``
 comes to the same and saves an exchange.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from . import dion
+from .alike import check_equal, check_formats, describe_module, describe_optimizer
 from .anchors import Anchors, OuterStep
 from .exchange import CHUNK, Exchange
 from .groups import check_choice
@@ -44,11 +44,22 @@ from .wire import WIRE_FORMATS
 
 CONSENSUS = ("average", "factors", "none")
 MOMENTUM = ("factors", "dion", "average", "local")
+# What all replicas must have chosen alike.
+_SETTINGS = (
+    "consensus",
+    "wire_format",
+    "momentum",
+    "outer_lr",
+    "outer_momentum",
+    "factor_format",
+    "sync_rank_fraction",
+    "residual_dtype",
+    "chunk",
+)
 RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Chosen by loss, see examples/benchmarks/README.md.
 FACTOR_FORMAT_BESIDE = {"float32": "float32", "bfloat16": "bfloat16"}
 FACTOR_FORMAT = "int4"
-_CODABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ProcessGroupSync:
@@ -145,6 +156,7 @@ class ProcessGroupSync:
         self.factor_format = factor_format
         self.sync_rank_fraction = sync_rank_fraction
         self.residual_dtype = residual_dtype
+        self.chunk = chunk
         self.averages_vector_gradients = consensus == "none"
         self._exchange = Exchange(group, chunk)
         self._steps_outside = steps_outside
@@ -194,8 +206,11 @@ class ProcessGroupSync:
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
         for parameter in parameters:
             optimizer.state[parameter].pop("residual", None)
-        self._check_equal(self._description(optimizer), parameters[0].device)
-        self._check_formats(optimizer, parameters[0].device)
+        device = parameters[0].device
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        check_equal(self._exchange, [f"hook {settings}", *describe_optimizer(optimizer)], device)
+        formats = {name: settings[name] for name in ("wire_format", "factor_format")}
+        check_formats(self._exchange, optimizer, formats, device)
         floating, integers = _state_tensors(optimizer)
         self._exchange.broadcast(parameters + list(floating.values()) + integers)
         _write_back_steps(optimizer, integers)
@@ -223,55 +238,9 @@ class ProcessGroupSync:
         saved = module.state_dict(keep_vars=True)
         self._buffers = {name: tensor for name, tensor in saved.items() if not isinstance(tensor, nn.Parameter)}
         rest = [parameter for parameter in module.parameters() if parameter not in self._known]
-        everything = [*module.named_parameters(), *module.named_buffers()]
         # Also where this rank has nothing to send: another one may, and would wait for it.
-        described = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in everything]
-        self._check_equal(described, everything[0][1].device)
+        check_equal(self._exchange, describe_module(module), next(module.parameters()).device)
         self._exchange.broadcast(rest + list(module.buffers()))
-
-    def _description(self, optimizer: CurvaDion) -> list[str]:
-        settings = ["consensus", "wire_format", "momentum", "outer_lr", "outer_momentum"]
-        settings += ["factor_format", "sync_rank_fraction", "residual_dtype"]
-        lines = [
-            "hook " + " ".join(f"{name}={getattr(self, name)}" for name in settings),
-            f"trigger {type(optimizer.trigger).__name__} {sorted(vars(optimizer.trigger).items())}",
-        ]
-        names = optimizer.named_parameters()
-        for group in optimizer.param_groups:
-            options = {key: group[key] for key in ("algorithm", "rank_fraction", "local_update")}
-            for parameter in group["params"]:
-                name, _ = next(names)
-                state = sorted(optimizer.state[parameter])
-                trained = "" if parameter.requires_grad else " frozen"
-                lines.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}{trained} {options} {state}")
-        return lines
-
-    def _check_equal(self, description: list[str], device: torch.device) -> None:
-        digest = hashlib.sha256("\n".join(description).encode()).digest()
-        own = torch.tensor(list(digest), dtype=torch.uint8, device=device)
-        if all(torch.equal(other, own) for other in self._exchange.gather(own)):
-            return
-        raise ValueError(_first_difference(self._exchange.gather_objects(description)))
-
-    def _check_formats(self, optimizer: CurvaDion, device: torch.device) -> None:
-        """By now all replicas are known to be alike, so that all raise or none."""
-        coded = [name for name in ("wire_format", "factor_format") if getattr(self, name) != "float32"]
-        if not coded:
-            return
-        chosen = ", ".join(f"{name}={getattr(self, name)!r}" for name in coded)
-        for name, parameter in optimizer.named_parameters():
-            if parameter.dtype not in _CODABLE:
-                raise ValueError(
-                    f"{name} is {parameter.dtype}, which {chosen} cannot code (float32, float16 and bfloat16 can be);"
-                    " use wire_format='float32', which sends it as it is"
-                )
-        try:
-            self._exchange.average([Averaged("probe", torch.zeros(1, device=device), getattr(self, coded[0]))])
-        except RuntimeError as error:
-            raise ValueError(
-                f"the {self._exchange.backend} backend cannot carry {chosen} ({error}); wire_format='float32' it can,"
-                " and gloo (CPU) and nccl (GPU) carry every format"
-            ) from error
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -391,17 +360,18 @@ class ProcessGroupSync:
             optimizer.init_state()
             moved = met_state is None
             trainable = _trainable(optimizer)
-            kept_back = include_state and any("residual" in optimizer.state[p] for p in trainable.values())
-            parcels: list[Parcel] = []
-            if moved or kept_back:
-                parcels += self._moves(optimizer, trainable, "float32", settle=include_state, outer=moved)
-            if moved:
-                parcels += self._exact(self._buffers)
+            due = dict(trainable) if moved else {}
+            others = dict(self._buffers) if moved else {}
             steps: list[Tensor] = []
             if include_state:
-                frozen = {name: p for name, p in optimizer.named_parameters() if not p.requires_grad}
+                # Also of parameters frozen since.
+                due.update((name, p) for name, p in optimizer.named_parameters() if "residual" in optimizer.state[p])
+                frozen = {
+                    name: p for name, p in optimizer.named_parameters() if not p.requires_grad and name not in due
+                }
                 state, steps = _state_tensors(optimizer)
-                parcels += self._exact({**frozen, **state, **dict(zip(["step counts"], steps, strict=False))})
+                others.update({**frozen, **state, **dict(zip(["step counts"], steps, strict=False))})
+            parcels = self._moves(optimizer, due, "float32", settle=include_state, outer=moved) + self._exact(others)
             self._exchange.average(parcels)
             if include_state:
                 _write_back_steps(optimizer, steps)
@@ -434,17 +404,3 @@ def _write_back_steps(optimizer: CurvaDion, integers: Sequence[Tensor]) -> None:
     counted = [state for _, p in optimizer.named_parameters() if "step" in (state := optimizer.state[p])]
     for state, step in zip(counted, integers[0].tolist() if integers else (), strict=False):
         state["step"] = step
-
-
-def _first_difference(descriptions: Sequence[list[str]]) -> str:
-    reference = descriptions[0]
-    for rank, other in enumerate(descriptions):
-        for ours, theirs in zip(reference, other, strict=False):
-            if ours != theirs:
-                return f"replicas differ: rank 0 has [{ours}] where rank {rank} has [{theirs}]; {_REMEDY}"
-        if len(other) != len(reference):
-            return f"replicas differ: rank 0 has {len(reference)} entries and rank {rank} has {len(other)}; {_REMEDY}"
-    raise AssertionError("digests differ but descriptions do not")
-
-
-_REMEDY = "build the same model and the same optimizer, in the same order, in every process"

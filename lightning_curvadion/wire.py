@@ -37,9 +37,6 @@ WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4", "int2", "sign")
 _PLAIN = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # A CPU works on so many numbers at a time: the temporaries stay in its cache.
 _PIECE = 2**17
-# Steps are rounded to bfloat16, by up to 1/512 of themselves. With this much more than the largest number needs, the
-# outermost level is exactly the outermost that the bits offer, and a decoded tensor codes to itself.
-_MARGIN = 1.001
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,9 @@ class Coding:
 
 
 def _of_largest(levels: int) -> Callable[[Tensor], Tensor]:
-    return lambda blocks: blocks.abs().amax(dim=1).mul_(_MARGIN / levels)
+    # Rounded to bfloat16, by up to 1/256 of itself: 127 levels become 126.504 to 127.496, so that the largest number
+    # takes the outermost level whichever way the step was rounded, and a decoded tensor codes to itself.
+    return lambda blocks: blocks.abs().amax(dim=1).div_(levels)
 
 
 CODINGS = {

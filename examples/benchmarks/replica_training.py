@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from examples.byte_gpt import GPT, StandardLibrary, Windows
@@ -155,5 +155,5 @@ def run(settings: list[Setting], world: int, steps: int, csv_path: Path) -> list
     data.prepare_data()
     csv_path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_replica, (world, f"{folder}/store", settings, steps, csv_path, data.cache), nprocs=world)
+        spawn(_replica, (world, f"{folder}/store", settings, steps, csv_path, data.cache), nprocs=world)
     return read(csv_path)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from examples.benchmarks.replica_training import Setting, run
 
@@ -11,7 +12,7 @@ RESULTS = Path(__file__).parent / "results" / "wire.csv"
 EVERY_STEP = Setting({"momentum": "local", "wire_format": "float32"})
 
 # How momentum meets, every six steps: format of the displacement, of the momentum, and rank of the factors that travel.
-MOMENTUM = {
+MOMENTUM: dict[str, dict[str, Any]] = {
     "local, float32": {"momentum": "local", "wire_format": "float32"},
     "local, int2": {"momentum": "local", "wire_format": "int2"},
     "factors, float32": {"momentum": "factors", "wire_format": "float32"},
