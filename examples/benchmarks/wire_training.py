@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.replica_training import Setting, run
+from examples.benchmarks.replica_training import Setting, read, run
+from lightning_curvadion.wire import WIRE_FORMATS
 
 PERIODS = (3, 6, 12, 50)
 RESULTS = Path(__file__).parent / "results" / "wire.csv"
@@ -61,3 +62,41 @@ def settings() -> list[Setting]:
 def train(steps: int = 1500, replicas: int = 4) -> None:
     """Run what the CSV lacks."""
     run(settings(), replicas, steps, RESULTS)
+
+
+def smoke(csv_path: Path) -> None:
+    """Two replicas and a few steps of one periodic and one gated run."""
+    periodic = Setting(MOMENTUM["local, int2"], 3)
+    for row in run([periodic, replace(periodic, gated=True)], 2, 9, csv_path):
+        print(f"{row['setting']}: {row['val_loss']}")
+
+
+def tables() -> None:
+    """Print what the CSV says, as Markdown."""
+    rows = {row["setting"]: row for row in read(RESULTS)}
+
+    def cell(setting: Setting) -> str:
+        row = rows.get(setting.name)
+        return f"{float(row['val_loss']):.3f} ({share(row):.1f} %)" if row else "not run"
+
+    def share(row: dict[str, str]) -> float:
+        return 100 * int(row["bytes_sent"]) / int(row["ddp_bytes"])
+
+    print(f"\nEvery step in float32: {cell(EVERY_STEP)}\n\n| format | " + " | ".join(f"{p}" for p in PERIODS), end="")
+    print(" | " + " | ".join(f"{p}, gated" for p in PERIODS) + " |\n|" + " --- |" * (1 + 2 * len(PERIODS)))
+    for wire_format in WIRE_FORMATS:
+        hook = {"momentum": "local", "wire_format": wire_format}
+        cells = [cell(Setting(hook, period, gated)) for gated in (False, True) for period in PERIODS]
+        print(f"| {wire_format} | " + " | ".join(cells) + " |")
+
+    print(
+        "\n| momentum, every 6 steps | share of DDP | loss, seeds "
+        + ", ".join(map(str, SEEDS))
+        + " |\n| --- | --- | --- |"
+    )
+    for name, hook in [("local, float32, every step", EVERY_STEP.hook), *MOMENTUM.items()]:
+        period = 1 if name.endswith("every step") else 6
+        found = [rows[s.name] for s in (Setting(hook, period, seed=seed) for seed in SEEDS) if s.name in rows]
+        if found:
+            losses = " ".join(f"{float(row['val_loss']):.4f}" for row in found)
+            print(f"| {name} | {share(found[0]):.2f} % | {losses} |")
