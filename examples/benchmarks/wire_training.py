@@ -22,6 +22,7 @@ MOMENTUM: dict[str, dict[str, Any]] = {
     "factors, int2 and factors in int4": {"momentum": "factors", "wire_format": "int2", "factor_format": "int4"},
     "factors, int2 and factors in int2": {"momentum": "factors", "wire_format": "int2", "factor_format": "int2"},
     "factors, int2 and factors in sign": {"momentum": "factors", "wire_format": "int2", "factor_format": "sign"},
+    "factors, sign and factors in int8": {"momentum": "factors", "wire_format": "sign", "factor_format": "int8"},
     "factors, int4 and factors in int4": {"momentum": "factors", "wire_format": "int4", "factor_format": "int4"},
     "half-rank factors, int2 and factors in int4": {
         "momentum": "factors", "wire_format": "int2", "factor_format": "int4", "sync_rank_fraction": 0.125,
@@ -35,11 +36,10 @@ MOMENTUM: dict[str, dict[str, Any]] = {
     "average, int2 and momentum in int2": {"momentum": "average", "wire_format": "int2", "factor_format": "int2"},
 }  # fmt: skip
 MORE_SEEDS = (
-    "local, float32",
-    "local, int2",
     "factors, float32",
+    "factors, int2 and factors in int8",
     "factors, int2 and factors in int4",
-    "half-rank factors, int2 and factors in int4",
+    "factors, sign and factors in int8",
 )
 SEEDS = (0, 1, 2)
 
@@ -47,15 +47,19 @@ SEEDS = (0, 1, 2)
 def settings() -> list[Setting]:
     """All runs, those first that others wait for."""
     by_momentum = [Setting(hook, 6) for hook in MOMENTUM.values()]
-    by_format = [
-        Setting({"momentum": "local", "wire_format": wire_format}, period, gated)
-        for wire_format in ("int2", "sign", "int4", "float32", "int8", "bfloat16")
-        for period in PERIODS
-        for gated in (False, True)
-    ]
+    by_format = {
+        wire_format: [
+            Setting({"momentum": "local", "wire_format": wire_format}, period, gated)
+            for period in PERIODS
+            for gated in (False, True)
+        ]
+        for wire_format in WIRE_FORMATS
+    }
     more = [Setting(MOMENTUM[name], 6, seed=seed) for seed in SEEDS[1:] for name in MORE_SEEDS]
-    every_step = [replace(EVERY_STEP, seed=seed) for seed in SEEDS]
-    everything = [EVERY_STEP, *by_momentum, *by_format, *more, *every_step]
+    everything = [EVERY_STEP, *by_momentum, *by_format["int2"], *by_format["sign"], *more]
+    for wire_format in ("float32", "int4", "int8", "bfloat16"):
+        everything += by_format[wire_format]
+    everything += [replace(EVERY_STEP, seed=seed) for seed in SEEDS]
     return list({setting.name: setting for setting in everything}.values())
 
 
