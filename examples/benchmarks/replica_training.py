@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: loss of the consensus in nats a byte, and the payload of a replica."""
+    """What a run came to: loss of the consensus in nats a byte, and the payload of a replica.
+
+    ``gated_budget`` is that of the ``IntegratedRMMC`` that would have synchronised as often on the RMMC of this run.
+    """
 
     val_loss: float
     steps: int
     sync_steps: int
     bytes_sent: int
     ddp_bytes: int
-    summed_rmmc: float
+    gated_budget: float
     seconds: float
 
 
@@ -77,7 +81,7 @@ def train(setting: Setting, steps: int, budget: float | None, cache: Path, val_s
 
     data = Windows(cache / "train.bin", CONTEXT + 1, CONTEXT)
     order = torch.Generator().manual_seed(1000 * setting.seed + rank)
-    start, synced, summed = time.perf_counter(), 0, 0.0
+    start, synced, seen = time.perf_counter(), 0, []
     for _ in range(steps):
         batch = torch.stack([data[int(i)] for i in torch.randint(len(data), (SEQUENCES,), generator=order)])
         optimizer.zero_grad()
@@ -87,7 +91,7 @@ def train(setting: Setting, steps: int, budget: float | None, cache: Path, val_s
         report = optimizer.last_step
         assert report is not None
         synced += report.synced
-        summed += report.rmmc if math.isfinite(report.rmmc) else 0.0
+        seen.append(report.rmmc)
     in_steps = sync.bytes_sent - before
     sync.reach_consensus(optimizer, include_state=True)
     seconds = time.perf_counter() - start
@@ -100,7 +104,24 @@ def train(setting: Setting, steps: int, budget: float | None, cache: Path, val_s
     dist.all_reduce(total)
     ddp_bytes = steps * sum(parameter.nbytes for parameter in model.parameters())
     val_loss = float(total[0] / total[1])
-    return Result(val_loss, steps, synced, in_steps, ddp_bytes, summed, seconds)
+    return Result(val_loss, steps, synced, in_steps, ddp_bytes, gated_budget(seen, synced), seconds)
+
+
+def gated_budget(seen: list[float], syncs: int) -> float:
+    """Budget with which ``IntegratedRMMC`` synchronises so often on this sequence of RMMC, by bisection."""
+    low, high = 1e-6, sum(rmmc for rmmc in seen if math.isfinite(rmmc))
+    for _ in range(40):
+        budget = (low + high) / 2
+        trigger = IntegratedRMMC(budget)
+        low, high = (budget, high) if sum(map(decision, repeat(trigger), seen)) > syncs else (low, budget)
+    return high
+
+
+def decision(trigger: IntegratedRMMC, rmmc: float) -> bool:
+    """One step of a trigger without an optimizer."""
+    synced = trigger.wants_sync(rmmc)
+    trigger.stepped(synced)
+    return synced
 
 
 def loss(model: GPT, batch: Tensor) -> Tensor:
@@ -121,9 +142,7 @@ def _replica(
             continue
         budget = None
         if setting.gated:
-            # The RMMC that a run sums hardly depends on when it synchronises.
-            twin = done[replace(setting, gated=False).name]
-            budget = float(twin["summed_rmmc"]) * setting.period / int(twin["steps"])
+            budget = float(done[replace(setting, gated=False).name]["gated_budget"])
         result = train(setting, steps, budget, cache, val_sequences=2048)
         row = {"setting": setting.name, "replicas": world, **asdict(result)}
         done[setting.name] = {key: str(value) for key, value in row.items()}
