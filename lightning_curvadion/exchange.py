@@ -14,7 +14,7 @@ of an exchange travel together, whatever their number and their formats:
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,62 +139,76 @@ class Exchange:
                 stop = start + wire.encoded_bytes(value.numel(), wire_format)
                 mean = self._mean(gathered[:, start:stop], wire_format, value.numel())
                 _check(section, mean, wire_format)
-                _write(section, mean, _lose_(value, own[start:stop], wire_format))
+                _write(section, mean, value.sub_(_decode(own[start:stop], wire_format, value.numel())))
                 start = stop
 
     def exchange_shards(self, pieces: Sequence[Piece]) -> None:
         """A shard of everybody's coded numbers for each, and the coded means for all: all-to-all, then all-gather."""
         sections = _sections(pieces)
         with record_function("curvadion::encode"):
-            values, sent = [], []
-            for wire_format, section in sections.items():
-                value = _flat(section, _dtype(wire_format), multiple=self.world_size * wire.block_of(wire_format))
-                values.append(value.view(self.world_size, -1))
-                sent.append(torch.stack([wire.encode_unchecked(shard, wire_format) for shard in values[-1]]))
-            outgoing = torch.cat(sent, dim=1)
+            values = [_flat(section, _dtype(wire_format)) for wire_format, section in sections.items()]
+            shards = [_shards(v, self.world_size, wire.block_of(f)) for v, f in zip(values, sections, strict=True)]
+            # Every replica's row of a section has the bytes of its longest shard, the first.
+            widths = [wire.encoded_bytes(parts[0].numel(), f) for parts, f in zip(shards, sections, strict=True)]
+            outgoing = torch.zeros(self.world_size, sum(widths), dtype=torch.uint8, device=values[0].device)
+            for row, *parts in zip(outgoing, *shards, strict=True):
+                _encode_into(row, parts, sections, widths)
         incoming = torch.empty_like(outgoing)
         self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
         with record_function("curvadion::exchange"):
             dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
 
         with record_function("curvadion::decode"):
-            starts = [0]
-            for payload in sent:
-                starts.append(starts[-1] + payload.shape[1])
-            shard_means = []
-            for number, wire_format in enumerate(sections):
-                coded = incoming[:, starts[number] : starts[number + 1]]
-                shard_means.append(self._mean(coded, wire_format, values[number].shape[1]))
+            own_shards = [parts[self.rank] for parts in shards]
+            columns = incoming.split(widths, dim=1)
+            shard_means = [
+                self._mean(c, f, shard.numel()) for c, f, shard in zip(columns, sections, own_shards, strict=True)
+            ]
         with record_function("curvadion::encode"):
-            own = torch.cat([wire.encode_unchecked(m, f) for m, f in zip(shard_means, sections, strict=True)])
+            own = torch.zeros(sum(widths), dtype=torch.uint8, device=outgoing.device)
+            _encode_into(own, shard_means, sections, widths)
         gathered = own.new_empty(self.world_size, own.numel())
         self.bytes_sent += own.nbytes
         with record_function("curvadion::exchange"):
             dist.all_gather(list(gathered), own, group=self._group)
 
         with record_function("curvadion::decode"):
+            arrived, sent = gathered.split(widths, dim=1), outgoing.split(widths, dim=1)
             for number, (wire_format, section) in enumerate(sections.items()):
-                value, columns = values[number], slice(starts[number], starts[number + 1])
-                means = torch.empty_like(value)
-                for rank in range(self.world_size):
-                    wire.decode(gathered[rank, columns], wire_format, value.shape[1], out=means[rank])
-                _check(section, means.view(-1), wire_format)
-                for rank in range(self.world_size):
-                    _lose_(value[rank], sent[number][rank], wire_format)
-                value[self.rank].add_(shard_means[number] - means[self.rank], alpha=self.world_size)
-                _write(section, means.view(-1), value.view(-1))
+                mean = torch.empty_like(values[number])
+                means = _shards(mean, self.world_size, wire.block_of(wire_format))
+                for part, payload in zip(means, arrived[number], strict=True):
+                    _decode(payload, wire_format, part.numel(), out=part)
+                _check(section, mean, wire_format)
+                for part, payload in zip(shards[number], sent[number], strict=True):
+                    part.sub_(_decode(payload, wire_format, part.numel()))
+                own_shards[number].add_(shard_means[number] - means[self.rank], alpha=self.world_size)
+                _write(section, mean, values[number])
 
     def _mean(self, coded: Tensor, wire_format: str, numel: int) -> Tensor:
         """Mean of everybody's coded numbers, shape (ranks, bytes)."""
-        mean = wire.decode(coded[0], wire_format, numel)
+        mean = _decode(coded[0], wire_format, numel)
         for payload in coded[1:]:
-            mean.add_(wire.decode(payload, wire_format, numel))
+            mean.add_(_decode(payload, wire_format, numel))
         return mean.div_(self.world_size)
 
 
-def _lose_(value: Tensor, payload: Tensor, wire_format: str) -> Tensor:
-    """What is left of the numbers when what was sent of them is taken away, in place."""
-    return value.sub_(wire.decode(payload, wire_format, value.numel()))
+def _shards(flat: Tensor, count: int, block: int) -> list[Tensor]:
+    """Views of consecutive parts of whole blocks, equally long but for the end, where some may be empty."""
+    length = -(-flat.numel() // (count * block)) * block
+    return [flat[number * length : (number + 1) * length] for number in range(count)]
+
+
+def _encode_into(row: Tensor, parts: Sequence[Tensor], formats: Iterable[str], widths: Sequence[int]) -> None:
+    """Coded parts one after the other, each in so many bytes."""
+    for target, part, wire_format in zip(row.split(widths), parts, formats, strict=True):
+        payload = wire.encode_unchecked(part, wire_format)
+        target[: payload.numel()] = payload
+
+
+def _decode(payload: Tensor, wire_format: str, numel: int, out: Tensor | None = None) -> Tensor:
+    """Decode numbers from the beginning of some bytes."""
+    return wire.decode(payload[: wire.encoded_bytes(numel, wire_format)], wire_format, numel, out=out)
 
 
 def _chunks(parcels: Sequence[Parcel], most: int) -> Iterator[list[Piece]]:
@@ -227,15 +241,9 @@ def _dtype(wire_format: str) -> torch.dtype:
     return torch.float64 if wire_format == "float64" else torch.float32
 
 
-def _flat(pieces: Sequence[Piece], dtype: torch.dtype, multiple: int = 1) -> Tensor:
-    """All numbers of the pieces, with zeros up to a multiple."""
-    numel = sum(stop - start for _, start, stop in pieces)
-    first = pieces[0][0].read(pieces[0][1], pieces[0][2])
-    flat = torch.empty(-(-numel // multiple) * multiple, dtype=dtype, device=first.device)
-    flat[numel:] = 0
-    for (parcel, start, stop), target in zip(pieces, _split(pieces, flat), strict=True):
-        target.copy_(parcel.read(start, stop))
-    return flat
+def _flat(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+    """All numbers of the pieces, in a tensor of their own."""
+    return torch.cat([parcel.read(start, stop).to(dtype) for parcel, start, stop in pieces])
 
 
 def _split(pieces: Sequence[Piece], flat: Tensor) -> Iterator[Tensor]:

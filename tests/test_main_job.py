@@ -40,7 +40,8 @@ def test_a_strategy_with_options_from_the_command_line(tmp_path):
     shown = run(
         "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml", "--trainer.max_steps=3",
         "--trainer.strategy.class_path=lightning_curvadion.CurvaDionStrategy",
-        "--trainer.strategy.init_args.wire_format=bfloat16", "--trainer.limit_val_batches=0",
+        "--trainer.strategy.init_args.wire_format=int2", "--trainer.strategy.init_args.factor_format=int8",
+        "--trainer.strategy.init_args.sync_rank_fraction=0.125", "--trainer.limit_val_batches=0",
         f"--data.cache={tmp_path / 'data'}", f"--trainer.logger.init_args.save_dir={tmp_path}",
     )  # fmt: skip
     assert "CurvaDionStrategy" in shown
@@ -49,6 +50,12 @@ def test_a_strategy_with_options_from_the_command_line(tmp_path):
 def test_the_benchmark_of_step_times_runs():
     shown = run("examples/benchmarks/step_time.py", "--smoke")
     for line in ("AdamW", "CurvaDion, local step", "CurvaDion, sync step", "Muon", "RMMC takes", "state of CurvaDion"):
+        assert line in shown
+
+
+def test_the_benchmark_of_the_wire_formats_runs():
+    shown = run("examples/benchmarks/wire.py", "--smoke")
+    for line in ("| int2 |", "between two replicas", "A sync step, seconds", "Relative error", "gated 3, seed 0"):
         assert line in shown
 
 

@@ -138,3 +138,13 @@ def test_down_to_four_bits_the_step_stays_close(wire_format):
     error = ((steps[1] - steps[0]).norm() / steps[0].norm()).item()
     print(f"{wire_format}: sine {sine:.4f}, step {error:.4f}")
     assert (sine, error) <= CLOSENESS[wire_format] and error <= CLOSENESS[wire_format][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wire_format", CODED)
+def test_a_gpu_codes_like_a_cpu(wire_format):
+    tensor = torch.randn(100_003)
+    coded = wire.encode(tensor.cuda(), wire_format)
+    decoded = wire.decode(coded, wire_format, tensor.numel())
+    torch.testing.assert_close(decoded.cpu(), there_and_back(tensor, wire_format), rtol=2**-7, atol=0.02)
+    assert torch.equal(wire.decode(coded.cpu(), wire_format, tensor.numel()), decoded.cpu())
