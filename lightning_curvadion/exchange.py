@@ -14,7 +14,7 @@ of an exchange travel together, whatever their number and their formats:
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
-from . import wire
 from .parcels import Parcel
+from .sections import Piece, chunks_of, joined, sections_of, write
 
 # Numbers on their way at a time, so 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
-
-Piece = tuple[Parcel, int, int]
 
 
 class Exchange:
@@ -68,12 +66,13 @@ class Exchange:
         self.bytes_sent += signal.nbytes
         dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
 
-    def gather(self, own: Tensor) -> list[Tensor]:
-        """Everybody's tensor, in the order of the ranks."""
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+    def gather(self, own: Tensor) -> Tensor:
+        """Everybody's flat tensor, shape (replicas, elements)."""
+        gathered = own.new_empty(self.world_size, own.numel())
         self.bytes_sent += own.nbytes
-        dist.all_gather(everyone, own, group=self._group)
-        return everyone
+        with record_function("curvadion::exchange"):
+            dist.all_gather(list(gathered), own, group=self._group)
+        return gathered
 
     def gather_objects(self, own: Any) -> list[Any]:
         """Everybody's object, in the order of the ranks; for errors."""
@@ -102,7 +101,7 @@ class Exchange:
             ValueError: A coded tensor of some replica holds a number that is not finite; on all replicas alike.
         """
         coded = any(parcel.wire_format not in ("float32", "float64") for parcel in parcels)
-        for pieces in _chunks(parcels, self._chunk):
+        for pieces in chunks_of(parcels, self._chunk):
             if not coded:
                 self.reduce(pieces)
             elif self.world_size <= 2:
@@ -115,154 +114,46 @@ class Exchange:
     def reduce(self, pieces: Sequence[Piece]) -> None:
         """At full width: one all-reduce."""
         wide = any(parcel.wire_format == "float64" for parcel, _, _ in pieces)
-        flat = _flat(pieces, torch.float64 if wide else torch.float32)
+        flat = joined(pieces, torch.float64 if wide else torch.float32)
         # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         self.bytes_sent += flat.nbytes
         with record_function("curvadion::exchange"):
             dist.all_reduce(flat, group=self._group)
-        _write(pieces, flat, None)
+        write(pieces, flat, None)
 
     def exchange_directly(self, pieces: Sequence[Piece]) -> None:
         """Everybody's coded numbers for everybody: one all-gather."""
-        sections = _sections(pieces)
         with record_function("curvadion::encode"):
-            values = [_flat(section, _dtype(wire_format)) for wire_format, section in sections.items()]
-            own = torch.cat([wire.encode_unchecked(v, f) for v, f in zip(values, sections, strict=True)])
-        gathered = own.new_empty(self.world_size, own.numel())
-        self.bytes_sent += own.nbytes
-        with record_function("curvadion::exchange"):
-            dist.all_gather(list(gathered), own, group=self._group)
+            sections = sections_of(pieces, shards=1)
+            own = torch.cat([section.encode(section.values) for section in sections])
+        gathered = self.gather(own)
+        widths = [section.width for section in sections]
         with record_function("curvadion::decode"):
-            start = 0
-            for (wire_format, section), value in zip(sections.items(), values, strict=True):
-                stop = start + wire.encoded_bytes(value.numel(), wire_format)
-                mean = self._mean(gathered[:, start:stop], wire_format, value.numel())
-                _check(section, mean, wire_format)
-                _write(section, mean, value.sub_(_decode(own[start:stop], wire_format, value.numel())))
-                start = stop
+            for section, arrived, sent in zip(sections, gathered.split(widths, dim=1), own.split(widths), strict=True):
+                section.take_away(sent.unsqueeze(0))
+                section.deliver([section.mean(arrived, shard=0)])
 
     def exchange_shards(self, pieces: Sequence[Piece]) -> None:
         """A shard of everybody's coded numbers for each, and the coded means for all: all-to-all, then all-gather."""
-        sections = _sections(pieces)
         with record_function("curvadion::encode"):
-            values = [_flat(section, _dtype(wire_format)) for wire_format, section in sections.items()]
-            shards = [_shards(v, self.world_size, wire.block_of(f)) for v, f in zip(values, sections, strict=True)]
-            # Every replica's row of a section has the bytes of its longest shard, the first.
-            widths = [wire.encoded_bytes(parts[0].numel(), f) for parts, f in zip(shards, sections, strict=True)]
-            outgoing = torch.zeros(self.world_size, sum(widths), dtype=torch.uint8, device=values[0].device)
-            for row, *parts in zip(outgoing, *shards, strict=True):
-                _encode_into(row, parts, sections, widths)
+            sections = sections_of(pieces, shards=self.world_size)
+            rows = [torch.stack([section.encode(shard) for shard in section.shards]) for section in sections]
+            outgoing = torch.cat(rows, dim=1)
         incoming = torch.empty_like(outgoing)
         self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
         with record_function("curvadion::exchange"):
             dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
-
+        widths = [section.width for section in sections]
         with record_function("curvadion::decode"):
-            own_shards = [parts[self.rank] for parts in shards]
-            columns = incoming.split(widths, dim=1)
-            shard_means = [
-                self._mean(c, f, shard.numel()) for c, f, shard in zip(columns, sections, own_shards, strict=True)
-            ]
+            arrived = incoming.split(widths, dim=1)
+            means = [section.mean(payloads, self.rank) for section, payloads in zip(sections, arrived, strict=True)]
         with record_function("curvadion::encode"):
-            own = torch.zeros(sum(widths), dtype=torch.uint8, device=outgoing.device)
-            _encode_into(own, shard_means, sections, widths)
-        gathered = own.new_empty(self.world_size, own.numel())
-        self.bytes_sent += own.nbytes
-        with record_function("curvadion::exchange"):
-            dist.all_gather(list(gathered), own, group=self._group)
-
+            own = torch.cat([section.encode(mean) for section, mean in zip(sections, means, strict=True)])
+        gathered = self.gather(own).split(widths, dim=1)
         with record_function("curvadion::decode"):
-            arrived, sent = gathered.split(widths, dim=1), outgoing.split(widths, dim=1)
-            for number, (wire_format, section) in enumerate(sections.items()):
-                mean = torch.empty_like(values[number])
-                means = _shards(mean, self.world_size, wire.block_of(wire_format))
-                for part, payload in zip(means, arrived[number], strict=True):
-                    _decode(payload, wire_format, part.numel(), out=part)
-                _check(section, mean, wire_format)
-                for part, payload in zip(shards[number], sent[number], strict=True):
-                    part.sub_(_decode(payload, wire_format, part.numel()))
-                own_shards[number].add_(shard_means[number] - means[self.rank], alpha=self.world_size)
-                _write(section, mean, values[number])
-
-    def _mean(self, coded: Tensor, wire_format: str, numel: int) -> Tensor:
-        """Mean of everybody's coded numbers, shape (ranks, bytes)."""
-        mean = _decode(coded[0], wire_format, numel)
-        for payload in coded[1:]:
-            mean.add_(_decode(payload, wire_format, numel))
-        return mean.div_(self.world_size)
-
-
-def _shards(flat: Tensor, count: int, block: int) -> list[Tensor]:
-    """Views of consecutive parts of whole blocks, equally long but for the end, where some may be empty."""
-    length = -(-flat.numel() // (count * block)) * block
-    return [flat[number * length : (number + 1) * length] for number in range(count)]
-
-
-def _encode_into(row: Tensor, parts: Sequence[Tensor], formats: Iterable[str], widths: Sequence[int]) -> None:
-    """Coded parts one after the other, each in so many bytes."""
-    for target, part, wire_format in zip(row.split(widths), parts, formats, strict=True):
-        payload = wire.encode_unchecked(part, wire_format)
-        target[: payload.numel()] = payload
-
-
-def _decode(payload: Tensor, wire_format: str, numel: int, out: Tensor | None = None) -> Tensor:
-    """Decode numbers from the beginning of some bytes."""
-    return wire.decode(payload[: wire.encoded_bytes(numel, wire_format)], wire_format, numel, out=out)
-
-
-def _chunks(parcels: Sequence[Parcel], most: int) -> Iterator[list[Piece]]:
-    """Runs of pieces with ``most`` elements together."""
-    pieces: list[Piece] = []
-    room = most
-    for parcel in parcels:
-        start = 0
-        while start < parcel.numel:
-            stop = min(parcel.numel, start + room)
-            pieces.append((parcel, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield pieces
-                pieces, room = [], most
-    if pieces:
-        yield pieces
-
-
-def _sections(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
-    """Pieces of one format side by side."""
-    sections: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        sections.setdefault(piece[0].wire_format, []).append(piece)
-    return sections
-
-
-def _dtype(wire_format: str) -> torch.dtype:
-    return torch.float64 if wire_format == "float64" else torch.float32
-
-
-def _flat(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
-    """All numbers of the pieces, in a tensor of their own."""
-    return torch.cat([parcel.read(start, stop).to(dtype) for parcel, start, stop in pieces])
-
-
-def _split(pieces: Sequence[Piece], flat: Tensor) -> Iterator[Tensor]:
-    offset = 0
-    for _, start, stop in pieces:
-        yield flat[offset : offset + stop - start]
-        offset += stop - start
-
-
-def _write(pieces: Sequence[Piece], mean: Tensor, lost: Tensor | None) -> None:
-    losses = _split(pieces, lost) if lost is not None else (None for _ in pieces)
-    for (parcel, start, stop), part, loss in zip(pieces, _split(pieces, mean), losses, strict=True):
-        parcel.write(start, stop, part, loss)
-
-
-def _check(pieces: Sequence[Piece], mean: Tensor, wire_format: str) -> None:
-    """Everybody decoded the same bytes, so that everybody raises, and before anything is written."""
-    if wire_format in ("float32", "float64") or bool(torch.isfinite(mean).all()):
-        return
-    for (parcel, _, _), part in zip(pieces, _split(pieces, mean), strict=True):
-        if not bool(torch.isfinite(part).all()):
-            raise ValueError(wire.not_codable(parcel.name))
+            for section, mean, arrived_means, sent in zip(sections, means, gathered, rows, strict=True):
+                section.take_away(sent)
+                decoded = [section.decode(payload, shard) for shard, payload in enumerate(arrived_means)]
+                section.shards[self.rank].add_(mean - decoded[self.rank], alpha=self.world_size)
+                section.deliver(decoded)

@@ -1,6 +1,6 @@
 """The main job under DDP and under each kind of synchronisation: validation loss beside bytes sent, as a table.
 
-    python examples/benchmarks/variants.py            # two CPU replicas, 600 steps each: about twenty minutes
+    python examples/benchmarks/variants.py            # two CPU replicas, 600 steps each: about fifteen minutes
     python examples/benchmarks/variants.py --smoke    # the first two rows, a few steps
 
 One seed, one small model: a look at the options, not a comparison of methods.
@@ -15,19 +15,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASS = ["--trainer.strategy.class_path=lightning_curvadion.CurvaDionStrategy"]
-BUDGET = "--model.init_args.optimizer.init_args.trigger.init_args.budget"
 
 VARIANTS = {
     "DDP with Dion": ["--trainer.strategy=ddp"],
     "curvadion, defaults": [],
-    "wire_format=bfloat16": ["wire_format=bfloat16"],
+    "wire_format=int2": ["wire_format=int2"],
+    "momentum=average, wire_format=int2": ["momentum=average", "wire_format=int2"],
     "momentum=local": ["momentum=local"],
-    "momentum=local, wire_format=bfloat16": ["momentum=local", "wire_format=bfloat16"],
-    "momentum=dion": ["momentum=dion"],
-    "momentum=average": ["momentum=average"],
-    "consensus=factors": ["consensus=factors"],
+    "momentum=local, wire_format=int2": ["momentum=local", "wire_format=int2"],
+    "consensus=factors, wire_format=int2": ["consensus=factors", "wire_format=int2"],
     "consensus=none": ["consensus=none"],
-    "budget 1.0": [f"{BUDGET}=1.0"],
 }
 
 
