@@ -25,9 +25,7 @@ from torch.profiler import record_function
 
 from .parcels import Parcel
 from .sections import Piece, chunks_of, joined, sections_of, write
-
-# Numbers on their way at a time, so 64 MiB of float32: enough to fill any network, little beside a model.
-CHUNK = 2**24
+from .settings import CHUNK
 
 
 class Exchange:

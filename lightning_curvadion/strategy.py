@@ -15,8 +15,8 @@ from torch.distributed.constants import default_pg_timeout
 from torch.profiler import record_function
 from typing_extensions import override
 
-from .exchange import CHUNK
 from .optimizer import CurvaDion
+from .settings import CHUNK
 from .sync import ProcessGroupSync
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,6 @@ Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``
 comes to the same and saves an exchange.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -36,27 +35,11 @@ from torch.distributed import ProcessGroup
 from . import dion
 from .alike import check_equal, check_formats, describe_module, describe_optimizer
 from .anchors import Anchors, OuterStep
-from .exchange import CHUNK, Exchange
-from .groups import check_choice
+from .exchange import Exchange
 from .optimizer import CurvaDion
 from .parcels import Averaged, Displacement, Factor, Integers, Parcel
-from .wire import WIRE_FORMATS
+from .settings import CHUNK, SyncSettings
 
-CONSENSUS = ("average", "factors", "none")
-MOMENTUM = ("factors", "dion", "average", "local")
-# What all replicas must have chosen alike.
-_SETTINGS = (
-    "consensus",
-    "wire_format",
-    "momentum",
-    "outer_lr",
-    "outer_momentum",
-    "factor_format",
-    "sync_rank_fraction",
-    "residual_dtype",
-    "chunk",
-)
-RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Chosen by loss, see examples/benchmarks/README.md.
 FACTOR_FORMAT_BESIDE = {"float32": "float32", "bfloat16": "bfloat16"}
 FACTOR_FORMAT = "int4"
@@ -113,56 +96,21 @@ class ProcessGroupSync:
         residual_dtype: str = "float32",
         chunk: int = CHUNK,
     ) -> None:
-        check_choice("consensus", consensus, CONSENSUS)
-        check_choice("wire_format", wire_format, WIRE_FORMATS)
-        check_choice("momentum", momentum, MOMENTUM)
-        if factor_format is None:
-            factor_format = FACTOR_FORMAT_BESIDE.get(wire_format, FACTOR_FORMAT)
-        check_choice("factor_format", factor_format, WIRE_FORMATS)
-        residual_dtype = str(residual_dtype).removeprefix("torch.")
-        check_choice("residual_dtype", residual_dtype, tuple(RESIDUAL_DTYPES))
-        if not outer_lr > 0:
-            raise ValueError(f"outer_lr must be > 0, not {outer_lr}; 1.0 takes the average itself")
-        if not 0 <= outer_momentum < 1:
-            raise ValueError(f"outer_momentum must be in [0, 1), not {outer_momentum}")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 number, not {chunk}; {CHUNK} is the default")
-        steps_outside = (outer_lr, outer_momentum) != (1.0, 0.0)
-        if steps_outside and consensus != "average":
-            raise ValueError(f'an outer step needs consensus="average", not {consensus!r}')
-        if consensus == "none":
-            if momentum not in ("factors", "dion"):
-                raise ValueError(f'consensus="none" implies momentum="dion", not {momentum!r}')
-            momentum = "dion"
-        if sync_rank_fraction is not None:
-            if not 0 < sync_rank_fraction <= 1:
-                raise ValueError(f"sync_rank_fraction must be in (0, 1], not {sync_rank_fraction}")
-            if momentum != "factors":
-                raise ValueError(
-                    'sync_rank_fraction is the rank of what momentum="factors" sends and needs a consensus of'
-                    f" parameters; leave it out with momentum={momentum!r}, consensus={consensus!r}"
-                )
-        if momentum == "average" and factor_format in ("int2", "sign"):
-            warnings.warn(
-                f"a whole momentum in {factor_format} is known to hurt the loss; use factor_format='int4', or"
-                " momentum='factors'",
-                stacklevel=2,
-            )
-        self.consensus = consensus
-        self.wire_format = wire_format
-        self.momentum = momentum
-        self.outer_lr = outer_lr
-        self.outer_momentum = outer_momentum
-        self.factor_format = factor_format
+        self.settings = SyncSettings(
+            consensus=consensus,
+            wire_format=wire_format,
+            momentum=momentum,
+            outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+            factor_format=factor_format or FACTOR_FORMAT_BESIDE.get(wire_format, FACTOR_FORMAT),
+            sync_rank_fraction=sync_rank_fraction,
+            residual_dtype=str(residual_dtype).removeprefix("torch."),
+            chunk=chunk,
+        )
+        self.momentum = "dion" if consensus == "none" else momentum
         self.sync_rank_fraction = sync_rank_fraction
-        self.residual_dtype = residual_dtype
-        self.chunk = chunk
         self.averages_vector_gradients = consensus == "none"
         self._exchange = Exchange(group, chunk)
-        self._steps_outside = steps_outside
-        self._needs_anchors = (
-            consensus == "factors" or steps_outside or (consensus == "average" and wire_format != "float32")
-        )
         self._anchors = Anchors()
         self._known: set[Tensor] = set()
         self._buffers: dict[str, Tensor] = {}
@@ -207,9 +155,8 @@ class ProcessGroupSync:
         for parameter in parameters:
             optimizer.state[parameter].pop("residual", None)
         device = parameters[0].device
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        check_equal(self._exchange, [f"hook {settings}", *describe_optimizer(optimizer)], device)
-        formats = {name: settings[name] for name in ("wire_format", "factor_format")}
+        check_equal(self._exchange, [f"hook {self.settings}", *describe_optimizer(optimizer)], device)
+        formats = {name: getattr(self.settings, name) for name in ("wire_format", "factor_format")}
         check_formats(self._exchange, optimizer, formats, device)
         floating, integers = _state_tensors(optimizer)
         self._exchange.broadcast(parameters + list(floating.values()) + integers)
@@ -220,7 +167,7 @@ class ProcessGroupSync:
 
     def _before_step(self, optimizer: CurvaDion) -> None:
         self._met.pop(optimizer, None)
-        if self._needs_anchors:
+        if self.settings.needs_anchors:
             self._anchors.capture(_trainable(optimizer).values())
 
     def _forget(self, optimizer: CurvaDion) -> None:
@@ -252,7 +199,7 @@ class ProcessGroupSync:
         """First exchange of a sync step; see :class:`~lightning_curvadion.hook.SyncHook`."""
         parcels = [self._factor("left factors of the momentum", factor) for factor in factors]
         sketches = []
-        if self.consensus == "factors":
+        if self.settings.consensus == "factors":
             sketches = [
                 # Local Dion steps are sums of P Q^T, so the momentum's Q is a good sketch of the displacement too.
                 self._factor("left factors of the displacement", dion.left_factor(displacement, stack.Q))
@@ -266,7 +213,7 @@ class ProcessGroupSync:
     def mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """Second exchange of a sync step, parameters and buffers included."""
         parcels = [self._factor("right factors of the momentum", factor) for factor in factors]
-        stacks = optimizer.matrix_stacks() if self.consensus == "factors" else []
+        stacks = optimizer.matrix_stacks() if self.settings.consensus == "factors" else []
         own = [
             dion.right_factor(self._anchors.stacked_displacement(stack), P)
             for stack, P in zip(stacks, self._displacement_P, strict=True)
@@ -276,25 +223,25 @@ class ProcessGroupSync:
         for stack, P, own_R, move in zip(stacks, self._displacement_P, own, moves, strict=True):
             self._anchors.move_through_factors(stack, P, own_R, move.mean)
         self._displacement_P = []
-        if self.consensus == "average":
+        if self.settings.consensus == "average":
             self._met[optimizer] = False
         return [parcel.mean for parcel in parcels]
 
     def _factor(self, name: str, factor: Tensor) -> Factor:
-        return Factor(f"{name}, {tuple(factor.shape)},", factor, self.factor_format)
+        return Factor(f"{name}, {tuple(factor.shape)},", factor, self.settings.factor_format)
 
     def _whole(self, tensors: Sequence[Tensor]) -> list[Parcel]:
-        return [Averaged(f"momentum {tuple(tensor.shape)}", tensor, self.factor_format) for tensor in tensors]
+        return [Averaged(f"momentum {tuple(tensor.shape)}", tensor, self.settings.factor_format) for tensor in tensors]
 
     def _meeting(self, optimizer: CurvaDion) -> list[Parcel]:
         """Parameters and buffers, as the consensus of a sync step wants them."""
-        if self.consensus == "none":
+        if self.settings.consensus == "none":
             return []
         parameters = _trainable(optimizer)
-        if self.consensus == "factors":
+        if self.settings.consensus == "factors":
             factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
             parameters = {name: p for name, p in parameters.items() if p not in factored}
-        return [*self._moves(optimizer, parameters, self.wire_format), *self._exact(self._buffers)]
+        return [*self._moves(optimizer, parameters, self.settings.wire_format), *self._exact(self._buffers)]
 
     def _moves(
         self,
@@ -313,7 +260,7 @@ class ProcessGroupSync:
             settle: With ``"float32"``, send the residuals too, and have none any more.
             outer: Whether an outer step is due.
         """
-        if not self._needs_anchors:
+        if not self.settings.needs_anchors:
             return [Averaged(name, parameter) for name, parameter in parameters.items()]
         self._anchors.capture(parameters.values())
         parcels: list[Parcel] = []
@@ -322,12 +269,12 @@ class ProcessGroupSync:
             residual = state.pop("residual", None) if settle else None
             if wire_format != "float32":
                 if "residual" not in state:
-                    dtype = RESIDUAL_DTYPES[self.residual_dtype]
+                    dtype = self.settings.dtype_of_residuals
                     state["residual"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
                 residual = state["residual"]
             step = (
-                OuterStep(state, parameter, self.outer_lr, self.outer_momentum)
-                if outer and self._steps_outside
+                OuterStep(state, parameter, self.settings.outer_lr, self.settings.outer_momentum)
+                if outer and self.settings.steps_outside
                 else None
             )
             parcels.append(Displacement(name, parameter, self._anchors.of(parameter), wire_format, residual, step))

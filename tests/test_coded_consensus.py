@@ -180,7 +180,9 @@ def error_at_attach(rank, world, hooks, dtype=torch.float32):
 )
 def test_mixed_formats_are_caught_when_the_hook_attaches(replicas, other):
     for message in replicas.run(2, error_at_attach, [{}, other]):
-        assert "replicas differ: rank 0 has [hook" in message and str(next(iter(other.values()))) in message
+        assert (
+            "replicas differ: rank 0 has [hook SyncSettings(" in message and str(next(iter(other.values()))) in message
+        )
 
 
 def test_a_dtype_that_cannot_be_coded(replicas):
@@ -271,7 +273,7 @@ def test_a_whole_momentum_in_two_bits_is_warned_of(factor_format):
 
 
 def test_residual_dtype_is_a_name_or_a_dtype():
-    assert ProcessGroupSync(residual_dtype=torch.bfloat16).residual_dtype == "bfloat16"
+    assert ProcessGroupSync(residual_dtype=torch.bfloat16).settings.residual_dtype == "bfloat16"
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

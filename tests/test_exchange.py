@@ -54,6 +54,8 @@ def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replica
             padding = world * wire.encoded_bytes(wire.block_of(wire_format), wire_format) * chunks
             payload = wire.encoded_bytes(numel, wire_format)
             assert payload <= sent <= payload + 2 * padding
+            received = sum((world - 1) * size if name == "all_gather" else size for name, size in calls)
+            assert wire_format == "float32" or received <= 2 * (payload + padding)
 
 
 def moves(rank, world, steps, residual_dtype):
