@@ -1,6 +1,6 @@
 """The main job under DDP and under each kind of synchronisation: validation loss beside bytes sent, as a table.
 
-    python examples/benchmarks/variants.py            # two CPU replicas, 600 steps each: about fifteen minutes
+    python examples/benchmarks/variants.py            # two CPU replicas, 600 steps each: about ten minutes
     python examples/benchmarks/variants.py --smoke    # the first two rows, a few steps
 
 One seed, one small model: a look at the options, not a comparison of methods.
@@ -21,9 +21,6 @@ VARIANTS = {
     "curvadion, defaults": [],
     "wire_format=int2": ["wire_format=int2"],
     "momentum=average, wire_format=int2": ["momentum=average", "wire_format=int2"],
-    "momentum=local": ["momentum=local"],
-    "momentum=local, wire_format=int2": ["momentum=local", "wire_format=int2"],
-    "consensus=factors, wire_format=int2": ["consensus=factors", "wire_format=int2"],
     "consensus=none": ["consensus=none"],
 }
 
