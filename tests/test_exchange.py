@@ -77,7 +77,7 @@ def moves(rank, world, steps, residual_dtype):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_everything_sent_and_everything_kept_are_all_that_was_moved(replicas, world):
-    everyone = replicas.run(world, moves, 1000, torch.float32)
+    everyone = replicas.run(world, moves, 1000, torch.float32, timeout=180)
     for wire_format in CODED:
         answers = [answer[wire_format] for answer in everyone]
         sent = answers[0][0]

@@ -181,7 +181,7 @@ def test_a_local_training_batch_makes_one_collective_of_16_bytes(fitted):
         assert [synced for synced, _ in rank["batches"]] == [False, False, True] * 2 + [False, False]
         for synced, calls in rank["batches"]:
             payload = [size for _, size in calls if size]
-            assert payload == [16] if not synced else len(payload) == 4
+            assert payload == [16] if not synced else len(payload) == 3
 
 
 def test_what_is_validated_and_what_fit_returns_is_one_model(fitted):
@@ -259,7 +259,7 @@ def accumulate(rank, world):
 
 def test_accumulated_batches_send_nothing(replicas):
     for payloads in replicas.run(2, accumulate):
-        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 4
+        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 3
 
 
 class Poison(Callback):
@@ -393,3 +393,13 @@ def test_the_readmes_script_runs_with_other_launchers(tmp_path, name):
     done = run_script(script, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"replicas +2", done.stdout)
+
+
+def test_a_fit_in_two_bits_saves_one_model_with_nothing_kept_back(replicas, tmp_path):
+    a, b = replicas.run(2, fit, str(tmp_path), {"wire_format": "int2", "residual_dtype": "bfloat16"}, timeout=120)
+    assert same(a["final"], b["final"])
+    for path in tmp_path.glob("*.ckpt"):
+        states = torch.load(path, weights_only=True)["optimizer_states"][0]["state"].values()
+        assert any("momentum" in state for state in states)
+        assert not any("residual" in state for state in states)
+    assert list(tmp_path.glob("*.ckpt"))
