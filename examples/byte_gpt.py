@@ -115,19 +115,20 @@ class ByteGPT(pl.LightningModule):
         self.cooldown = cooldown
         self.gpt = GPT(layers, width, heads, context)
 
-    def _loss(self, batch: Tensor) -> Tensor:
+    def cross_entropy(self, batch: Tensor) -> Tensor:
+        """Mean loss in nats a byte of a batch of shape (sequences, context + 1)."""
         logits = self.gpt(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Loss in nats a byte of a batch of shape (sequences, context + 1)."""
-        loss = self._loss(batch)
+        """The loss, logged."""
+        loss = self.cross_entropy(batch)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss in nats and in bits a byte."""
-        loss = self._loss(batch)
+        loss = self.cross_entropy(batch)
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self.log("val_bits_per_byte", loss / math.log(2), sync_dist=True)
 

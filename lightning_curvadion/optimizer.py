@@ -28,6 +28,9 @@ from .stacked_optimizer import StackedOptimizer
 from .stacks import MatrixStack
 from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
 
+# Chosen by loss and bytes, see examples/benchmarks/README.md.
+DEFAULT_BUDGET = 0.3
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -94,7 +97,7 @@ class CurvaDion(StackedOptimizer):
         *,
         tau: float | None = None,
         mu: float = 0.95,
-        rank_fraction: float = 0.25,
+        rank_fraction: float = 1.0,
         local_update: str = "dion",
         local_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -106,7 +109,7 @@ class CurvaDion(StackedOptimizer):
         if tau is not None and trigger is not None:
             raise ValueError("tau and trigger exclude each other: tau=x is short for trigger=RMMCThreshold(x)")
         if trigger is None:
-            trigger = IntegratedRMMC(0.5) if tau is None else RMMCThreshold(tau)
+            trigger = IntegratedRMMC(DEFAULT_BUDGET) if tau is None else RMMCThreshold(tau)
         self._cap = LocalStepCap(copy.deepcopy(trigger), max_local_steps)
         self._hook: SyncHook | None = None
         self._replicas_share_Q = True

@@ -65,8 +65,8 @@ class CurvaDionStrategy(DDPStrategy):
     def __init__(
         self,
         consensus: str = "average",
-        wire_format: str = "float32",
-        momentum: str = "factors",
+        wire_format: str | None = None,
+        momentum: str | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         factor_format: str | None = None,
@@ -99,10 +99,11 @@ class CurvaDionStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        sparing = consensus == "average"
         self._sync_settings: dict[str, Any] = {
             "consensus": consensus,
-            "wire_format": wire_format,
-            "momentum": momentum,
+            "wire_format": wire_format or ("sign" if sparing else "float32"),
+            "momentum": momentum or ("local" if sparing else "factors"),
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,
             "factor_format": factor_format,

@@ -1,0 +1,122 @@
+"""Which runs the comparison is made of, stage by stage, and what of them is done."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from examples.benchmarks.compare_replica import Outcome, Run
+from examples.benchmarks.methods import DEFAULT, METHODS, PERIODS
+
+RESULTS = Path(__file__).parent / "results" / "compare.csv"
+
+SEQUENCES, STEPS = 8, 1200
+SEEDS = (0, 1, 2)
+BATCHES = (4, 8, 16)
+LENGTHS = (1.1, 1.25, 1.5)
+# DDP is comfortable, spends half its step communicating, and nine tenths.
+RATES = ("1gbit", "150mbit", "20mbit")
+
+_ADAMW, _MATRICES = (0.003, 0.006, 0.012), (0.006, 0.012, 0.02)
+SWEEPS: dict[str, tuple[float, ...]] = {
+    "DDP, AdamW": _ADAMW,
+    "DDP, Dion": _MATRICES,
+    DEFAULT: _MATRICES,
+    "local SGD, H=30": _MATRICES,
+    "DiLoCo, Dion, H=30": _MATRICES,
+    "DDP, Muon": _MATRICES,
+    "DiLoCo, AdamW, H=30": _ADAMW,
+    "as published, tau=0.1": _MATRICES,
+    "no communication": _MATRICES,
+}
+QUOTED = (
+    "DDP, AdamW",
+    "DDP, Muon",
+    "DDP, Dion",
+    "local SGD, H=10",
+    "local SGD, H=30",
+    "DiLoCo, Dion, H=30",
+    "as published, tau=0.1",
+    DEFAULT,
+    "no communication",
+)
+BATCH_METHODS = ("DDP, AdamW", "DDP, Dion", "local SGD, H=30", DEFAULT, "no communication")
+# The default trigger, and periods around its rate of synchronisation, everything else alike.
+DISTURBED = (DEFAULT, *[f"ours: H={n}" for n in PERIODS])
+STAGES = ("sweep", "methods", "seeds", "lengths", "disturbed", "replicas", "batches", "links")
+# Steps of a timed run where a step takes long and where it does not.
+FEW, MANY = 60, 400
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run that is done."""
+
+    run: Run
+    outcome: Outcome
+    commit: str
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV of ``compare_replica.py``, the newest of each run; none where there is no file."""
+    if not path.exists():
+        return []
+    rows: dict[Run, Row] = {}
+    with path.open(newline="") as file:
+        for words in csv.DictReader(file):
+            run = Run(**{field.name: field.type(words[field.name]) for field in fields(Run)})  # type: ignore[operator]
+            outcome = Outcome(**{field.name: field.type(words[field.name]) for field in fields(Outcome)})  # type: ignore[operator]
+            rows[run] = Row(run, outcome, words["commit"])
+    return list(rows.values())
+
+
+def best_lr(method: str, rows: Iterable[Row]) -> float:
+    """Learning rate with the lowest loss in the sweep of a method's family; the middle one while none is done."""
+    family = METHODS[method].sweep or method
+    done = {
+        row.run.lr: row.outcome.val_loss
+        for row in rows
+        if row.run == replace(BASE, method=family, lr=row.run.lr) and row.run.lr in SWEEPS[family]
+    }
+    return min(done, key=done.__getitem__) if done else SWEEPS[family][1]
+
+
+BASE = Run(method="", replicas=2, sequences=SEQUENCES, steps=STEPS, seed=0, lr=0.0)
+
+
+def plan(stage: str, rows: list[Row]) -> list[Run]:
+    """The runs of a stage, whether done or not."""
+
+    def runs(methods: Iterable[str], **changes: object) -> list[Run]:
+        return [replace(BASE, method=name, lr=best_lr(name, rows), **changes) for name in methods]  # type: ignore[arg-type]
+
+    if stage == "sweep":
+        return [replace(BASE, method=name, lr=lr) for name, lrs in SWEEPS.items() for lr in lrs]
+    if stage == "methods":
+        return runs(METHODS)
+    if stage == "seeds":
+        return [run for seed in SEEDS for run in runs(QUOTED, seed=seed)]
+    if stage == "replicas":
+        return [run for seed in SEEDS for run in runs(QUOTED, seed=seed, replicas=4)]
+    if stage == "batches":
+        return [run for batch in BATCHES for run in runs(BATCH_METHODS, sequences=batch)]
+    if stage == "lengths":
+        return [
+            run
+            for seed in SEEDS
+            for length in LENGTHS
+            for run in runs([DEFAULT], seed=seed, steps=round(length * STEPS))
+        ]
+    if stage == "disturbed":
+        return [
+            run for seed in SEEDS for kind in ("lr", "data") for run in runs(DISTURBED, seed=seed, disturbance=kind)
+        ]
+    if stage == "links":
+        return [run for rate in ("", *RATES) for run in timed(runs(METHODS, rate=rate))]
+    raise KeyError(stage)
+
+
+def timed(runs: Iterable[Run]) -> list[Run]:
+    """Shortened to what a time needs: few steps where every one syncs, more where the rate of syncs has to settle."""
+    dense = [name for name, method in METHODS.items() if method.ddp or name.endswith("every step")]
+    return [replace(run, stop=FEW if run.method in dense else MANY) for run in runs]

@@ -1,0 +1,261 @@
+"""Tables and plots of the comparison, from nothing but its CSV."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from examples.benchmarks.compare_plan import (
+    BASE,
+    BATCHES,
+    DISTURBED,
+    QUOTED,
+    RATES,
+    STEPS,
+    SWEEPS,
+    Row,
+    read,
+)
+from examples.benchmarks.methods import DEFAULT, METHODS
+
+GOAL, DENSE = "DDP, Dion", "DDP, AdamW"
+
+
+def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Rows of untimed runs at the base settings but for what is named, each at the learning rate its sweep chose."""
+    like = replace(BASE, **wanted)
+    found = [row for row in rows if replace(row.run, seed=0, lr=0.0) == replace(like, seed=0, lr=0.0)]
+    chosen = chosen_lr(rows, like.method)
+    return sorted((row for row in found if row.run.lr == chosen), key=lambda row: row.run.seed)
+
+
+def chosen_lr(rows: Iterable[Row], method: str) -> float | None:
+    """Learning rate of a method's rows: the one that all but the sweep's losers have."""
+    family = METHODS[method].sweep or method
+    swept = {row.run.lr: row.outcome.val_loss for row in rows if row.run == replace(BASE, method=family, lr=row.run.lr)}
+    swept = {lr: loss for lr, loss in swept.items() if lr in SWEEPS[family]}
+    return min(swept, key=swept.__getitem__) if swept else None
+
+
+def final(rows: list[Row]) -> list[float]:
+    """Validation losses, one a seed."""
+    return [row.outcome.val_loss for row in rows]
+
+
+def told(losses: list[float]) -> str:
+    """Mean and, of several seeds, half the distance between the best and the worst."""
+    mean = f"{statistics.mean(losses):.4f}"
+    return mean if len(losses) == 1 else f"{mean} ± {(max(losses) - min(losses)) / 2:.4f} ({len(losses)})"
+
+
+def gap(rows: list[Row], goal: list[Row]) -> float:
+    """How far above the goal, in percent, over the seeds that both have."""
+    goals = {row.run.seed: row.outcome.val_loss for row in goal}
+    pairs = [(row.outcome.val_loss, goals[row.run.seed]) for row in rows if row.run.seed in goals]
+    return 100 * (sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1) if pairs else float("nan")
+
+
+def points(row: Row) -> list[tuple[int, float, int, float, int]]:
+    """The curve: (step, loss, kernel bytes, seconds, sync steps) of every evaluation."""
+    parsed = [entry.split(":") for entry in row.outcome.curve.split()]
+    return [(int(step), float(loss), int(sent), float(time), int(syncs)) for step, loss, sent, time, syncs in parsed]
+
+
+def reached(row: Row, loss: float) -> tuple[float, float] | None:
+    """Steps and kernel bytes at which a run's loss came down to ``loss``, between evaluations on a straight line."""
+    before = None
+    for step, value, sent, _, _ in points(row):
+        if value <= loss:
+            if before is None:
+                return step, sent
+            share = (before[1] - loss) / (before[1] - value)
+            return before[0] + share * (step - before[0]), before[2] + share * (sent - before[2])
+        before = (step, value, sent)
+    return None
+
+
+def pace(rows: Iterable[Row], method: str, rate: str, replicas: int = 2) -> float | None:
+    """Steps a second of a timed run, the median if there are several."""
+    found = [
+        (row.run.stop or row.run.steps) / row.outcome.seconds
+        for row in rows
+        if (row.run.method, row.run.rate, row.run.replicas) == (method, rate, replicas)
+    ]
+    return statistics.median(found) if found else None
+
+
+def kernel_share(row: Row, dense: list[Row], total: bool = True) -> float:
+    """Bytes on the wire as a share of DDP's with AdamW, in percent, at equal steps; the last consensus included."""
+    sent = row.outcome.kernel_total if total else row.outcome.kernel_steps
+    each = statistics.mean(entry.outcome.kernel_total / entry.run.steps for entry in dense)
+    return 100 * sent / row.run.steps / each
+
+
+def tables(results: Path, steps: int = STEPS) -> None:
+    """Print everything as Markdown."""
+    rows = read(results)
+    sweep_table(rows)
+    for replicas in (2, 4):
+        method_table(rows, replicas, steps)
+    batch_table(rows)
+    length_table(rows)
+    disturbed_table(rows)
+    links_table(rows)
+
+
+def line(*cells: object) -> None:
+    """One row of a Markdown table."""
+    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def header(title: str, *cells: str) -> None:
+    """A title and the head of a table."""
+    print(f"\n### {title}\n")
+    line(*cells)
+    line(*["---"] * len(cells))
+
+
+def sweep_table(rows: list[Row]) -> None:
+    """Loss by learning rate."""
+    header("Learning rates", "method", "low", "middle", "high")
+    for method, rates in SWEEPS.items():
+        cells = []
+        for lr in rates:
+            found = [row for row in rows if row.run == replace(BASE, method=method, lr=lr)]
+            cells.append(f"{lr:g}: {found[0].outcome.val_loss:.4f}" if found else f"{lr:g}: not run")
+        line(method, *cells)
+
+
+def method_table(rows: list[Row], replicas: int, steps: int) -> None:
+    """What each method comes to at the base settings."""
+    dense = of(rows, method=DENSE, replicas=replicas, steps=steps)
+    goal = of(rows, method=GOAL, replicas=replicas, steps=steps)
+    if not dense or not goal:
+        return
+    header(
+        f"{replicas} replicas, {BASE.sequences} sequences each, {steps} steps",
+        "method",
+        "loss (seeds)",
+        f"above {GOAL}",
+        "sync steps",
+        "MB sent",
+        "of DDP",
+        f"steps to {GOAL}'s loss",
+        "apart",
+        "MiB",
+    )
+    for method in METHODS:
+        mine = of(rows, method=method, replicas=replicas, steps=steps)
+        if not mine:
+            continue
+        first = mine[0].outcome
+        crossing = reached(mine[0], goal[0].outcome.val_loss)
+        line(
+            method,
+            told(final(mine)),
+            f"{gap(mine, goal):+.2f} %",
+            f"{statistics.mean(100 * row.outcome.sync_steps / steps for row in mine):.1f} %",
+            f"{statistics.mean(row.outcome.kernel_total for row in mine) / 1e6:.2f}",
+            f"{statistics.mean(kernel_share(row, dense) for row in mine):.2f} %",
+            f"{crossing[0]:.0f}, {crossing[1] / 1e6:.2f} MB" if crossing else "not reached",
+            f"{100 * first.spread:.2f} %",
+            f"{first.peak_mib:.0f}",
+        )
+
+
+def batch_table(rows: list[Row]) -> None:
+    """How the gap depends on the batch."""
+    header("Batch per replica", "method", *[f"{batch * 64} bytes" for batch in BATCHES])
+    for method in QUOTED:
+        cells = []
+        for batch in BATCHES:
+            mine, goal = of(rows, method=method, sequences=batch)[:1], of(rows, method=GOAL, sequences=batch)[:1]
+            cells.append(f"{told(final(mine))} ({gap(mine, goal):+.2f} %)" if mine and goal else "not run")
+        if any(cell != "not run" for cell in cells):
+            line(method, *cells)
+
+
+def length_table(rows: list[Row]) -> None:
+    """Longer runs of ours against the goal's loss, in steps, bytes and seconds at the slowest link."""
+    goal, dense = of(rows, method=GOAL), of(rows, method=DENSE)
+    if not goal or not dense:
+        return
+    header(
+        f"Longer runs against {GOAL} ({STEPS} steps)",
+        "run", "loss (seeds)", "above", "of DDP's bytes", f"seconds at {RATES[-1]}", f"of {GOAL}'s",
+    )  # fmt: skip
+    slow = pace(rows, GOAL, RATES[-1])
+    lengths = sorted({row.run.steps for row in rows if row.run.method == DEFAULT and row.run.stop == 0})
+    for method, length in [(GOAL, STEPS), *[(DEFAULT, length) for length in lengths]]:
+        mine, mine_pace = of(rows, method=method, steps=length), pace(rows, method, RATES[-1])
+        if not mine:
+            continue
+        seconds = length / mine_pace if mine_pace else None
+        line(
+            f"{method}, {length} steps",
+            told(final(mine)),
+            f"{gap(mine, goal):+.2f} %",
+            f"{statistics.mean(kernel_share(row, dense) * length / STEPS for row in mine):.2f} %",
+            f"{seconds:.0f}" if seconds else "not timed",
+            f"{100 * seconds * slow / STEPS:.1f} %" if seconds and slow else "-",
+        )
+
+
+def disturbed_table(rows: list[Row]) -> None:
+    """Triggers at about equal bytes, with and without something happening in the middle."""
+    header(
+        "Triggers",
+        "trigger",
+        "undisturbed",
+        "learning rate x 3 for a tenth of the run",
+        "text backwards from the middle",
+    )
+    for method in DISTURBED:
+        cells = []
+        for kind in ("", "lr", "data"):
+            mine = of(rows, method=method, disturbance=kind)
+            syncs = statistics.mean(row.outcome.sync_steps for row in mine) if mine else 0
+            cells.append(f"{told(final(mine))}, {syncs:.0f} syncs" if mine else "not run")
+        line(method, *cells)
+
+
+def links_table(rows: list[Row]) -> None:
+    """Steps a second by link."""
+    header("Steps a second, 2 replicas", "method", "no limit", *RATES, f"x {DENSE} at {RATES[-1]}")
+    slow = pace(rows, DENSE, RATES[-1])
+    for method in METHODS:
+        paces = [pace(rows, method, rate) for rate in RATES]
+        if any(paces):
+            times = f"{paces[-1] / slow:.1f}" if paces[-1] and slow else "-"
+            free = pace([row for row in rows if row.run.stop], method, "")
+            line(method, *[f"{value:.2f}" if value else "-" for value in (free, *paces)], times)
+
+
+def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
+    """Loss against bytes and against seconds at the slowest link, all methods, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read(results)
+    for name, label in (("bytes", "MB sent by a replica (kernel)"), ("seconds", f"seconds at {RATES[-1]}")):
+        figure, axes = pyplot.subplots(figsize=(9, 6))
+        for number, method in enumerate(METHODS):
+            mine = of(rows, method=method, steps=steps)[:1]
+            speed = pace(rows, method, RATES[-1])
+            if not mine or (name == "seconds" and speed is None):
+                continue
+            curve = points(mine[0])
+            x = [sent / 1e6 if name == "bytes" else step / (speed or 1) for step, _, sent, _, _ in curve]
+            y = [loss for _, loss, _, _, _ in curve]
+            color, marker = f"C{number % 10}", "osD^vP"[number // 10 % 6]
+            if method in QUOTED:
+                axes.plot(x, y, color=color, linewidth=2.5 if method == DEFAULT else 1.2)
+            axes.plot(x[-1:], y[-1:], marker=marker, linestyle="", color=color, label=method)
+        axes.set(xlabel=label, ylabel="validation loss, nats a byte", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6, ncols=2, loc="upper right")
+        figure.savefig(folder / f"loss_against_{name}.png", dpi=120, bbox_inches="tight")
+        pyplot.close(figure)

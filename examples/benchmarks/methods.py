@@ -1,0 +1,186 @@
+"""The methods of the comparison: what steps, what communicates, and when."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Muon, Optimizer
+
+from lightning_curvadion import (
+    CommunicationBudget,
+    CurvaDion,
+    CurvaDionStrategy,
+    EveryNSteps,
+    IntegratedRMMC,
+    RMMCThreshold,
+)
+from lightning_curvadion.triggers import Trigger
+
+BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.01
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train on several replicas.
+
+    Attributes:
+        inner: The optimizer: ``"dion"``, ``"adamw"`` or ``"muon"``; the last with AdamW for what is no matrix.
+        ddp: Whether gradients are averaged by DistributedDataParallel, at every step.
+        trigger: When replicas synchronise otherwise; ``None`` is the default trigger.
+        hook: Arguments of ``CurvaDionStrategy``.
+        options: Arguments of ``CurvaDion``.
+        power_sgd: Whether DDP's gradients go through torch's ``powerSGD_hook``.
+        sweep: Name of the method whose learning-rate sweep this one uses.
+    """
+
+    inner: str = "dion"
+    ddp: bool = False
+    trigger: Trigger | None = None
+    hook: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    power_sgd: bool = False
+    sweep: str = ""
+
+    def optimizer(self, groups: Iterable[Group], lr: float, vector_lr: float) -> Optimizer:
+        """The optimizer, for the groups of ``split_parameters``."""
+        groups = list(groups)
+        matrices = [group for group in groups if group["algorithm"] == "dion"]
+        for group in groups:
+            group["lr"] = lr if group["algorithm"] == "dion" or self.inner == "adamw" else vector_lr
+        if self.inner == "muon":
+            rest = [group for group in groups if group["algorithm"] != "dion"]
+            muon = Muon(_plain(matrices), lr=lr, weight_decay=WEIGHT_DECAY)
+            return Both(muon, AdamW(_plain(rest), lr=vector_lr, betas=BETAS, weight_decay=WEIGHT_DECAY))
+        if self.inner == "adamw" and self.ddp:
+            return AdamW(_plain(groups), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        if self.inner == "adamw":
+            for group in matrices:
+                group["algorithm"] = "adamw"
+        return CurvaDion(groups, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, trigger=self.trigger, **self.options)
+
+    def strategy(self) -> Strategy:
+        """A new strategy for a Trainer."""
+        return DDPStrategy() if self.ddp else CurvaDionStrategy(**self.hook)
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What the Trainer needs besides."""
+        return [PowerSGD()] if self.power_sgd else []
+
+
+def _plain(groups: list[Group]) -> list[Group]:
+    """Groups as torch.optim wants them."""
+    return [{"params": group["params"], "lr": group["lr"]} for group in groups]
+
+
+class Both(Optimizer):
+    """Two optimizers as one, since Lightning's automatic optimization takes one."""
+
+    def __init__(self, first: Optimizer, second: Optimizer) -> None:
+        groups = [*first.param_groups, *second.param_groups]
+        super().__init__([parameter for group in groups for parameter in group["params"]], {})
+        self.parts = (first, second)
+        # The very groups of the two, so that a schedule reaches them.
+        self.param_groups = groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Both step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+class PowerSGD(pl.Callback):
+    """Registers torch's hook on the DDP module itself: Lightning passes hooks on for CUDA only.
+
+    Rank 4 from step 10 on, with error feedback.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the first backward."""
+        state = powerSGD_hook.PowerSGDState(
+            process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=10, min_compression_rate=2
+        )
+        cast(DistributedDataParallel, trainer.strategy.model).register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+# What the literature does: parameters at full width, momentum not at all.
+PLAIN: dict[str, Any] = {"momentum": "local", "wire_format": "float32"}
+OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
+# Muon and Dion inside want a gentler outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
+OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
+DEFAULT = "ours: defaults"
+PERIODS = (3, 4, 5, 6, 8)
+
+
+def _ddp(inner: str, **other: Any) -> Method:
+    return Method(inner, ddp=True, **other)
+
+
+def _every(n: int, inner: str = "dion", sweep: str = "local SGD, H=30", **hook: Any) -> Method:
+    """Local SGD (Stich, 2019, arXiv:1805.09767), or DiLoCo (arXiv:2311.08105) where the hook steps outside."""
+    return Method(inner, trigger=EveryNSteps(n), hook={**PLAIN, **hook}, options={"max_local_steps": None}, sweep=sweep)
+
+
+def _diloco(n: int, inner: str, **hook: Any) -> Method:
+    outer = OUTER if inner == "adamw" else OUTER_DION
+    sweep = "DiLoCo, AdamW, H=30" if inner == "adamw" else "DiLoCo, Dion, H=30"
+    return _every(n, inner, sweep, **outer, **hook)
+
+
+def _published(tau: float, **options: Any) -> Method:
+    options = {"max_local_steps": None, **options}
+    return Method(
+        trigger=RMMCThreshold(tau), hook={"consensus": "none"}, options=options, sweep="as published, tau=0.1"
+    )
+
+
+def _ours(trigger: Trigger | None = None, **hook: Any) -> Method:
+    """CurvaDion with everything at its default that is not named."""
+    return Method(trigger=trigger, hook=hook, sweep=DEFAULT)
+
+
+METHODS: dict[str, Method] = {
+    "DDP, AdamW": _ddp("adamw"),
+    "DDP, Muon": _ddp("muon"),
+    "DDP, Dion": _ddp("dion"),
+    "DDP, Dion, rank 1/4": _ddp("dion", options={"rank_fraction": 0.25}, sweep="DDP, Dion"),
+    "DDP, PowerSGD": _ddp("adamw", power_sgd=True, sweep="DDP, AdamW"),
+    "Dion factors, rank 1/4, every step": Method(
+        trigger=EveryNSteps(1), hook={"consensus": "none"}, options={"rank_fraction": 0.25}, sweep="DDP, Dion"
+    ),
+    **{f"local SGD, H={n}": _every(n) for n in (10, 30, 100)},
+    **{f"local SGD, H={n}, sign": _every(n, wire_format="sign") for n in (10, 30)},
+    **{f"DiLoCo, AdamW, H={n}": _diloco(n, "adamw") for n in (10, 30, 100)},
+    **{f"DiLoCo, Dion, H={n}": _diloco(n, "dion") for n in (10, 30, 100)},
+    "DiLoCo, Dion, H=10, sign": _diloco(10, "dion", wire_format="sign"),
+    **{f"as published, tau={tau}": _published(tau) for tau in (0.05, 0.1)},
+    "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
+    "no communication": _every(10**9, sweep="no communication"),
+    DEFAULT: _ours(),
+    **{f"ours: H={n}": _ours(EveryNSteps(n)) for n in PERIODS},
+    "ours: budget 0.15": _ours(IntegratedRMMC(0.15)),
+    "ours: budget 0.6": _ours(IntegratedRMMC(0.6)),
+    "ours: tau=0.07": _ours(RMMCThreshold(0.07)),
+    "ours: 15 % of steps": _ours(CommunicationBudget(0.15)),
+    **{f"ours: {name}": _ours(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
+    "ours: int2, momentum factors": _ours(wire_format="int2", momentum="factors"),
+    "ours: momentum average in int4": _ours(momentum="average", factor_format="int4"),
+    "ours: momentum dion": _ours(momentum="dion"),
+    "ours: consensus factors": _ours(consensus="factors", momentum="factors", factor_format="int4"),
+    "ours: outer 0.8, 0.5": _ours(outer_lr=0.8, outer_momentum=0.5),
+    "ours: outer 1.0, 0.3": _ours(outer_lr=1.0, outer_momentum=0.3),
+    "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
+    "ours: rank 1/4, momentum factors": Method(
+        hook={"momentum": "factors"}, options={"rank_fraction": 0.25}, sweep=DEFAULT
+    ),
+}
