@@ -97,7 +97,7 @@ class CurvaDion(StackedOptimizer):
         *,
         tau: float | None = None,
         mu: float = 0.95,
-        rank_fraction: float = 1.0,
+        rank_fraction: float = 0.5,
         local_update: str = "dion",
         local_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),

@@ -1,25 +1,21 @@
-"""One replica of test_network.py, run in its own network namespace: counts what the kernel sent beside ``bytes_sent``.
+"""One replica of test_network.py, on its own host of the lab: counts what the kernel sent beside ``bytes_sent``.
 
-python network_replica.py RANK STORE INTERFACE MODEL LIST_OF_SETTINGS_JSON
+python network_replica.py FOLDER MODEL LIST_OF_SETTINGS_JSON
 """
 
 import datetime
 import json
-import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from models import build, train_step
 from torch import nn
 
+from examples.benchmarks.compare_replica import kernel_sent
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
-
-
-def kernel_sent(interface: str) -> int:
-    shown = subprocess.run(["ip", "-s", "-j", "link", "show", "dev", interface], capture_output=True, check=True)
-    return json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"]
 
 
 def build_gpt(hook: dict, trigger: EveryNSteps) -> tuple[GPT, CurvaDion]:
@@ -39,7 +35,7 @@ def train_gpt(model: nn.Module, optimizer: CurvaDion, step: int, shard: int) -> 
     optimizer.step()
 
 
-def count(rank: int, interface: str, model_name: str, settings: dict) -> dict[str, tuple[int, int, int]]:
+def count(rank: int, model_name: str, settings: dict) -> dict[str, tuple[int, int, int]]:
     """(kernel bytes, payload, steps) of each phase."""
     trigger = EveryNSteps(10)
     if model_name == "gpt":
@@ -52,25 +48,24 @@ def count(rank: int, interface: str, model_name: str, settings: dict) -> dict[st
     step = 1
     for phase, steps in (("local", 8), ("sync", 1), ("local again", 9), ("sync again", 1)):
         dist.barrier()
-        kernel, payload = kernel_sent(interface), sync.bytes_sent
+        kernel, payload = kernel_sent(), sync.bytes_sent
         for _ in range(steps):
             train(model, optimizer, step, rank)
             step += 1
             assert optimizer.last_step.synced == phase.startswith("sync")
         dist.barrier()
-        counted[phase] = (kernel_sent(interface) - kernel, sync.bytes_sent - payload, steps)
+        counted[phase] = (kernel_sent() - kernel, sync.bytes_sent - payload, steps)
     return counted
 
 
 def main() -> None:
-    rank, store, interface, model_name, settings = int(sys.argv[1]), *sys.argv[2:5], json.loads(sys.argv[5])
+    folder, model_name, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=30)
-    )
-    counted = [count(rank, interface, model_name, hook) for hook in settings]
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    rank = dist.get_rank()
+    counted = [count(rank, model_name, hook) for hook in settings]
     dist.destroy_process_group()
-    print(json.dumps(counted))
+    (folder / f"{rank}.json").write_text(json.dumps(counted))
 
 
 if __name__ == "__main__":

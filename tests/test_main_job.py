@@ -40,7 +40,8 @@ def test_a_strategy_with_options_from_the_command_line(tmp_path):
     shown = run(
         "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml", "--trainer.max_steps=3",
         "--trainer.strategy.class_path=lightning_curvadion.CurvaDionStrategy",
-        "--trainer.strategy.init_args.wire_format=int2", "--trainer.strategy.init_args.factor_format=int8",
+        "--trainer.strategy.init_args.wire_format=int2", "--trainer.strategy.init_args.momentum=factors",
+        "--trainer.strategy.init_args.factor_format=int8",
         "--trainer.strategy.init_args.sync_rank_fraction=0.125", "--trainer.limit_val_batches=0",
         f"--data.cache={tmp_path / 'data'}", f"--trainer.logger.init_args.save_dir={tmp_path}",
     )  # fmt: skip

@@ -94,7 +94,9 @@ def test_a_missing_gradient_counts_as_zero():
 
 def test_the_sgd_local_update_is_the_papers_cheap_step():
     parameter = matrix()
-    optimizer = CurvaDion([parameter], local_update="sgd", local_lr=0.1, mu=0.9, trigger=EveryNSteps(3))
+    optimizer = CurvaDion(
+        [parameter], local_update="sgd", local_lr=0.1, mu=0.9, rank_fraction=0.25, trigger=EveryNSteps(3)
+    )
     momentum = torch.zeros(6, 4)
     for step in range(2):
         before = parameter.detach().clone()

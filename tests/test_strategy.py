@@ -113,6 +113,9 @@ class Dumped(Callback):
         self.seen = torch.load(buffer, weights_only=True)
 
 
+FACTORS = {"wire_format": "float32", "momentum": "factors"}
+
+
 def trainer_for(rank, world, strategy=None, **options):
     return pl.Trainer(
         accelerator="cpu",
@@ -163,7 +166,7 @@ def fit(rank, world, folder, strategy_options):
 @pytest.fixture(scope="module")
 def fitted(replicas, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
-    return folder, replicas.run(2, fit, str(folder), {}, timeout=120)
+    return folder, replicas.run(2, fit, str(folder), FACTORS, timeout=120)
 
 
 def same(a, b):
@@ -247,19 +250,41 @@ def test_a_checkpoint_resumes_on_any_number_of_replicas(replicas, fitted, world)
     assert all(same(parameters, answers[0][1]) for _, parameters in answers)
 
 
-def accumulate(rank, world):
+def accumulate(rank, world, strategy_options):
     pl.seed_everything(0, verbose=False)
     module = Module()
     with counted_collectives() as calls:
         counter = Counter(calls)
-        trainer = trainer_for(rank, world, max_steps=3, accumulate_grad_batches=2, callbacks=[counter])
+        trainer = trainer_for(
+            rank,
+            world,
+            CurvaDionStrategy(**strategy_options),
+            max_steps=3,
+            accumulate_grad_batches=2,
+            callbacks=[counter],
+        )
         trainer.fit(module)
     return [[size for _, size in calls if size] for _, calls in counter.batches]
 
 
 def test_accumulated_batches_send_nothing(replicas):
-    for payloads in replicas.run(2, accumulate):
+    for payloads in replicas.run(2, accumulate, FACTORS):
         assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 3
+
+
+def test_a_sync_step_of_the_defaults_is_one_exchange_of_one_bit_a_number(replicas):
+    numbers = sum(parameter.numel() for parameter in Module().parameters())
+    for payloads in replicas.run(2, accumulate, {}):
+        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == []
+        agreement, exchange = payloads[5]
+        # One bit and a scale a block; blocks of small tensors are not full.
+        assert agreement == 16 and numbers / 8 < exchange < numbers / 4
+
+
+def test_other_kinds_of_consensus_send_at_full_width_by_default():
+    for consensus in ("factors", "none"):
+        settings = CurvaDionStrategy(consensus=consensus).sync.settings
+        assert (settings.wire_format, settings.momentum) == ("float32", "factors")
 
 
 class Poison(Callback):

@@ -8,9 +8,8 @@
 
 Replicas are processes on hosts of their own in a network lab (``netlab.py``), so that bytes are the kernel's count;
 without root they share the loopback interface: no count, no slow link. Stages, in order: ``sweep`` (learning rates),
-``methods`` (every row once), ``seeds`` (the rows that the README quotes), ``lengths`` (longer runs of ours),
-``disturbed``, ``replicas`` (four of them), ``batches``, ``links`` (time at three link speeds; wants the machine for
-itself).
+``links`` (time at three link speeds; wants the machine for itself), ``seeds`` (the rows that the README quotes),
+``lengths`` (longer runs of ours), ``disturbed``, ``methods`` (every row once), ``batches``, ``replicas`` (four).
 """
 
 import argparse
@@ -31,7 +30,7 @@ if __name__ == "__main__":
 from examples.benchmarks import compare_plan  # noqa: E402
 from examples.benchmarks.compare_plan import BASE  # noqa: E402
 from examples.benchmarks.compare_replica import Run  # noqa: E402
-from examples.benchmarks.compare_report import plots, tables  # noqa: E402
+from examples.benchmarks.compare_report import GOAL, plots, tables  # noqa: E402
 from examples.benchmarks.methods import DEFAULT  # noqa: E402
 from examples.benchmarks.netlab import Lab, LabError, interruptible, missing  # noqa: E402
 from examples.byte_gpt import StandardLibrary  # noqa: E402
@@ -67,17 +66,19 @@ def _environment() -> dict[str, str]:
     }
 
 
-def smoke() -> None:
-    """A few methods for a few steps, one of them on a slow link, and what is made of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "compare.csv")
-        methods = ("DDP, AdamW", "DDP, Muon", "DDP, Dion", "DDP, PowerSGD", "DiLoCo, AdamW, H=10", DEFAULT)
-        rows = [replace(BASE, method=name, steps=12, lr=compare_plan.best_lr(name, [])) for name in methods]
-        if not missing():
-            rows.append(replace(rows[-1], rate=compare_plan.RATES[-1], stop=6))
-        run(rows, results, evaluations=2, val_sequences=64)
-        tables(results, steps=12)
-        plots(results, Path(folder), steps=12)
+def smoke(folder: Path) -> None:
+    """A few methods for a few steps, two of them on a slow link, and what is made of them."""
+    results = folder / "compare.csv"
+    methods = ("DDP, AdamW", "DDP, Muon", "DDP, Dion", "DDP, PowerSGD", "DiLoCo, AdamW, H=10", DEFAULT)
+    rows = [
+        compare_plan.with_rates(replace(BASE, method=name, steps=12), compare_plan.best_rates(name, []))
+        for name in methods
+    ]
+    if not missing():
+        rows += [replace(row, rate=compare_plan.RATES[-1], stop=6) for row in rows if row.method in (GOAL, DEFAULT)]
+    run(rows, results, evaluations=2, val_sequences=64)
+    tables(results, steps=12)
+    plots(results, folder, steps=12)
 
 
 def main() -> int:
@@ -86,13 +87,15 @@ def main() -> int:
     parser.add_argument("--run", nargs="*", metavar="STAGE", choices=[[], *compare_plan.STAGES], help="train")
     parser.add_argument("--tables", action="store_true", help="print the tables")
     parser.add_argument("--plots", action="store_true", help="draw the plots")
-    parser.add_argument("--smoke", action="store_true", help="a little of everything")
+    parser.add_argument("--smoke", nargs="?", type=Path, const=Path(), metavar="FOLDER", help="a little of everything")
     options = parser.parse_args()
     os.chdir(ROOT)
     try:
         with interruptible():
-            if options.smoke:
-                smoke()
+            if options.smoke is not None:
+                with tempfile.TemporaryDirectory() as folder:
+                    # Runs that a folder holds would not be made again, so the default is an empty one.
+                    smoke(options.smoke if options.smoke.name else Path(folder))
             if options.run is not None:
                 for stage in options.run or compare_plan.STAGES:
                     run(compare_plan.plan(stage, compare_plan.read(compare_plan.RESULTS)), compare_plan.RESULTS)

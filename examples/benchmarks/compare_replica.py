@@ -27,8 +27,6 @@ from examples.byte_gpt import ByteGPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion
 
 CONTEXT, LAYERS, WIDTH, HEADS = 64, 2, 64, 4
-# Of embeddings, head and norms beside matrices under Dion and Muon.
-VECTOR_LR = 0.006
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Run:
         sequences: Per replica and step.
         steps: Length of the run and of its schedule.
         seed: Of the model and the order of the data.
-        lr: Learning rate of the matrices (of everything under AdamW).
+        lr: Learning rate of the matrices.
+        vector_lr: Of embeddings, head and norms.
         rate: Speed of the links; empty for no limit.
         disturbance: What happens in the middle of the run: ``""``, ``"lr"`` or ``"data"``.
         stop: End after so many steps, for timing; 0 trains to the end.
@@ -53,6 +52,7 @@ class Run:
     steps: int
     seed: int
     lr: float
+    vector_lr: float
     rate: str = ""
     disturbance: str = ""
     stop: int = 0
@@ -226,8 +226,8 @@ def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    optimizer = partial(method.optimizer, lr=run.lr, vector_lr=VECTOR_LR)
-    module = ByteGPT(optimizer, LAYERS, WIDTH, HEADS, CONTEXT, VECTOR_LR)
+    optimizer = partial(method.optimizer, lr=run.lr, vector_lr=run.vector_lr)
+    module = ByteGPT(optimizer, LAYERS, WIDTH, HEADS, CONTEXT, run.vector_lr)
     trainer.fit(module, data.train_dataloader())
     dist.barrier()
     total = meter.kernel + kernel_sent() - meter.kernel_at_end

@@ -15,7 +15,10 @@ from examples.benchmarks.compare_plan import (
     STEPS,
     SWEEPS,
     Row,
+    best_rates,
     read,
+    swept,
+    with_rates,
 )
 from examples.benchmarks.methods import DEFAULT, METHODS
 
@@ -23,19 +26,9 @@ GOAL, DENSE = "DDP, Dion", "DDP, AdamW"
 
 
 def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Rows of untimed runs at the base settings but for what is named, each at the learning rate its sweep chose."""
-    like = replace(BASE, **wanted)
-    found = [row for row in rows if replace(row.run, seed=0, lr=0.0) == replace(like, seed=0, lr=0.0)]
-    chosen = chosen_lr(rows, like.method)
-    return sorted((row for row in found if row.run.lr == chosen), key=lambda row: row.run.seed)
-
-
-def chosen_lr(rows: Iterable[Row], method: str) -> float | None:
-    """Learning rate of a method's rows: the one that all but the sweep's losers have."""
-    family = METHODS[method].sweep or method
-    swept = {row.run.lr: row.outcome.val_loss for row in rows if row.run == replace(BASE, method=family, lr=row.run.lr)}
-    swept = {lr: loss for lr, loss in swept.items() if lr in SWEEPS[family]}
-    return min(swept, key=swept.__getitem__) if swept else None
+    """Rows at the base settings but for what is named, each at the learning rates that its sweep chose."""
+    like = with_rates(replace(BASE, **wanted), best_rates(wanted["method"], rows))
+    return sorted((row for row in rows if replace(row.run, seed=0) == like), key=lambda row: row.run.seed)
 
 
 def final(rows: list[Row]) -> list[float]:
@@ -118,13 +111,11 @@ def header(title: str, *cells: str) -> None:
 
 def sweep_table(rows: list[Row]) -> None:
     """Loss by learning rate."""
-    header("Learning rates", "method", "low", "middle", "high")
-    for method, rates in SWEEPS.items():
-        cells = []
-        for lr in rates:
-            found = [row for row in rows if row.run == replace(BASE, method=method, lr=lr)]
-            cells.append(f"{lr:g}: {found[0].outcome.val_loss:.4f}" if found else f"{lr:g}: not run")
-        line(method, *cells)
+    header("Learning rates of matrices / of the rest", "method", "low", "middle", "high")
+    for method, sweep in SWEEPS.items():
+        done = swept(method, rows)
+        cells = [f"{done[rates]:.4f}" if rates in done else "not run" for rates in sweep]
+        line(method, *[f"{lr:g} / {vector_lr:g}: {cell}" for (lr, vector_lr), cell in zip(sweep, cells, strict=True)])
 
 
 def method_table(rows: list[Row], replicas: int, steps: int) -> None:

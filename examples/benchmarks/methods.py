@@ -52,7 +52,7 @@ class Method:
         groups = list(groups)
         matrices = [group for group in groups if group["algorithm"] == "dion"]
         for group in groups:
-            group["lr"] = lr if group["algorithm"] == "dion" or self.inner == "adamw" else vector_lr
+            group["lr"] = lr if group["algorithm"] == "dion" else vector_lr
         if self.inner == "muon":
             rest = [group for group in groups if group["algorithm"] != "dion"]
             muon = Muon(_plain(matrices), lr=lr, weight_decay=WEIGHT_DECAY)
@@ -119,7 +119,7 @@ OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 # Muon and Dion inside want a gentler outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT = "ours: defaults"
-PERIODS = (3, 4, 5, 6, 8)
+PERIODS = (4, 5, 8)
 
 
 def _ddp(inner: str, **other: Any) -> Method:
@@ -138,10 +138,9 @@ def _diloco(n: int, inner: str, **hook: Any) -> Method:
 
 
 def _published(tau: float, **options: Any) -> Method:
+    """CurvaDion by the letter of its paper: factors and the mean gradient of vectors, and no consensus."""
     options = {"max_local_steps": None, **options}
-    return Method(
-        trigger=RMMCThreshold(tau), hook={"consensus": "none"}, options=options, sweep="as published, tau=0.1"
-    )
+    return Method(trigger=RMMCThreshold(tau), hook={"consensus": "none"}, options=options, sweep="local SGD, H=30")
 
 
 def _ours(trigger: Trigger | None = None, **hook: Any) -> Method:
@@ -153,6 +152,7 @@ METHODS: dict[str, Method] = {
     "DDP, AdamW": _ddp("adamw"),
     "DDP, Muon": _ddp("muon"),
     "DDP, Dion": _ddp("dion"),
+    "DDP, Dion, full rank": _ddp("dion", options={"rank_fraction": 1.0}, sweep="DDP, Dion"),
     "DDP, Dion, rank 1/4": _ddp("dion", options={"rank_fraction": 0.25}, sweep="DDP, Dion"),
     "DDP, PowerSGD": _ddp("adamw", power_sgd=True, sweep="DDP, AdamW"),
     "Dion factors, rank 1/4, every step": Method(
@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
     "DiLoCo, Dion, H=10, sign": _diloco(10, "dion", wire_format="sign"),
     **{f"as published, tau={tau}": _published(tau) for tau in (0.05, 0.1)},
     "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
-    "no communication": _every(10**9, sweep="no communication"),
+    "no communication": _every(10**9),
     DEFAULT: _ours(),
     **{f"ours: H={n}": _ours(EveryNSteps(n)) for n in PERIODS},
     "ours: budget 0.15": _ours(IntegratedRMMC(0.15)),
@@ -179,6 +179,7 @@ METHODS: dict[str, Method] = {
     "ours: consensus factors": _ours(consensus="factors", momentum="factors", factor_format="int4"),
     "ours: outer 0.8, 0.5": _ours(outer_lr=0.8, outer_momentum=0.5),
     "ours: outer 1.0, 0.3": _ours(outer_lr=1.0, outer_momentum=0.3),
+    "ours: full rank": Method(options={"rank_fraction": 1.0}, sweep=DEFAULT),
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
     "ours: rank 1/4, momentum factors": Method(
         hook={"momentum": "factors"}, options={"rank_fraction": 0.25}, sweep=DEFAULT

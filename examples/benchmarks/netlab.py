@@ -72,6 +72,8 @@ class Lab:
     def __init__(self, hosts: int, rate: str | None = None, loopback: bool = False) -> None:
         if hosts < 1:
             raise LabError(f"a lab needs at least one host, not {hosts}")
+        if rate is not None:
+            bits_per_second(rate)
         if loopback and rate is not None:
             raise LabError("loopback has no rate limit: leave out the rate, or the loopback")
         self.hosts, self.rate, self.loopback = hosts, rate, loopback
