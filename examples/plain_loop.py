@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_curvadion import CurvaDion, IntegratedRMMC, ProcessGroupSync, split_parameters
+from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     teacher = torch.randn(32, 10)
     model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
-    optimizer = CurvaDion(split_parameters(model), lr=0.01, trigger=IntegratedRMMC(0.5))
+    optimizer = CurvaDion(split_parameters(model), lr=0.01)
     sync = ProcessGroupSync()
     optimizer.register_sync_hook(sync)  # the ranks compare their models here, and start from rank 0's values
     sync.include_module(model)

@@ -35,8 +35,11 @@ class CurvaDionStrategy(DDPStrategy):
 
     Args:
         consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next eight.
-        wire_format: How parameters travel, from ``"float32"`` down to ``"int2"`` and ``"sign"``.
-        momentum: What a sync step does to momentum.
+        wire_format: How parameters travel, from ``"float32"`` down to ``"int2"`` and ``"sign"``. ``None`` is
+            ``"sign"`` with the consensus ``"average"``, the fewest bytes for the loss in the comparison, and
+            ``"float32"`` with the others.
+        momentum: What a sync step does to momentum. ``None`` is ``"local"`` with the consensus ``"average"``, since
+            bytes were better spent on syncs than on momentum, and ``"factors"`` with the others.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
         factor_format: How momentum travels.
@@ -52,6 +55,9 @@ class CurvaDionStrategy(DDPStrategy):
         timeout: How long a collective waits for a replica that does not come.
         start_method: How processes are started.
         **unsupported: Arguments of ``DistributedDataParallel`` are refused.
+
+    The defaults were chosen by ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
+    :class:`~lightning_curvadion.ProcessGroupSync` itself defaults to full width.
 
     Raises:
         MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from examples.benchmarks import compare
 from examples.benchmarks.compare_plan import BASE, QUOTED, STAGES, SWEEPS, best_rates, plan, read, with_rates
 from examples.benchmarks.compare_replica import Outcome, append
-from examples.benchmarks.compare_report import gap, kernel_share, of, pace, reached
+from examples.benchmarks.compare_report import gap, kernel_share, of, pace, points, reached
 from examples.benchmarks.methods import DEFAULT, METHODS
 from lightning_curvadion import CurvaDion, CurvaDionStrategy, split_parameters
 
@@ -124,7 +125,8 @@ def test_methods_step_with_the_rates_they_are_given(name):
 def test_methods_are_what_they_are_called():
     for name, method in METHODS.items():
         assert isinstance(method.strategy(), DDPStrategy)
-        assert isinstance(method.strategy(), CurvaDionStrategy) == (not name.startswith("DDP"))
+        others = name.startswith("DDP") or name == "no communication"
+        assert isinstance(method.strategy(), CurvaDionStrategy) != others
     assert METHODS[DEFAULT].hook == {} and METHODS[DEFAULT].options == {}
     optimizer = METHODS["local SGD, H=30"].optimizer(split_parameters(Net()), lr=0.1, vector_lr=0.1)
     assert isinstance(optimizer, CurvaDion)
@@ -137,3 +139,18 @@ def test_the_smoke_run_trains_times_tells_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| ours: defaults | " in done.stdout
     assert {path.name for path in tmp_path.iterdir()} >= {"loss_against_bytes.png", "loss_against_seconds.png"}
+
+
+def test_a_run_does_not_notice_how_often_it_is_looked_at(tmp_path):
+    run = with_rates(replace(BASE, method="ours: H=4", steps=14), (0.012, 0.012))
+    rows = []
+    for evaluations in (1, 5):
+        path = tmp_path / f"{evaluations}.csv"
+        compare.run([run], path, evaluations, val_sequences=64)
+        rows += read(path)
+    once, often = [row.outcome for row in rows]
+    assert len(points(rows[1])) == 5 and points(rows[1])[-1][1] == often.val_loss
+    assert (once.val_loss, once.sync_steps, once.payload) == (often.val_loss, often.sync_steps, often.payload)
+    if once.kernel_steps >= 0:
+        assert often.kernel_steps == pytest.approx(once.kernel_steps, rel=0.05)
+        assert once.payload < once.kernel_steps < once.kernel_total

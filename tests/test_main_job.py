@@ -60,12 +60,6 @@ def test_the_benchmark_of_the_wire_formats_runs():
         assert line in shown
 
 
-def test_the_table_of_variants_runs():
-    rows = run("examples/benchmarks/variants.py", "--smoke").splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| DDP with Dion", "| curvadion, defaults"]
-    assert rows[0].endswith("| 6 (100.0 %) | 100.00 % |")
-
-
 def test_the_plain_loop_trains_without_lightning():
     shown = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "examples/plain_loop.py")
     first, last, synced = re.search(r"loss (\S+) -> (\S+), (\d+) sync steps", shown).groups()

@@ -8,6 +8,7 @@ Rank 0 appends a row to the CSV after every run.
 import csv
 import datetime
 import json
+import logging
 import os
 import sys
 import time
@@ -261,6 +262,8 @@ def append(path: Path, run: Run, outcome: Outcome) -> None:
 def main() -> None:
     """Train the runs of the JSON in turn."""
     torch.set_num_threads(1)
+    # Or every run of many tells which devices there are.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # Once for all runs: a Trainer takes the group that it finds.
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))
     job = json.loads(sys.argv[1])

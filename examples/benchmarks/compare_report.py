@@ -1,5 +1,6 @@
 """Tables and plots of the comparison, from nothing but its CSV."""
 
+import itertools
 import statistics
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from examples.benchmarks.compare_plan import (
 )
 from examples.benchmarks.methods import DEFAULT, METHODS
 
-GOAL, DENSE = "DDP, Dion", "DDP, AdamW"
+GOAL, DENSE, ALONE = "DDP, Dion", "DDP, AdamW", "no communication"
 
 
 def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -94,6 +95,7 @@ def tables(results: Path, steps: int = STEPS) -> None:
     batch_table(rows)
     length_table(rows)
     disturbed_table(rows)
+    where_table(rows)
     links_table(rows)
 
 
@@ -211,16 +213,33 @@ def disturbed_table(rows: list[Row]) -> None:
         line(method, *cells)
 
 
+def where_table(rows: list[Row]) -> None:
+    """Where the sync steps of a run fall: their share of the steps in each eighth of it."""
+    eighths = [f"{number}/8" for number in range(1, 9)]
+    header("Sync steps, percent of the steps of each eighth of a run", "trigger", "disturbed", *eighths)
+    for method in (DEFAULT, "as published, tau=0.1", "ours: tau=0.07", "ours: 15 % of steps"):
+        for kind in ("", "lr", "data"):
+            for row in of(rows, method=method, disturbance=kind)[:1]:
+                counts = [(0, 0), *[(step, syncs) for step, _, _, _, syncs in points(row)]]
+                pairs = itertools.pairwise(counts)
+                line(method, kind or "no", *[f"{100 * (b[1] - a[1]) / (b[0] - a[0]):.0f}" for a, b in pairs])
+
+
 def links_table(rows: list[Row]) -> None:
-    """Steps a second by link."""
-    header("Steps a second, 2 replicas", "method", "no limit", *RATES, f"x {DENSE} at {RATES[-1]}")
-    slow = pace(rows, DENSE, RATES[-1])
+    """Steps a second by link; what DDP spends communicating, and how near the methods come to never doing so."""
+    header("Steps a second, 2 replicas", "method", "no limit", *RATES, f"x {DENSE}", f"of {ALONE}")
+    slow, most = pace(rows, DENSE, RATES[-1]), pace(rows, ALONE, RATES[-1])
     for method in METHODS:
-        paces = [pace(rows, method, rate) for rate in RATES]
-        if any(paces):
-            times = f"{paces[-1] / slow:.1f}" if paces[-1] and slow else "-"
-            free = pace([row for row in rows if row.run.stop], method, "")
-            line(method, *[f"{value:.2f}" if value else "-" for value in (free, *paces)], times)
+        paces = [pace([row for row in rows if row.run.stop], method, rate) for rate in ("", *RATES)]
+        last = paces[-1]
+        if last:
+            times = f"{last / slow:.1f}" if slow else "-"
+            share = f"{100 * last / most:.0f} %" if most else "-"
+            line(method, *[f"{value:.2f}" if value else "-" for value in paces], times, share)
+    for rate in RATES:
+        with_link, without = pace(rows, DENSE, rate), pace([row for row in rows if row.run.stop], DENSE, "")
+        if with_link and without:
+            print(f"\n{DENSE} spends {100 * (1 - with_link / without):.0f} % of a step waiting for a link of {rate}.")
 
 
 def plots(results: Path, folder: Path, steps: int = STEPS) -> None:

@@ -35,6 +35,7 @@ class Method:
         trigger: When replicas synchronise otherwise; ``None`` is the default trigger.
         hook: Arguments of ``CurvaDionStrategy``.
         options: Arguments of ``CurvaDion``.
+        alone: Whether no replica ever hears of another, not even of the RMMC.
         power_sgd: Whether DDP's gradients go through torch's ``powerSGD_hook``.
         sweep: Name of the method whose learning-rate sweep this one uses.
     """
@@ -44,6 +45,7 @@ class Method:
     trigger: Trigger | None = None
     hook: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
     power_sgd: bool = False
     sweep: str = ""
 
@@ -66,6 +68,8 @@ class Method:
 
     def strategy(self) -> Strategy:
         """A new strategy for a Trainer."""
+        if self.alone:
+            return Alone()
         return DDPStrategy() if self.ddp else CurvaDionStrategy(**self.hook)
 
     def callbacks(self) -> list[pl.Callback]:
@@ -97,6 +101,13 @@ class Both(Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+class Alone(DDPStrategy):
+    """Processes as under DDP, each with a shard of the data, and nothing sent while they train."""
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped, so nothing is reduced."""
 
 
 class PowerSGD(pl.Callback):
@@ -165,7 +176,7 @@ METHODS: dict[str, Method] = {
     "DiLoCo, Dion, H=10, sign": _diloco(10, "dion", wire_format="sign"),
     **{f"as published, tau={tau}": _published(tau) for tau in (0.05, 0.1)},
     "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
-    "no communication": _every(10**9),
+    "no communication": Method(alone=True, sweep="local SGD, H=30"),
     DEFAULT: _ours(),
     **{f"ours: H={n}": _ours(EveryNSteps(n)) for n in PERIODS},
     "ours: budget 0.15": _ours(IntegratedRMMC(0.15)),
