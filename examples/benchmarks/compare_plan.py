@@ -15,19 +15,21 @@ SEEDS = (0, 1, 2)
 BATCHES = (4, 8, 16)
 LENGTHS = (1.1, 1.25, 1.5)
 # DDP is comfortable, spends half its step communicating, and nine tenths.
-RATES = ("1gbit", "150mbit", "20mbit")
+RATES = ("1gbit", "120mbit", "12mbit")
 
 # Learning rates (of matrices, of everything else): AdamW has one, beside Dion and Muon it is the second that decides.
 _ADAMW = ((0.0015, 0.0015), (0.003, 0.003), (0.006, 0.006))
 _MATRICES = ((0.012, 0.006), (0.012, 0.012), (0.012, 0.024))
+# Where the highest was best, one more.
+_WIDER = (*_MATRICES[1:], (0.012, 0.048))
 SWEEPS: dict[str, tuple[tuple[float, float], ...]] = {
     "DDP, AdamW": _ADAMW,
-    "DDP, Dion": _MATRICES,
-    DEFAULT: _MATRICES,
+    "DDP, Dion": _WIDER,
+    DEFAULT: _WIDER,
     "local SGD, H=30": _MATRICES,
     "DiLoCo, Dion, H=30": _MATRICES,
     "DDP, Muon": _MATRICES,
-    "DiLoCo, AdamW, H=30": _ADAMW,
+    "DiLoCo, AdamW, H=30": ((0.0007, 0.0007), *_ADAMW[:2]),
 }
 QUOTED = (
     "DDP, AdamW",

@@ -159,6 +159,11 @@ def _ours(trigger: Trigger | None = None, **hook: Any) -> Method:
     return Method(trigger=trigger, hook=hook, sweep=DEFAULT)
 
 
+def _thin(rank_fraction: float) -> dict[str, Any]:
+    """Momenta meet in the span of a few common columns, coded in 4 bits."""
+    return {"momentum": "factors", "factor_format": "int4", "sync_rank_fraction": rank_fraction}
+
+
 METHODS: dict[str, Method] = {
     "DDP, AdamW": _ddp("adamw"),
     "DDP, Muon": _ddp("muon"),
@@ -179,11 +184,14 @@ METHODS: dict[str, Method] = {
     "no communication": Method(alone=True, sweep="local SGD, H=30"),
     DEFAULT: _ours(),
     **{f"ours: H={n}": _ours(EveryNSteps(n)) for n in PERIODS},
-    "ours: budget 0.15": _ours(IntegratedRMMC(0.15)),
-    "ours: budget 0.6": _ours(IntegratedRMMC(0.6)),
+    **{f"ours: budget {budget}": _ours(IntegratedRMMC(budget)) for budget in (0.2, 0.3, 0.8)},
     "ours: tau=0.07": _ours(RMMCThreshold(0.07)),
     "ours: 15 % of steps": _ours(CommunicationBudget(0.15)),
     **{f"ours: {name}": _ours(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
+    # The bytes of a budget of 0.3 in fewer syncs with factors.
+    "ours: thin factors 1/16, budget 0.37": _ours(IntegratedRMMC(0.37), **_thin(1 / 16)),
+    "ours: thin factors 1/8, budget 0.44": _ours(IntegratedRMMC(0.44), **_thin(1 / 8)),
+    "ours: thin factors 1/8": _ours(**_thin(1 / 8)),
     "ours: int2, momentum factors": _ours(wire_format="int2", momentum="factors"),
     "ours: momentum average in int4": _ours(momentum="average", factor_format="int4"),
     "ours: momentum dion": _ours(momentum="dion"),
