@@ -46,7 +46,8 @@ BATCH_METHODS = ("DDP, AdamW", "DDP, Dion", "local SGD, H=30", DEFAULT, "no comm
 # The default trigger, and periods around its rate of synchronisation, everything else alike.
 DISTURBED = (DEFAULT, *[f"ours: H={n}" for n in PERIODS[:2]])
 TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step", "ours: int2", "ours: float32")
-STAGES = ("sweep", "links", "seeds", "lengths", "disturbed", "methods", "batches", "replicas")
+STAGES = ("sweep", "links", "seeds", "budgets", "lengths", "disturbed", "methods", "batches", "replicas")
+RACERS = ("DDP, AdamW", "DDP, Dion", DEFAULT, "no communication")
 # Steps of a timed run where a step takes long and where it does not.
 FEW, MANY = 40, 250
 
@@ -112,6 +113,8 @@ def plan(stage: str, rows: list[Row]) -> list[Run]:
         return runs(QUOTED, replicas=4)
     if stage == "batches":
         return [run for batch in BATCHES for run in runs(BATCH_METHODS, sequences=batch)]
+    if stage == "budgets":
+        return [run for seed in SEEDS for run in runs(["ours: budget 0.3"], seed=seed)]
     if stage == "lengths":
         return [
             run
@@ -124,7 +127,10 @@ def plan(stage: str, rows: list[Row]) -> list[Run]:
             run for seed in SEEDS for kind in ("lr", "data") for run in runs(DISTURBED, seed=seed, disturbance=kind)
         ]
     if stage == "links":
-        return [run for rate in ("", *RATES) for run in timed(runs(TIMED, rate=rate))]
+        once = [run for rate in ("", *RATES) for run in timed(runs(TIMED, rate=rate))]
+        # At the slowest link again in turn, for medians; a seed more is another measurement.
+        again = [run for seed in SEEDS[1:] for run in timed(runs(RACERS, rate=RATES[-1], seed=seed))]
+        return once + again
     raise KeyError(stage)
 
 
