@@ -29,7 +29,7 @@ from .stacks import MatrixStack
 from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
 
 # Chosen by loss and bytes, see examples/benchmarks/README.md.
-DEFAULT_BUDGET = 0.4
+DEFAULT_BUDGET = 0.3
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CurvaDion(StackedOptimizer):
         betas: Decay of the moments of AdamW, or of Lion.
         weight_decay: Decoupled weight decay.
         eps: Added to denominators.
-        trigger: When to synchronise; a copy is taken. Default ``IntegratedRMMC(0.4)``.
+        trigger: When to synchronise; a copy is taken. Default ``IntegratedRMMC(0.3)``.
         max_local_steps: At most so many local steps in a row; ``None`` for no bound.
 
     Every hyperparameter up to ``eps``, except ``tau``, can be set per group, and so can ``algorithm``.
@@ -85,7 +85,7 @@ class CurvaDion(StackedOptimizer):
 
     Example::
 
-        optimizer = CurvaDion(split_parameters(model), lr=0.02, trigger=IntegratedRMMC(0.4))
+        optimizer = CurvaDion(split_parameters(model), lr=0.02, trigger=IntegratedRMMC(0.3))
         optimizer.register_sync_hook(ProcessGroupSync())  # in every process
         loss.backward()
         optimizer.step()

@@ -9,7 +9,7 @@
 Replicas are processes on hosts of their own in a network lab (``netlab.py``), so that bytes are the kernel's count;
 without root they share the loopback interface: no count, no slow link. Stages, in order: ``sweep`` (learning rates),
 ``links`` (time at three link speeds; wants the machine for itself), ``seeds`` (the rows that the README quotes),
-``budgets`` (a denser trigger, over seeds), ``lengths`` (longer runs of ours), ``disturbed``, ``methods`` (every row
+``budgets`` (a sparser trigger, over seeds), ``lengths`` (longer runs of ours), ``disturbed``, ``methods`` (every row
 once), ``batches``, ``replicas`` (four of them).
 """
 

@@ -45,7 +45,7 @@ QUOTED = (
 BATCH_METHODS = ("DDP, AdamW", "DDP, Dion", "local SGD, H=30", DEFAULT, "no communication")
 # The default trigger, and periods around its rate of synchronisation, everything else alike.
 DISTURBED = (DEFAULT, *[f"ours: H={n}" for n in PERIODS[:2]])
-TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step", "ours: int2", "ours: float32")
+TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step")
 STAGES = ("sweep", "links", "seeds", "budgets", "lengths", "disturbed", "methods", "batches", "replicas")
 RACERS = ("DDP, AdamW", "DDP, Dion", DEFAULT, "no communication")
 # Steps of a timed run where a step takes long and where it does not.
@@ -114,7 +114,7 @@ def plan(stage: str, rows: list[Row]) -> list[Run]:
     if stage == "batches":
         return [run for batch in BATCHES for run in runs(BATCH_METHODS, sequences=batch)]
     if stage == "budgets":
-        return [run for seed in SEEDS for run in runs(["ours: budget 0.3"], seed=seed)]
+        return [run for seed in SEEDS for run in runs(["ours: budget 0.4"], seed=seed)]
     if stage == "lengths":
         return [
             run

@@ -143,6 +143,7 @@ class Meter(pl.Callback):
     """Counts, and evaluates the mean of the replicas on the side: no replica is changed by being looked at."""
 
     def __init__(self, run: Run, evaluations: int, validation: Dataset[Tensor]) -> None:
+        self.dense = METHODS[run.method].ddp
         self.at = {round(run.steps * (number + 1) / evaluations) for number in range(evaluations)} - {run.steps}
         self.validation = validation
         self.seconds, self.kernel, self.kernel_at_end, self.payload, self.sync_steps, self.spread = 0.0, 0, 0, 0, 0, 0.0
@@ -159,7 +160,7 @@ class Meter(pl.Callback):
         """Count, and evaluate where it is due."""
         optimizer = trainer.optimizers[0]
         report = optimizer.last_step if isinstance(optimizer, CurvaDion) and optimizer.sync_hook else None
-        self.sync_steps += report.synced if report else 1
+        self.sync_steps += report.synced if report else self.dense
         self.payload += report.bytes_sent if report else 0
         if trainer.global_step in self.at:
             self._look(trainer.global_step, cast(ByteGPT, pl_module))

@@ -130,7 +130,7 @@ OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 # Muon and Dion inside want a gentler outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT = "ours: defaults"
-PERIODS = (4, 5, 8)
+PERIODS = (4, 5)
 
 
 def _ddp(inner: str, **other: Any) -> Method:
@@ -184,7 +184,7 @@ METHODS: dict[str, Method] = {
     "no communication": Method(alone=True, sweep="local SGD, H=30"),
     DEFAULT: _ours(),
     **{f"ours: H={n}": _ours(EveryNSteps(n)) for n in PERIODS},
-    **{f"ours: budget {budget}": _ours(IntegratedRMMC(budget)) for budget in (0.2, 0.3, 0.8)},
+    **{f"ours: budget {budget}": _ours(IntegratedRMMC(budget)) for budget in (0.2, 0.4, 0.8)},
     "ours: tau=0.07": _ours(RMMCThreshold(0.07)),
     "ours: 15 % of steps": _ours(CommunicationBudget(0.15)),
     **{f"ours: {name}": _ours(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
@@ -197,6 +197,7 @@ METHODS: dict[str, Method] = {
     "ours: momentum dion": _ours(momentum="dion"),
     "ours: consensus factors": _ours(consensus="factors", momentum="factors", factor_format="int4"),
     "ours: outer 0.8, 0.5": _ours(outer_lr=0.8, outer_momentum=0.5),
+    "ours: budget 0.8, outer 0.7, 0.6": _ours(IntegratedRMMC(0.8), **OUTER_DION),
     "ours: outer 1.0, 0.3": _ours(outer_lr=1.0, outer_momentum=0.3),
     "ours: full rank": Method(options={"rank_fraction": 1.0}, sweep=DEFAULT),
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),

@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--rank-fraction", type=float, default=0.25)
+    parser.add_argument("--rank-fraction", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each optimizer that are timed")
     parser.add_argument("--muon-rounds", type=int, default=2, help="the same for Muon")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs")
