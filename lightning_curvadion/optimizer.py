@@ -73,8 +73,8 @@ class CurvaDion(StackedOptimizer):
         eps: Added to denominators.
         trigger: When to synchronise; a copy is taken. Default ``IntegratedRMMC(0.3)``, which
             at one bit a number came to about 1 % of DDP's bytes in the comparison of ``examples/benchmarks/README.md``.
-        max_local_steps: At most so many local steps in a row; ``None`` for no bound. For plateaus where RMMC falls to
-            nothing: no run of the comparison came to it.
+        max_local_steps: At most so many local steps in a row; ``None`` for no bound. For plateaus, where RMMC
+            falls to nothing.
 
     Every hyperparameter up to ``eps``, except ``tau``, can be set per group, and so can ``algorithm``.
 

@@ -85,18 +85,19 @@ def smoke(folder: Path) -> None:
 def main() -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs="*", metavar="STAGE", choices=[[], *compare_plan.STAGES], help="train")
+    parser.add_argument("--run", nargs="*", metavar="STAGE", choices=compare_plan.STAGES, help="train")
     parser.add_argument("--tables", action="store_true", help="print the tables")
     parser.add_argument("--plots", action="store_true", help="draw the plots")
     parser.add_argument("--smoke", nargs="?", type=Path, const=Path(), metavar="FOLDER", help="a little of everything")
     options = parser.parse_args()
+    smoke_folder = options.smoke.resolve() if options.smoke is not None and options.smoke.name else None
     os.chdir(ROOT)
     try:
         with interruptible():
             if options.smoke is not None:
                 with tempfile.TemporaryDirectory() as folder:
                     # Runs that a folder holds would not be made again, so the default is an empty one.
-                    smoke(options.smoke if options.smoke.name else Path(folder))
+                    smoke(smoke_folder or Path(folder))
             if options.run is not None:
                 for stage in options.run or compare_plan.STAGES:
                     run(compare_plan.plan(stage, compare_plan.read(compare_plan.RESULTS)), compare_plan.RESULTS)
