@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .exchange import Exchange
 from .optimizer import CurvaDion
 from .parcels import Averaged
+from .peers import ReplicaLostError
 
 _CODABLE = (torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "build the same model and the same optimizer, in the same order, in every process"
@@ -72,6 +73,8 @@ def check_formats(exchange: Exchange, optimizer: CurvaDion, formats: dict[str, s
             )
     try:
         exchange.average([Averaged("probe", torch.zeros(1, device=device), next(iter(coded.values())))])
+    except ReplicaLostError:
+        raise
     except RuntimeError as error:
         raise ValueError(
             f"the {exchange.backend} backend cannot carry {chosen} ({error}); wire_format='float32' it can, and gloo"

@@ -6,10 +6,11 @@ of an exchange travel together, whatever their number and their formats:
 - All at full width: one all-reduce of one flat buffer.
 - Coded, up to two replicas: one all-gather; everybody decodes everything and takes the mean.
 - Coded, more replicas: an all-to-all, in which each replica gets one shard of everybody's numbers; it takes the shard's
-  mean in float32 and codes that; an all-gather brings all shards to all. No replica receives more than twice the
-  payload, however many they are. (An all-reduce cannot add integers of two bits, and an all-gather alone would grow
-  with the number of replicas.) What coding the mean loses counts as lost by the owner of the shard, as many times as
-  there are replicas, so that the mean is exactly the mean of what the replicas are said to have sent.
+  mean in float32 and codes that, a mean of signs in two bits; an all-gather brings all shards to all. No replica
+  receives more than twice the payload, or three times of signs, however many they are. (An all-reduce cannot add
+  integers of two bits, and an all-gather alone would grow with the number of replicas.) What coding the mean loses
+  counts as lost by the owner of the shard, as many times as there are replicas, so that the mean is exactly the mean of
+  what the replicas are said to have sent.
 
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
 """
@@ -24,6 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
 from .parcels import Parcel
+from .peers import meeting
 from .sections import Piece, chunks_of, joined, sections_of, write
 from .settings import CHUNK
 
@@ -62,20 +64,22 @@ class Exchange:
     def maximum(self, signal: Tensor) -> None:
         """Replace ``signal`` by its element-wise maximum over the replicas."""
         self.bytes_sent += signal.nbytes
-        dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
+        with meeting("the agreement of a step"):
+            dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
 
     def gather(self, own: Tensor) -> Tensor:
         """Everybody's flat tensor, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
         self.bytes_sent += own.nbytes
-        with record_function("curvadion::exchange"):
+        with record_function("curvadion::exchange"), meeting("an exchange"):
             dist.all_gather(list(gathered), own, group=self._group)
         return gathered
 
     def gather_objects(self, own: Any) -> list[Any]:
         """Everybody's object, in the order of the ranks; for errors."""
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, own, group=self._group)
+        with meeting("the comparison of models"):
+            dist.all_gather_object(everyone, own, group=self._group)
         return everyone
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
@@ -85,7 +89,8 @@ class Exchange:
             alike = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.reshape(-1) for tensor in alike])
             self.bytes_sent += flat.nbytes if self.rank == 0 else 0
-            dist.broadcast(flat, src=source, group=self._group)
+            with meeting("the broadcast of rank 0's values"):
+                dist.broadcast(flat, src=source, group=self._group)
             for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(values.view(tensor.shape))
 
@@ -116,7 +121,7 @@ class Exchange:
         # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         self.bytes_sent += flat.nbytes
-        with record_function("curvadion::exchange"):
+        with record_function("curvadion::exchange"), meeting("an exchange"):
             dist.all_reduce(flat, group=self._group)
         write(pieces, flat, None)
 
@@ -140,18 +145,18 @@ class Exchange:
             outgoing = torch.cat(rows, dim=1)
         incoming = torch.empty_like(outgoing)
         self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
-        with record_function("curvadion::exchange"):
+        with record_function("curvadion::exchange"), meeting("an exchange"):
             dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
         widths = [section.width for section in sections]
         with record_function("curvadion::decode"):
             arrived = incoming.split(widths, dim=1)
             means = [section.mean(payloads, self.rank) for section, payloads in zip(sections, arrived, strict=True)]
         with record_function("curvadion::encode"):
-            own = torch.cat([section.encode(mean) for section, mean in zip(sections, means, strict=True)])
-        gathered = self.gather(own).split(widths, dim=1)
+            own = torch.cat([section.encode_mean(mean) for section, mean in zip(sections, means, strict=True)])
+        gathered = self.gather(own).split([section.mean_width for section in sections], dim=1)
         with record_function("curvadion::decode"):
             for section, mean, arrived_means, sent in zip(sections, means, gathered, rows, strict=True):
                 section.take_away(sent)
-                decoded = [section.decode(payload, shard) for shard, payload in enumerate(arrived_means)]
+                decoded = [section.decode_mean(payload, shard) for shard, payload in enumerate(arrived_means)]
                 section.shards[self.rank].add_(mean - decoded[self.rank], alpha=self.world_size)
                 section.deliver(decoded)

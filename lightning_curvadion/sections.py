@@ -10,6 +10,9 @@ from .parcels import Parcel
 
 Piece = tuple[Parcel, int, int]
 
+# A mean of signs is no sign: coded in one bit again, it cost four replicas 0.03 of the loss.
+MEAN_FORMAT = {"sign": "int2"}
+
 
 class Section:
     """The numbers of a chunk that travel in one format, cut into shards of whole blocks.
@@ -23,6 +26,8 @@ class Section:
         values: The numbers, flat; once :meth:`take_away` was told what was sent, what is left of them.
         shards: Views of ``values``, equally long but for the end, where some may be empty.
         width: Bytes of the longest coded shard.
+        mean_format: How the mean of a shard travels.
+        mean_width: Bytes of the longest coded mean.
     """
 
     def __init__(self, wire_format: str, pieces: Sequence[Piece], shards: int) -> None:
@@ -31,6 +36,8 @@ class Section:
         self.values = joined(pieces, dtype)
         self.shards = self._cut(self.values, shards)
         self.width = wire.encoded_bytes(self.shards[0].numel(), wire_format)
+        self.mean_format = MEAN_FORMAT.get(wire_format, wire_format)
+        self.mean_width = wire.encoded_bytes(self.shards[0].numel(), self.mean_format)
         self._pieces = pieces
 
     def _cut(self, flat: Tensor, shards: int) -> list[Tensor]:
@@ -40,13 +47,19 @@ class Section:
 
     def encode(self, numbers: Tensor) -> Tensor:
         """A coded shard, filled up to the width of all."""
-        payload = wire.encode_unchecked(numbers, self.wire_format)
-        return torch.nn.functional.pad(payload, (0, self.width - payload.numel()))
+        return _filled(wire.encode_unchecked(numbers, self.wire_format), self.width)
 
     def decode(self, payload: Tensor, shard: int) -> Tensor:
         """The numbers of a coded shard."""
-        numel = self.shards[shard].numel()
-        return wire.decode(payload[: wire.encoded_bytes(numel, self.wire_format)], self.wire_format, numel)
+        return _numbers(payload, self.wire_format, self.shards[shard].numel())
+
+    def encode_mean(self, mean: Tensor) -> Tensor:
+        """The coded mean of a shard, filled up to the width of all."""
+        return _filled(wire.encode_unchecked(mean, self.mean_format), self.mean_width)
+
+    def decode_mean(self, payload: Tensor, shard: int) -> Tensor:
+        """The numbers of a coded mean."""
+        return _numbers(payload, self.mean_format, self.shards[shard].numel())
 
     def mean(self, payloads: Tensor, shard: int) -> Tensor:
         """Mean of a shard that every replica coded, shape (replicas, width)."""
@@ -73,6 +86,14 @@ class Section:
                 if not bool(torch.isfinite(part).all()):
                     raise ValueError(wire.not_codable(parcel.name))
         write(self._pieces, flat, self.values)
+
+
+def _filled(payload: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(payload, (0, width - payload.numel()))
+
+
+def _numbers(payload: Tensor, wire_format: str, numel: int) -> Tensor:
+    return wire.decode(payload[: wire.encoded_bytes(numel, wire_format)], wire_format, numel)
 
 
 def sections_of(pieces: Sequence[Piece], shards: int) -> list[Section]:

@@ -61,6 +61,11 @@ def test_every_method_takes_the_best_rate_of_its_sweep(tmp_path):
     assert best_rates("DDP, Dion", rows) == SWEEPS["DDP, Dion"][1]
     assert best_rates("local SGD, H=100", rows) == SWEEPS["local SGD, H=30"][0]
     assert best_rates("DDP, AdamW", rows) == SWEEPS["DDP, AdamW"][1]  # not swept yet
+    four = replace(BASE, method="DDP, Dion", replicas=4, lr=0.024, vector_lr=0.024)
+    rows += rows_of(tmp_path, (four, replace(OUTCOME, val_loss=1.0)))
+    assert best_rates("DDP, Dion", rows) == SWEEPS["DDP, Dion"][1]
+    assert best_rates("DDP, Dion", rows, replicas=4) == (0.024, 0.024)
+    assert best_rates("local SGD, H=30", rows, replicas=4) == SWEEPS["local SGD, H=30"][0]
     assert all((method.sweep or name) in SWEEPS for name, method in METHODS.items())
 
 

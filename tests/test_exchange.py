@@ -8,6 +8,7 @@ from replicas import counted_collectives
 from lightning_curvadion import EveryNSteps, wire
 from lightning_curvadion.exchange import Exchange
 from lightning_curvadion.parcels import Averaged, Displacement
+from lightning_curvadion.sections import MEAN_FORMAT
 
 CODED = [f for f in wire.WIRE_FORMATS if f != "float32"]
 SIZES = [(3, 5), (1000,), (), (129,), (64, 7), (1,)]
@@ -51,9 +52,11 @@ def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replica
             chunks = -(-numel // chunk)
             assert len(calls) == (1 if wire_format == "float32" or world <= 2 else 2) * chunks
             # Shards are filled up to whole blocks: at most one block for each replica and chunk.
-            padding = world * wire.encoded_bytes(wire.block_of(wire_format), wire_format) * chunks
-            payload = wire.encoded_bytes(numel, wire_format)
-            assert payload <= sent <= payload + 2 * padding
+            mean_format = MEAN_FORMAT.get(wire_format, wire_format) if world > 2 else wire_format
+            padding = world * wire.encoded_bytes(wire.block_of(wire_format), mean_format) * chunks
+            to_others, mean = (wire.encoded_bytes(numel, name) for name in (wire_format, mean_format))
+            payload = (to_others * (world - 1) + mean) / world
+            assert 0.99 * payload <= sent <= payload + 2 * padding
             received = sum((world - 1) * size if name == "all_gather" else size for name, size in calls)
             assert wire_format == "float32" or received <= 2 * (payload + padding)
 

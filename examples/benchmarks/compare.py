@@ -10,7 +10,7 @@ Replicas are processes on hosts of their own in a network lab (``netlab.py``), s
 without root they share the loopback interface: no count, no slow link. Stages, in order: ``sweep`` (learning rates),
 ``links`` (time at three link speeds; wants the machine for itself), ``seeds`` (the rows that the README quotes),
 ``budgets`` (a sparser trigger, over seeds), ``lengths`` (longer runs of ours), ``disturbed``, ``methods`` (every row
-once), ``batches``, ``replicas`` (four of them).
+once), ``batches``, ``sweep of four`` and ``replicas`` (four of them), ``races`` (whole runs on the slowest link).
 """
 
 import argparse

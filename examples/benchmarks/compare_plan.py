@@ -31,6 +31,13 @@ SWEEPS: dict[str, tuple[tuple[float, float], ...]] = {
     "DDP, Muon": _MATRICES,
     "DiLoCo, AdamW, H=30": ((0.0007, 0.0007), *_ADAMW[:2]),
 }
+# With four replicas, where best rates may lie elsewhere; methods that are not here take those of two.
+SWEEPS_OF_FOUR: dict[str, tuple[tuple[float, float], ...]] = {
+    "DDP, Dion": ((0.012, 0.024), (0.012, 0.048), (0.024, 0.024)),
+    DEFAULT: ((0.012, 0.024), (0.024, 0.048), (0.036, 0.048)),
+}
+# What the distance to DDP consists of.
+BREAKDOWN = ("ours: every step, float32", "ours: every step, float32, momentum average", "ours: H=4, float32")
 QUOTED = (
     "DDP, AdamW",
     "DDP, Muon",
@@ -46,7 +53,19 @@ BATCH_METHODS = ("DDP, AdamW", "DDP, Dion", "local SGD, H=30", DEFAULT, "no comm
 # The default trigger, and periods around its rate of synchronisation, everything else alike.
 DISTURBED = (DEFAULT, *[f"ours: H={n}" for n in PERIODS[:2]])
 TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step")
-STAGES = ("sweep", "links", "seeds", "budgets", "lengths", "disturbed", "methods", "batches", "replicas")
+STAGES = (
+    "sweep",
+    "links",
+    "seeds",
+    "budgets",
+    "lengths",
+    "disturbed",
+    "methods",
+    "batches",
+    "sweep of four",
+    "replicas",
+    "races",
+)
 RACERS = ("DDP, AdamW", "DDP, Dion", DEFAULT, "no communication")
 # Steps of a timed run where a step takes long and where it does not.
 FEW, MANY = 40, 250
@@ -82,16 +101,19 @@ def with_rates(run: Run, rates: tuple[float, float]) -> Run:
     return replace(run, lr=rates[0], vector_lr=rates[1])
 
 
-def swept(method: str, rows: Iterable[Row]) -> dict[tuple[float, float], float]:
+def swept(method: str, rows: Iterable[Row], replicas: int = 2) -> dict[tuple[float, float], float]:
     """Loss by learning rates, as far as the sweep of a method's family is done."""
     family = METHODS[method].sweep or method
-    wanted = {with_rates(replace(BASE, method=family), rates): rates for rates in SWEEPS[family]}
+    if replicas == 4 and family not in SWEEPS_OF_FOUR:
+        replicas = 2
+    sweep = SWEEPS_OF_FOUR[family] if replicas == 4 else SWEEPS[family]
+    wanted = {with_rates(replace(BASE, method=family, replicas=replicas), rates): rates for rates in sweep}
     return {wanted[row.run]: row.outcome.val_loss for row in rows if row.run in wanted}
 
 
-def best_rates(method: str, rows: Iterable[Row]) -> tuple[float, float]:
+def best_rates(method: str, rows: Iterable[Row], replicas: int = 2) -> tuple[float, float]:
     """Learning rates with the lowest loss in the sweep of a method's family; the middle ones while none is done."""
-    done = swept(method, rows)
+    done = swept(method, rows, replicas)
     return min(done, key=done.__getitem__) if done else SWEEPS[METHODS[method].sweep or method][1]
 
 
@@ -100,7 +122,7 @@ def plan(stage: str, rows: list[Row]) -> list[Run]:
 
     def runs(methods: Iterable[str], **changes: object) -> list[Run]:
         like = replace(BASE, **changes)  # type: ignore[arg-type]
-        return [with_rates(replace(like, method=name), best_rates(name, rows)) for name in methods]
+        return [with_rates(replace(like, method=name), best_rates(name, rows, like.replicas)) for name in methods]
 
     if stage == "sweep":
         return [with_rates(replace(BASE, method=name), rates) for name, sweep in SWEEPS.items() for rates in sweep]
@@ -109,8 +131,18 @@ def plan(stage: str, rows: list[Row]) -> list[Run]:
     if stage == "seeds":
         names = dict.fromkeys([*QUOTED, *DISTURBED])
         return [run for seed in SEEDS for run in runs(names, seed=seed)]
+    if stage == "sweep of four":
+        four = replace(BASE, replicas=4)
+        return [with_rates(replace(four, method=name), r) for name, sweep in SWEEPS_OF_FOUR.items() for r in sweep]
     if stage == "replicas":
-        return runs(QUOTED, replicas=4)
+        return [*runs(QUOTED, replicas=4), *runs(BREAKDOWN, replicas=4)]
+    if stage == "races":
+        # Whole runs on the slowest link: DDP's, and one of ours that is long enough to pass it.
+        return [
+            run
+            for name, length in (("DDP, Dion", 1.0), (DEFAULT, LENGTHS[1]))
+            for run in runs([name], rate=RATES[-1], steps=round(length * STEPS))
+        ]
     if stage == "batches":
         return [run for batch in BATCHES for run in runs(BATCH_METHODS, sequences=batch)]
     if stage == "budgets":

@@ -15,8 +15,10 @@ from examples.benchmarks.compare_plan import (
     RATES,
     STEPS,
     SWEEPS,
+    SWEEPS_OF_FOUR,
     Row,
     best_rates,
+    plan,
     read,
     swept,
     with_rates,
@@ -28,7 +30,7 @@ GOAL, DENSE, ALONE = "DDP, Dion", "DDP, AdamW", "no communication"
 
 def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """Rows at the base settings but for what is named, each at the learning rates that its sweep chose."""
-    like = with_rates(replace(BASE, **wanted), best_rates(wanted["method"], rows))
+    like = with_rates(replace(BASE, **wanted), best_rates(wanted["method"], rows, wanted.get("replicas", 2)))
     return sorted((row for row in rows if replace(row.run, seed=0) == like), key=lambda row: row.run.seed)
 
 
@@ -94,6 +96,7 @@ def tables(results: Path, steps: int = STEPS) -> None:
         method_table(rows, replicas, steps)
     batch_table(rows)
     length_table(rows)
+    race_table(rows)
     disturbed_table(rows)
     where_table(rows)
     links_table(rows)
@@ -114,10 +117,11 @@ def header(title: str, *cells: str) -> None:
 def sweep_table(rows: list[Row]) -> None:
     """Loss by learning rate."""
     header("Learning rates of matrices / of the rest", "method", "low", "middle", "high")
-    for method, sweep in SWEEPS.items():
-        done = swept(method, rows)
-        cells = [f"{done[rates]:.4f}" if rates in done else "not run" for rates in sweep]
-        line(method, *[f"{lr:g} / {vector_lr:g}: {cell}" for (lr, vector_lr), cell in zip(sweep, cells, strict=True)])
+    for replicas, sweeps in ((2, SWEEPS), (4, SWEEPS_OF_FOUR)):
+        for method, sweep in sweeps.items():
+            done = swept(method, rows, replicas)
+            cells = [f"{lr:g} / {rest:g}: {done.get((lr, rest), float('nan')):.4f}" for lr, rest in sweep]
+            line(method if replicas == 2 else f"{method}, {replicas} replicas", *cells)
 
 
 def method_table(rows: list[Row], replicas: int, steps: int) -> None:
@@ -193,6 +197,15 @@ def length_table(rows: list[Row]) -> None:
             f"{seconds:.0f}" if seconds else "not timed",
             f"{100 * seconds * slow / STEPS:.1f} %" if seconds and slow else "-",
         )
+
+
+def race_table(rows: list[Row]) -> None:
+    """Whole runs on the slowest link, as they were timed."""
+    header(f"Whole runs on a link of {RATES[-1]}", "run", "loss", "seconds", "MB sent")
+    for run in plan("races", rows):
+        for row in (row for row in rows if row.run == run):
+            sent = f"{row.outcome.kernel_total / 1e6:.2f}"
+            line(f"{run.method}, {run.steps} steps", f"{row.outcome.val_loss:.4f}", f"{row.outcome.seconds:.0f}", sent)
 
 
 def disturbed_table(rows: list[Row]) -> None:

@@ -188,6 +188,12 @@ METHODS: dict[str, Method] = {
     "ours: tau=0.07": _ours(RMMCThreshold(0.07)),
     "ours: 15 % of steps": _ours(CommunicationBudget(0.15)),
     **{f"ours: {name}": _ours(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
+    # What the distance to DDP consists of: momenta of one replica each, and then local steps.
+    "ours: every step, float32": _ours(EveryNSteps(1), wire_format="float32"),
+    "ours: every step, float32, momentum average": _ours(
+        EveryNSteps(1), wire_format="float32", momentum="average", factor_format="float32"
+    ),
+    "ours: H=4, float32": _ours(EveryNSteps(4), wire_format="float32"),
     # The bytes of a budget of 0.3 in fewer syncs with factors.
     "ours: thin factors 1/16, budget 0.37": _ours(IntegratedRMMC(0.37), **_thin(1 / 16)),
     "ours: thin factors 1/8, budget 0.44": _ours(IntegratedRMMC(0.44), **_thin(1 / 8)),
