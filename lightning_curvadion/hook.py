@@ -30,8 +30,8 @@ class SyncHook(Protocol):
     def attach(self, optimizer: Any) -> None:
         """Check that all replicas hold the same parameters, and start them from the same values."""
 
-    def agree(self, signal: Tensor) -> None:
-        """Replace a float64 tensor of two elements by the element-wise maximum over the replicas."""
+    def agree(self, signal: Tensor) -> tuple[float, float]:
+        """The element-wise maximum over the replicas of a float64 tensor of two elements."""
 
     def mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """First exchange of a sync step.

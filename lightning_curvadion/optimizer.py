@@ -199,11 +199,9 @@ class CurvaDion(StackedOptimizer):
         stacks = self.matrix_stacks()
         with record_function("curvadion::rmmc"):
             norms, signal = self._measure(stacks)
-        if hook is not None:
-            with record_function("curvadion::agreement"):
-                hook.agree(signal)
-        rmmc, fault = signal.tolist()
-        if fault > 0:
+        with record_function("curvadion::agreement"):
+            rmmc, fault = hook.agree(signal) if hook is not None else signal.tolist()
+        if fault >= 1:
             raise ValueError(faults.describe(int(fault), [name for name, _ in self.named_parameters()]))
         for stack, norm in zip(stacks, norms, strict=True):
             stack.norm.copy_(norm)

@@ -9,14 +9,23 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.profiler import record_function
 from typing_extensions import override
 
+from .checkpoints import WholeCheckpointIO
+from .meetings import ConsensusFirst, moving_averages
 from .optimizer import CurvaDion
+from .peers import meeting
 from .settings import CHUNK
+from .stopping import SharedStop
 from .sync import ProcessGroupSync
 
 log = logging.getLogger(__name__)
@@ -59,9 +68,13 @@ class CurvaDionStrategy(DDPStrategy):
     The defaults were chosen by ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
     :class:`~lightning_curvadion.ProcessGroupSync` itself defaults to full width.
 
+    Failures: a collective that a lost or stalled replica breaks raises an error that says so. SIGTERM on any replica
+    stops all of them after the same step, with the consensus in what ``on_exception`` callbacks save; after any other
+    exception a replica saves what it has, and starts no collective that nobody would join.
+
     Raises:
         MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs
-            between ranks, and for 16-bit mixed precision with a gradient scaler, which is not supported yet.
+            between ranks, and on sparse embeddings.
 
     Example::
 
@@ -118,6 +131,7 @@ class CurvaDionStrategy(DDPStrategy):
             "chunk": chunk,
         }
         self.sync = self._new_sync()
+        self._callbacks: list[pl.Callback] = []
         self._training = False
 
     def _new_sync(self) -> ProcessGroupSync:
@@ -135,21 +149,40 @@ class CurvaDionStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         super().setup_optimizers(trainer)
         optimizers = self._curvadion_optimizers()
-        if isinstance(self.precision_plugin, MixedPrecision) and self.precision_plugin.scaler is not None:
-            raise MisconfigurationException(
-                "precision='16-mixed' scales gradients on each replica by itself, which CurvaDion does not support yet;"
-                " use precision='bf16-mixed'"
-            )
+        assert self.lightning_module is not None
+        _refuse_sparse_embeddings(self.lightning_module)
+        self._share_overflows()
         log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
         # A second fit has new optimizers, and nothing of the first one's consensus concerns them.
         self.sync = self._new_sync()
         try:
             for optimizer in optimizers:
                 optimizer.register_sync_hook(self.sync)
-            assert self.lightning_module is not None
             self.sync.include_module(self.lightning_module)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        self._stop = SharedStop(trainer, self.sync)
+        self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, ConsensusFirst) for callback in self._callbacks):
+            self._callbacks.insert(0, ConsensusFirst(self.meet))
+
+    def _share_overflows(self) -> None:
+        """A scaler of which every replica has the same scale: where one overflows, all skip the step."""
+        plugin = self.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+            return
+        own = plugin.scaler
+        if isinstance(own, ShardedGradScaler):
+            return
+        plugin.scaler = ShardedGradScaler(
+            self.root_device.type,
+            init_scale=own.get_scale(),
+            growth_factor=own.get_growth_factor(),
+            backoff_factor=own.get_backoff_factor(),
+            growth_interval=own.get_growth_interval(),
+            enabled=own.is_enabled(),
+            process_group=None,
+        )
 
     def _curvadion_optimizers(self) -> list[CurvaDion]:
         wrong = [type(optimizer).__name__ for optimizer in self.optimizers if not isinstance(optimizer, CurvaDion)]
@@ -163,8 +196,12 @@ class CurvaDionStrategy(DDPStrategy):
             )
         return [optimizer for optimizer in self.optimizers if isinstance(optimizer, CurvaDion)]
 
+    # -- consensus ---------------------------------------------------------------------------------------------------
+
     def reach_consensus(self, include_state: bool = False) -> None:
         """Make all replicas one model now; every rank must call it.
+
+        Moving averages of the weights that callbacks keep are averaged too.
 
         Args:
             include_state: Also average the optimizers' state.
@@ -172,37 +209,89 @@ class CurvaDionStrategy(DDPStrategy):
         log.debug(f"{self.__class__.__name__}: reaching consensus, include_state={include_state}")
         with record_function("curvadion::consensus"):
             self.sync.reach_consensus(self._curvadion_optimizers(), include_state=include_state)
+            if averages := moving_averages(self._callbacks):
+                self.sync.average(averages)
+
+    def meet(self, include_state: bool = False) -> None:
+        """Reach consensus if replicas are training, and all of them are here."""
+        if self._training and not self._alone:
+            self.reach_consensus(include_state)
+
+    @override
+    def optimizer_step(self, *args: Any, **options: Any) -> Any:
+        output = super().optimizer_step(*args, **options)
+        self._stop.after_step()
+        return output
 
     @override
     def on_train_start(self) -> None:
+        # By now Lightning has registered its own signal handlers.
+        self._stop.install()
         self._training = True
-
-    @override
-    def on_validation_start(self) -> None:
-        if self._training:
-            self.reach_consensus()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """State of the consensus: what a checkpoint asks for first, on every rank, before it reads the optimizers."""
-        if self._training:
-            self.reach_consensus(include_state=True)
+        self.meet(include_state=True)
         return super().lightning_module_state_dict()
 
     @override
     def on_train_end(self) -> None:
-        self.reach_consensus(include_state=True)
         self._training = False
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        # The other replicas may be gone: nobody must wait for them from here on.
         self._training = False
 
     @override
     def teardown(self) -> None:
         self._training = False
         super().teardown()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = WholeCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = WholeCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    # -- collectives of Lightning's own ------------------------------------------------------------------------------
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this replica handles an exception that the others may not have: nobody would join a collective."""
+        module = self.lightning_module
+        trainer = module._trainer if module is not None else None
+        interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+        return interrupted and not self.sync.stop_agreed
+
+    @override
+    def barrier(self, *args: Any, **options: Any) -> None:
+        if not self._alone:
+            with meeting(f"the barrier {args[0]!r}" if args else "a barrier"):
+                super().barrier(*args, **options)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if self._alone:
+            return obj
+        with meeting("a broadcast"):
+            return super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self._alone:
+            return tensor
+        with meeting("a reduction of metrics"):
+            return super().reduce(tensor, *args, **options)
 
     @classmethod
     @override
@@ -220,4 +309,13 @@ class CurvaDionStrategy(DDPStrategy):
                 description=f"CurvaDion strategy with `start_method` '{start_method}'",
                 override=True,
                 start_method=start_method,
+            )
+
+
+def _refuse_sparse_embeddings(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise MisconfigurationException(
+                f"{name} is a {type(part).__name__} with sparse=True, whose gradients CurvaDion cannot step with; build"
+                " it with sparse=False"
             )

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import dion
+from . import dion, faults
 from .alike import check_equal, check_formats, describe_module, describe_optimizer
 from .anchors import Anchors, OuterStep
 from .exchange import Exchange
@@ -79,6 +79,11 @@ class ProcessGroupSync:
     needs it, another one of ``residual_dtype`` for a coded ``wire_format``, and another one for ``outer_momentum``.
     During a sync step about ``5 * chunk`` numbers, less where the model is smaller, and the factors.
 
+    Attributes:
+        stop_requested: Set it on any replica, as a signal handler may, and ``stop_agreed`` is set on all of them in the
+            next step.
+        stop_agreed: Whether some replica wants to stop; the same on all of them after every step.
+
     Raises:
         ValueError: On a bad argument, or a combination that would do nothing.
     """
@@ -118,6 +123,8 @@ class ProcessGroupSync:
         self._met: dict[CurvaDion, bool] = {}
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
+        self.stop_requested = False
+        self.stop_agreed = False
 
     @property
     def rank(self) -> int:
@@ -191,9 +198,17 @@ class ProcessGroupSync:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def agree(self, signal: Tensor) -> None:
-        """Replace ``signal``, two float64, by its element-wise maximum over the replicas: all a local step sends."""
+    def agree(self, signal: Tensor) -> tuple[float, float]:
+        """The element-wise maximum over the replicas of ``signal``, two float64: all that a local step sends.
+
+        A wish to stop goes with it, see :attr:`stop_requested`.
+        """
+        if self.stop_requested:
+            signal[1].clamp_(min=faults.STOP)
         self._exchange.maximum(signal)
+        rmmc, fault = signal.tolist()
+        self.stop_agreed |= 0 < fault < 1
+        return rmmc, fault
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """First exchange of a sync step; see :class:`~lightning_curvadion.hook.SyncHook`."""
@@ -286,6 +301,14 @@ class ProcessGroupSync:
             Averaged(name, tensor) if tensor.is_floating_point() else Integers(name, tensor, self.rank, self.world_size)
             for name, tensor in tensors.items()
         ]
+
+    def average(self, tensors: dict[str, Tensor]) -> None:
+        """Replace tensors that are none of the optimizers' by their means, such as a moving average of the weights.
+
+        Args:
+            tensors: By name, the same on every rank; of integers everybody gets rank 0's.
+        """
+        self._exchange.average(self._exact(tensors))
 
     # -- consensus whatever the trigger says ------------------------------------------------------------------------
 

@@ -1,105 +1,39 @@
 """CurvaDionStrategy under a real Trainer, with real processes."""
 
 import io
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import Net, parameters_of
+from models import parameters_of
 from replicas import counted_collectives
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from training import ROOT, Module, run_script, same, trainer_for
 
-from lightning_curvadion import (
-    CommunicationMonitor,
-    CurvaDion,
-    CurvaDionStrategy,
-    EveryNSteps,
-    split_parameters,
-)
-
-ROOT = Path(__file__).parent.parent
-
-
-class Member(LightningEnvironment):
-    """A process of a group that exists already."""
-
-    def __init__(self, rank, world):
-        super().__init__()
-        self._member = rank, world
-
-    creates_processes_externally = property(lambda self: True)
-    main_address = property(lambda self: "127.0.0.1")
-
-    def world_size(self):
-        return self._member[1]
-
-    def global_rank(self):
-        return self._member[0]
-
-    local_rank = global_rank
-
-
-class Module(pl.LightningModule):
-    def __init__(self, trigger=None, optimizer=None):
-        super().__init__()
-        self.net = Net()
-        self.trigger, self.optimizer = trigger or EveryNSteps(3), optimizer
-        self.validated, self.before_validation, self.batches = [], [], []
-
-    def training_step(self, batch, batch_idx):
-        (tokens,) = batch
-        self.batches.append(tokens.tolist())
-        return nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11)
-
-    def on_validation_start(self):
-        if not self.trainer.sanity_checking:
-            self.before_validation.append(parameters_of(self))
-
-    def validation_step(self, batch, batch_idx):
-        if not self.trainer.sanity_checking:
-            self.validated.append(parameters_of(self) + [b.clone() for b in self.buffers()])
-        (tokens,) = batch
-        self.log("val_loss", nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11), sync_dist=True)
-
-    def configure_optimizers(self):
-        if self.optimizer is not None:
-            return self.optimizer(self.parameters())
-        return CurvaDion(split_parameters(self), lr=0.02, trigger=self.trigger)
-
-    def _loader(self, seed, shuffle):
-        tokens = torch.randint(0, 11, (192,), generator=torch.Generator().manual_seed(seed))
-        return DataLoader(TensorDataset(tokens), batch_size=8, shuffle=shuffle)
-
-    def train_dataloader(self):
-        return self._loader(0, shuffle=True)
-
-    def val_dataloader(self):
-        return self._loader(1, shuffle=False)
+from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
 
 
 class Counter(Callback):
-    """Collectives of each training batch."""
+    """Collectives of each training batch, and between one and the next."""
 
     def __init__(self, calls):
-        self.calls, self.batches = calls, []
+        self.calls, self.batches, self.between = calls, [], []
+        self._end = None
 
     def on_train_batch_start(self, *_):
         self._before = len(self.calls)
+        if self._end is not None:
+            self.between.append(self.calls[self._end :])
 
     def on_train_batch_end(self, trainer, *_):
         report = trainer.optimizers[0].last_step
         self.batches.append((report is not None and report.synced, self.calls[self._before :]))
+        self._end = len(self.calls)
 
 
 class Dumped(Callback):
@@ -114,20 +48,6 @@ class Dumped(Callback):
 
 
 FACTORS = {"wire_format": "float32", "momentum": "factors"}
-
-
-def trainer_for(rank, world, strategy=None, **options):
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy or CurvaDionStrategy(),
-        plugins=[Member(rank, world)],
-        logger=options.pop("logger", False),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=True,
-        **{"enable_checkpointing": False, "max_steps": 8, **options},
-    )
 
 
 def fit(rank, world, folder, strategy_options):
@@ -152,8 +72,10 @@ def fit(rank, world, folder, strategy_options):
     summary = monitor.summary(trainer)
     return {
         "batches": counter.batches,
+        "between": counter.between,
         "validated": module.validated,
         "before": module.before_validation,
+        "alone": module.after_step_4,
         "final": parameters_of(module),
         "dumped": dumped.seen,
         "data": module.batches,
@@ -167,10 +89,6 @@ def fit(rank, world, folder, strategy_options):
 def fitted(replicas, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     return folder, replicas.run(2, fit, str(folder), FACTORS, timeout=120)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_the_module_is_not_wrapped_and_each_rank_sees_its_own_data(fitted):
@@ -193,11 +111,17 @@ def test_what_is_validated_and_what_fit_returns_is_one_model(fitted):
     assert same(a["final"], b["final"])
 
 
-def test_the_strategy_reaches_consensus_before_the_modules_own_validation_hooks_end(fitted):
+def test_the_modules_own_hooks_find_the_consensus_before_validation(fitted):
     # Step 4 is a local one, and no checkpoint is due: without a consensus the ranks would validate different models.
-    _, (a, _) = fitted
-    first = a["before"][0]
-    assert not same(first, a["validated"][0][: len(first)])
+    _, (a, b) = fitted
+    assert not same(a["alone"], b["alone"])
+    assert same(a["before"][0], b["before"][0]) and same(a["before"][0], a["validated"][0][: len(a["alone"])])
+
+
+def test_nothing_else_is_sent_between_batches_not_by_lightning_either(fitted):
+    for rank in fitted[1]:
+        # Validation comes after the fourth batch and the eighth.
+        assert [calls for number, calls in enumerate(rank["between"], start=1) if number != 4] == [[]] * 6
 
 
 def test_a_checkpoint_is_the_consensus_and_plain(fitted):
@@ -387,15 +311,6 @@ def test_the_names_are_registered():
     ):
         strategy = StrategyRegistry.get(name)
         assert type(strategy) is CurvaDionStrategy and strategy._start_method == method
-
-
-def run_script(code, folder, timeout=120):
-    script = folder / "script.py"
-    script.write_text(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
-    )
 
 
 def readme_script():

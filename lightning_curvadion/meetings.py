@@ -1,0 +1,46 @@
+"""What of a Trainer must see one model, and when: its callbacks, and the moving averages that some of them keep."""
+
+from collections.abc import Callable, Sequence
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+class ConsensusFirst(Callback):
+    """Stands before all other callbacks, so that whoever looks at the module from there finds the consensus.
+
+    The strategy's own hooks come after everybody else's, when a callback may have saved, evaluated or replaced the
+    weights of its replica already.
+
+    Args:
+        meet: The strategy's; told whether to include the optimizers' state.
+    """
+
+    def __init__(self, meet: Callable[[bool], None]) -> None:
+        self._meet = meet
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._meet(False)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._meet(True)
+
+
+def moving_averages(callbacks: Sequence[Callback]) -> dict[str, Tensor]:
+    """Averages of the weights that callbacks keep (EMA, SWA), by name.
+
+    A mean over replicas and an average over steps may change places, so that the mean of the replicas' averages is the
+    average that one model would have.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, callback in enumerate(callbacks):
+        model = getattr(callback, "_average_model", None)
+        idle = isinstance(callback, StochasticWeightAveraging) and not callback._initialized
+        if isinstance(model, nn.Module) and not idle:
+            kept = [*model.named_parameters(), *model.named_buffers()]
+            tensors.update({f"{name} of {type(callback).__name__} {number}": tensor for name, tensor in kept})
+    return tensors
