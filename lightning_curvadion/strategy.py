@@ -46,7 +46,7 @@ class CurvaDionStrategy(DDPStrategy):
         consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next eight.
         wire_format: How parameters travel, from ``"float32"`` down to ``"int2"`` and ``"sign"``. ``None`` is
             ``"sign"`` with the consensus ``"average"``, the fewest bytes for the loss in the comparison, and
-            ``"float32"`` with the others.
+            ``"float32"`` (every number at full width) with the others and for parameters in float64.
         momentum: What a sync step does to momentum. ``None`` is ``"local"`` with the consensus ``"average"``, since
             bytes were better spent on syncs than on momentum, and ``"factors"`` with the others.
         outer_lr: Learning rate of the outer step.
@@ -118,11 +118,10 @@ class CurvaDionStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        sparing = consensus == "average"
         self._sync_settings: dict[str, Any] = {
             "consensus": consensus,
-            "wire_format": wire_format or ("sign" if sparing else "float32"),
-            "momentum": momentum or ("local" if sparing else "factors"),
+            "wire_format": wire_format,
+            "momentum": momentum or ("local" if consensus == "average" else "factors"),
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,
             "factor_format": factor_format,
@@ -134,9 +133,11 @@ class CurvaDionStrategy(DDPStrategy):
         self._callbacks: list[pl.Callback] = []
         self._training = False
 
-    def _new_sync(self) -> ProcessGroupSync:
+    def _new_sync(self, codable: bool = True) -> ProcessGroupSync:
+        sparing = codable and self._sync_settings["consensus"] == "average"
+        wire_format = self._sync_settings["wire_format"] or ("sign" if sparing else "float32")
         try:
-            return ProcessGroupSync(**self._sync_settings)
+            return ProcessGroupSync(**{**self._sync_settings, "wire_format": wire_format})
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 
@@ -154,7 +155,9 @@ class CurvaDionStrategy(DDPStrategy):
         self._share_overflows()
         log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
         # A second fit has new optimizers, and nothing of the first one's consensus concerns them.
-        self.sync = self._new_sync()
+        self.sync = self._new_sync(
+            codable=all(p.dtype != torch.float64 for optimizer in optimizers for _, p in optimizer.named_parameters())
+        )
         try:
             for optimizer in optimizers:
                 optimizer.register_sync_hook(self.sync)

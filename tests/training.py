@@ -36,6 +36,11 @@ class Member(LightningEnvironment):
     local_rank = global_rank
 
 
+def tokens_loader(seed, shuffle=False):
+    tokens = torch.randint(0, 11, (192,), generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(tokens), batch_size=8, shuffle=shuffle)
+
+
 class Module(pl.LightningModule):
     def __init__(self, trigger=None, optimizer=None):
         super().__init__()
@@ -68,15 +73,18 @@ class Module(pl.LightningModule):
             return self.optimizer(self.parameters())
         return CurvaDion(split_parameters(self), lr=0.02, trigger=self.trigger)
 
-    def _loader(self, seed, shuffle):
-        tokens = torch.randint(0, 11, (192,), generator=torch.Generator().manual_seed(seed))
-        return DataLoader(TensorDataset(tokens), batch_size=8, shuffle=shuffle)
+    def test_step(self, batch, batch_idx):
+        (tokens,) = batch
+        self.log("test_loss", nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11), sync_dist=True)
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
 
     def train_dataloader(self):
-        return self._loader(0, shuffle=True)
+        return tokens_loader(0, shuffle=True)
 
     def val_dataloader(self):
-        return self._loader(1, shuffle=False)
+        return tokens_loader(1)
 
 
 def trainer_for(rank, world, strategy=None, **options):
@@ -84,7 +92,7 @@ def trainer_for(rank, world, strategy=None, **options):
         accelerator="cpu",
         devices=world,
         strategy=strategy or CurvaDionStrategy(),
-        plugins=[Member(rank, world)],
+        plugins=[Member(rank, world), *options.pop("plugins", [])],
         logger=options.pop("logger", False),
         enable_progress_bar=False,
         enable_model_summary=False,
