@@ -1,0 +1,339 @@
+"""Breaks training runs for real, and reports what became of them.
+
+    python tests/breaking.py              # everything, the long way: 20 kills, 20 000 steps; about 10 minutes
+    python tests/breaking.py kills        # one of: kills, restart, signals, stall, exception, memory
+
+``test_breaking.py`` runs the same functions, shorter. Only processes that were started here are ever killed.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from failing import Job
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "failing.py"
+
+
+@dataclass
+class End:
+    """How a process ended.
+
+    Attributes:
+        status: Exit status, negative for a signal.
+        output: Both streams.
+        seconds: From what happened to its end.
+        told: What it wrote itself, if it could.
+    """
+
+    status: int
+    output: str
+    seconds: float
+    told: dict
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, as training processes want it."""
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **more}
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(job: Job) -> list[subprocess.Popen]:
+    """One process a rank, none of which knows the others' fate, as on machines of their own."""
+    port = str(free_port())
+    processes = []
+    for rank in range(job.devices):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        log = (Path(job.folder) / f"rank{rank}.log").open("w")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), json.dumps(asdict(job))],
+                env=environment(**place, WORLD_SIZE=str(job.devices)),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        )
+    return processes
+
+
+def ends(job: Job, processes: list[subprocess.Popen], within: float, stopped: bool = False) -> list[End]:
+    """Wait for all of them, the victim of a SIGSTOP aside; whoever takes longer than ``within`` seconds is a failure.
+
+    Args:
+        job: What they run.
+        processes: One a rank.
+        within: From what happened; 60 s are allowed until then.
+        stopped: Whether the victim stays for good, and is killed here.
+    """
+    folder = Path(job.folder)
+    happened = folder / "happened"
+    try:
+        begin = time.time()
+        while job.what and not happened.exists():
+            if time.time() - begin > 90 or all(process.poll() is not None for process in processes):
+                raise AssertionError(f"nothing happened: {logs(folder)}")
+            time.sleep(0.01)
+        moment = float(happened.read_text() or time.time()) if job.what else time.time()
+        waiting = [p for rank, p in enumerate(processes) if not (stopped and rank == job.victim)]
+        seconds = {}
+        while len(seconds) < len(waiting):
+            for process in waiting:
+                if process.pid not in seconds and process.poll() is not None:
+                    seconds[process.pid] = time.time() - moment
+            if time.time() - moment > within:
+                late = [rank for rank, p in enumerate(processes) if p in waiting and p.poll() is None]
+                raise AssertionError(f"ranks {late} still run after {within} s: {logs(folder)}")
+            time.sleep(0.01)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return [
+        End(process.returncode, read(folder / f"rank{rank}.log"), seconds.get(process.pid, 0.0), told(folder, rank))
+        for rank, process in enumerate(processes)
+    ]
+
+
+def read(path: Path) -> str:
+    """The text of a file, if there is one."""
+    return path.read_text() if path.exists() else ""
+
+
+def told(folder: Path, rank: int) -> dict:
+    """What a rank wrote at its end."""
+    return json.loads(read(folder / f"rank{rank}.json") or "{}")
+
+
+def logs(folder: Path) -> str:
+    """The end of every log."""
+    return "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in sorted(folder.glob("*.log")))
+
+
+def orphans(folder: Path) -> list[str]:
+    """Processes that still work in a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in command and str(SCRIPT) in command:
+            found.append(command.replace("\0", " "))
+    return found
+
+
+# -- what is broken ---------------------------------------------------------------------------------------------------
+
+
+def kill_once(folder: Path, world: int, victim: int, step: int, where: str) -> float:
+    """``kill -9`` on a rank; the seconds until the last survivor has ended with an error that says so."""
+    job = Job(str(folder), steps=10**6, devices=world, victim=victim, step=step, what="kill", where=where)
+    result = ends(job, start(job), within=30)
+    for rank, end in enumerate(result):
+        if rank == victim:
+            assert end.status == -signal.SIGKILL
+            continue
+        assert end.status > 0, (rank, end)
+        assert "lost a peer during" in end.output, end.output[-3000:]
+        assert end.told["how"] == "ReplicaLostError", end.told
+    assert not orphans(folder)
+    return max(end.seconds for end in result)
+
+
+def kills(folder: Path, count: int = 20, seed: int = 0) -> list[float]:
+    """Kills at random: ranks, steps, and places."""
+    choose = random.Random(seed)
+    seconds = []
+    for number in range(count):
+        world = choose.choice([2, 3, 4])
+        victim, step, where = (
+            choose.randrange(world),
+            choose.randrange(1, 40),
+            ("forward", "agreement", "exchange")[number % 3],
+        )
+        place = folder / f"kill{number}"
+        place.mkdir(parents=True)
+        seconds.append(kill_once(place, world, victim, step, where))
+        print(
+            f"kill -9, rank {victim} of {world}, step {step}, {where}: all ended after {seconds[-1]:.1f} s", flush=True
+        )
+    print(f"{count} kills: every survivor ended with an error that names the loss, at most {max(seconds):.1f} s later")
+    return seconds
+
+
+def restart(folder: Path) -> None:
+    """torchrun starts a killed job again from its newest checkpoint; it ends where an undisturbed run ends."""
+    first, second = folder / "killed", folder / "undisturbed"
+    for place in (first, second):
+        place.mkdir(parents=True)
+    # With a checkpoint at the exception "last" would be what the survivor saved, alone.
+    job = Job(
+        str(first), steps=20, victim=1, step=13, what="kill", where="agreement", every=5, resume="last", save=False
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), json.dumps(asdict(job))],
+        # Or workers read addresses of the run before from the agent's store (pytorch issue 135712).
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (first / "happened").exists()
+    undisturbed = replace(job, folder=str(second), what="", victim=-1, resume=str(first / "step=10.ckpt"))
+    result = ends(undisturbed, start(undisturbed), within=90)
+    assert [end.status for end in result] == [0, 0], logs(second)
+    finals = [told(place, rank) for place in (first, second) for rank in (0, 1)]
+    assert all(final["how"] == "finished" and final["step"] == 20 for final in finals), finals
+    assert len({final["digest"] for final in finals}) == 1, finals
+    print("killed at step 13 and restarted from step 10 by torchrun: the final parameters are those of a run resumed")
+
+
+def terminate(folder: Path, victim: int = 1, world: int = 2) -> float:
+    """SIGTERM on one rank: all stop after the same step and have saved their consensus."""
+    import torch
+
+    job = Job(str(folder), steps=10**6, devices=world, victim=victim, step=7, what="term")
+    result = ends(job, start(job), within=30)
+    assert {end.told["how"] for end in result} == {"SIGTERMException"}, [end.output[-2000:] for end in result]
+    assert len({(end.told["step"], end.told["digest"]) for end in result}) == 1, [end.told for end in result]
+    saved = torch.load(folder / "on_exception.ckpt", weights_only=True)
+    assert saved["global_step"] == result[0].told["step"] and "momentum" in saved["optimizer_states"][0]["state"][0]
+    seconds = max(end.seconds for end in result)
+    print(f"SIGTERM on rank {victim} of {world}: all stopped after step {saved['global_step']}, {seconds:.1f} s later")
+    return seconds
+
+
+def interrupt(folder: Path) -> float:
+    """Ctrl-C, which a terminal sends to every rank: a clean end and a checkpoint."""
+    import torch
+
+    job = Job(str(folder), steps=10**6, victim=1, step=7, what="interrupt")
+    processes = start(job)
+    while not (folder / "happened").exists() and all(process.poll() is None for process in processes):
+        time.sleep(0.01)
+    processes[0].send_signal(signal.SIGINT)
+    result = ends(job, processes, within=30)
+    assert all(end.status == 1 for end in result), [(end.status, end.output[-2000:]) for end in result]
+    assert result[1].told["how"] == "KeyboardInterrupt", result[1].told
+    assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] >= 7
+    seconds = max(end.seconds for end in result)
+    print(f"Ctrl-C: both ranks ended after {seconds:.1f} s, with a checkpoint")
+    return seconds
+
+
+def stall(folder: Path, timeout: float = 5.0) -> float:
+    """SIGSTOP on a rank: the others say which collective timed out, when the user's timeout is over."""
+    job = Job(str(folder), steps=10**6, timeout=timeout, victim=1, step=7, what="stop", where="agreement")
+    result = ends(job, start(job), within=timeout + 25, stopped=True)
+    assert result[0].status > 0
+    assert "rank 0: the agreement of a step timed out" in result[0].output, result[0].output[-3000:]
+    assert result[0].seconds >= timeout - 0.5
+    print(f"SIGSTOP with a timeout of {timeout:.0f} s: the other rank ended after {result[0].seconds:.1f} s")
+    return result[0].seconds
+
+
+def memory(folder: Path, steps: int = 20_000, settled: int = 2_000) -> tuple[float, int]:
+    """A long run on two ranks: MiB by which resident memory grew once it had settled, and files opened since."""
+    job = Job(str(folder), steps=steps, watch=settled // 2)
+    result = ends(job, start(job), within=60 + steps * 0.05)
+    assert [end.status for end in result] == [0, 0], logs(folder)
+    growth, opened = 0.0, 0
+    for end in result:
+        seen = {step: (resident, files) for step, resident, files in end.told["seen"]}
+        growth = max(growth, (seen[steps][0] - seen[settled][0]) / 2**20)
+        opened = max(opened, seen[steps][1] - seen[settled][1])
+        base = seen[settled][0] / 2**20
+    print(
+        f"{steps} steps: from step {settled} on, resident memory grew by {growth:.1f} MiB of {base:.0f},"
+        f" open files by {opened}"
+    )
+    return growth, opened
+
+
+def exception(folder: Path) -> float:
+    """An exception on one rank while the others are in a collective reaches the user from the rank that had it."""
+    import torch
+
+    job = Job(str(folder), steps=10**6, victim=1, step=7, what="raise")
+    result = ends(job, start(job), within=30)
+    assert all(end.status == 1 for end in result)
+    assert "ArithmeticError: the batch is broken" in result[1].output
+    assert "lost a peer during" in result[0].output and "ArithmeticError" not in result[0].output
+    assert [end.told["how"] for end in result] == ["ReplicaLostError", "ArithmeticError"]
+    # Rank 0 alone writes, what it has.
+    assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] == 7
+    seconds = max(end.seconds for end in result)
+    print(f"an exception on rank 1: both ranks ended after {seconds:.1f} s")
+    return seconds
+
+
+def write(folder: Path, size: int = 2**28) -> None:
+    """``kill -9`` while a checkpoint is written over one that is there."""
+    import torch
+
+    from lightning_curvadion.checkpoints import WholeCheckpointIO
+
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"state_dict": {"x": torch.arange(5)}}, place)
+    code = (
+        "import sys, torch; from lightning_curvadion.checkpoints import WholeCheckpointIO;"
+        f"WholeCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(place)], env=environment())
+    part = folder / ".last.ckpt.part"
+    deadline = time.time() + 60
+    while not (part.exists() and part.stat().st_size > size // 10):
+        assert writer.poll() is None and time.time() < deadline, "it was written before it could be killed"
+        time.sleep(0.001)
+    writer.kill()
+    writer.wait()
+    written = part.stat().st_size
+    assert 0 < written < size
+    assert torch.equal(WholeCheckpointIO().load_checkpoint(place)["state_dict"]["x"], torch.arange(5))
+    print(f"kill -9 after {written / 2**20:.0f} of {size / 2**20:.0f} MiB of a checkpoint: the one before is intact")
+
+
+def main() -> None:
+    """The long way."""
+    chosen = sys.argv[1:] or ["write", "stall", "exception", "signals", "restart", "kills", "memory"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for what in chosen:
+            place = folder / what
+            place.mkdir()
+            if what == "signals":
+                for world, victim in ((2, 0), (2, 1), (3, 2)):
+                    (place / f"{world}{victim}").mkdir()
+                    terminate(place / f"{world}{victim}", victim, world)
+                (place / "interrupt").mkdir()
+                interrupt(place / "interrupt")
+            else:
+                globals()[what](place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""A training script that something happens to: one replica, started by hand, by Lightning or by torchrun.
+
+    python failing.py JSON
+
+The JSON says what to train and what to break, see ``Job``. Each rank leaves ``rank<n>.json`` in the folder when it
+ends, and says there at which step, with which parameters (a digest) and when.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from models import Net
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_curvadion import CurvaDion, CurvaDionStrategy, EveryNSteps, split_parameters
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run does.
+
+    Attributes:
+        folder: Where everything is written.
+        steps: How many.
+        devices: Replicas on this node.
+        timeout: Of the process group, seconds.
+        victim: Rank that something happens to; -1 for none.
+        step: When.
+        what: ``"kill"``, ``"raise"``, ``"stop"`` (SIGSTOP), ``"term"`` (SIGTERM) or ``"interrupt"`` (SIGINT).
+        where: ``"forward"``, ``"agreement"`` (of any step) or ``"exchange"`` (of a sync step).
+        every: Steps from one checkpoint to the next; 0 for none.
+        save: Whether an exception leaves a checkpoint.
+        resume: A checkpoint, or ``"last"``.
+        watch: Steps from one look at memory and open files to the next; 0 for none.
+    """
+
+    folder: str
+    steps: int = 20
+    devices: int = 2
+    timeout: float = 20.0
+    victim: int = -1
+    step: int = 0
+    what: str = ""
+    where: str = "forward"
+    every: int = 0
+    save: bool = True
+    resume: str | None = None
+    watch: int = 0
+
+
+class Module(pl.LightningModule):
+    """Its data depend on the rank and the step alone, so that a run may be cut anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * self.trainer.global_rank + self.trainer.global_step)
+        tokens = torch.randint(0, 11, (24,), generator=generator)
+        return nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11)
+
+    def configure_optimizers(self) -> CurvaDion:
+        return CurvaDion(split_parameters(self), lr=0.02, trigger=EveryNSteps(3))
+
+
+class Sabotage(Callback):
+    """Lets it happen, once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.armed = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+        collectives = {"agreement": ["all_reduce"], "exchange": ["all_gather", "all_to_all_single"]}
+        for name in collectives.get(self.job.where, []):
+            original = getattr(dist, name)
+
+            def with_accident(*args, original=original, **options):
+                self.happen()
+                return original(*args, **options)
+
+            setattr(dist, name, with_accident)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if self.job.where == "forward":
+            self.happen()
+
+    def happen(self) -> None:
+        job, trainer = self.job, self.trainer
+        if not (self.armed and trainer.global_rank == job.victim and trainer.global_step >= job.step):
+            return
+        self.armed = False
+        (Path(job.folder) / "happened").write_text(str(time.time()))
+        if job.what == "raise":
+            raise ArithmeticError("the batch is broken")
+        names = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "interrupt": "SIGINT"}
+        os.kill(os.getpid(), signal.Signals[names[job.what]])
+
+
+class Told(Checkpoint):
+    """How a rank ended. A ``Checkpoint``, or the Trainer would move it before those."""
+
+    def __init__(self, folder: str, watch: int) -> None:
+        self.folder, self.watch = folder, watch
+        self.seen: list[tuple[int, int, int]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if self.watch and trainer.global_step % self.watch == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(os.listdir("/proc/self/fd"))
+            self.seen.append((trainer.global_step, pages * os.sysconf("SC_PAGE_SIZE"), files))
+
+    def tell(self, trainer: pl.Trainer, module: pl.LightningModule, how: str) -> None:
+        numbers = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+        told = {
+            "how": how,
+            "step": trainer.global_step,
+            "digest": hashlib.sha256(numbers.numpy().tobytes()).hexdigest(),
+            "seen": self.seen,
+        }
+        (Path(self.folder) / f"rank{trainer.global_rank}.json").write_text(json.dumps(told))
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.tell(trainer, module, type(exception).__name__)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.tell(trainer, module, "finished")
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    # Its checkpoint is written before Told looks.
+    saved = [OnExceptionCheckpoint(job.folder)] if job.save else []
+    callbacks: list[Callback] = [Sabotage(job), *saved, Told(job.folder, job.watch)]
+    if job.every:
+        callbacks.append(
+            ModelCheckpoint(job.folder, "{step}", every_n_train_steps=job.every, save_top_k=-1, save_last=True)
+        )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=job.devices,
+        strategy=CurvaDionStrategy(timeout=timedelta(seconds=job.timeout)),
+        max_steps=job.steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(torch.zeros(10**6), batch_size=1), ckpt_path=job.resume)
+
+
+if __name__ == "__main__":
+    main()
