@@ -103,6 +103,11 @@ class CurvaDionStrategy(DDPStrategy):
         **unsupported: Any,
     ) -> None:
         # Not passed on, and so not offered by a command line that reads signatures.
+        if "state_dict_type" in unsupported:
+            raise MisconfigurationException(
+                "state_dict_type: CurvaDionStrategy, like DDPStrategy, has no sharded checkpoints, since every replica"
+                " holds the whole model; leave it out, and a checkpoint is one file of the consensus"
+            )
         if unsupported:
             raise MisconfigurationException(
                 f"{', '.join(unsupported)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel, whose"

@@ -217,7 +217,9 @@ class ProcessGroupSync:
         if self.settings.consensus == "factors":
             sketches = [
                 # Local Dion steps are sums of P Q^T, so the momentum's Q is a good sketch of the displacement too.
-                self._factor("left factors of the displacement", dion.left_factor(displacement, stack.Q))
+                self._factor(
+                    "left factors of the displacement", dion.left_factor(displacement, stack.Q.to(displacement.dtype))
+                )
                 for stack in optimizer.matrix_stacks()
                 for displacement in [self._anchors.stacked_displacement(stack)]
             ]
