@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import parameters_of
 from replicas import counted_collectives
 from torch import nn
-from training import ROOT, Module, run_script, same, trainer_for
+from training import Module, same, trainer_for
 
 from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
 
@@ -311,28 +311,6 @@ def test_the_names_are_registered():
     ):
         strategy = StrategyRegistry.get(name)
         assert type(strategy) is CurvaDionStrategy and strategy._start_method == method
-
-
-def readme_script():
-    """The one complete script of the README."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    (script,) = [block for block in blocks if "trainer.fit" in block.lower()]
-    return script
-
-
-def test_the_readmes_script_runs_as_it_stands(tmp_path):
-    done = run_script(readme_script(), tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"replicas +2", done.stdout) and "DDP would have sent" in done.stdout
-
-
-@pytest.mark.parametrize("name", ["curvadion_spawn", "curvadion_fork"])
-def test_the_readmes_script_runs_with_other_launchers(tmp_path, name):
-    script = readme_script().replace('"curvadion"', f'"{name}"')
-    assert name in script
-    done = run_script(script, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"replicas +2", done.stdout)
 
 
 def test_a_fit_in_two_bits_saves_one_model_with_nothing_kept_back(replicas, tmp_path):

@@ -1,0 +1,97 @@
+"""Every way to start replicas: by Lightning, by torchrun on one node and on two, by SLURM, and one replica alone."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from breaking import environment, free_port
+from training import readme_script, run_script
+
+from examples.benchmarks.netlab import Lab, missing
+
+
+def short_script(strategy="curvadion", **trainer):
+    """The README's script, with one short epoch, told how it is started."""
+    script = readme_script().replace('"curvadion"', f'"{strategy}"').replace("max_epochs=4", "max_steps=8")
+    for name, value in trainer.items():
+        script, count = re.subn(rf"\b{name}=\w+", f"{name}={value}", script)
+        assert count == 1, name
+    return script
+
+
+def replicas_of(output):
+    """What the monitor's table says, printed by rank 0 alone."""
+    (replicas,) = re.findall(r"replicas +(\d+)", output)
+    assert "Strategy)" in output
+    return int(replicas)
+
+
+def test_the_readmes_script_runs_as_it_stands(tmp_path):
+    done = run_script(readme_script(), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert replicas_of(done.stdout) == 2 and "DDP would have sent" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["curvadion_spawn", "curvadion_fork", "curvadion_notebook"])
+def test_other_launchers(tmp_path, name):
+    done = run_script(short_script(name), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert replicas_of(done.stdout) == 2
+
+
+def test_one_device(tmp_path):
+    done = run_script(short_script(devices=1), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert replicas_of(done.stdout) == 1
+
+
+def test_torchrun_on_one_node(tmp_path):
+    (tmp_path / "script.py").write_text(short_script())
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert replicas_of(done.stdout) == 2
+
+
+@pytest.mark.skipif(bool(missing()), reason=f"missing for a network lab: {missing()}")
+def test_torchrun_on_two_nodes(tmp_path, capfd):
+    script = tmp_path / "script.py"
+    script.write_text(short_script(devices="1, num_nodes=2"))
+    with Lab(hosts=2) as lab:
+        lab.run([str(script)], environment=environment(), timeout=120)
+        traffic = lab.traffic()
+    assert replicas_of(capfd.readouterr().out) == 2
+    assert all(host.sent > 100_000 for host in traffic)
+
+
+def test_slurm(tmp_path):
+    # What srun tells two tasks on a node; the scheduler itself is not needed for it.
+    script = tmp_path / "script.py"
+    script.write_text(short_script())
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    common |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=tmp_path,
+            env=environment(**common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert replicas_of(outputs[0]) == 2 and "replicas " not in outputs[1]
