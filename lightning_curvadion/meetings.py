@@ -22,6 +22,13 @@ class ConsensusFirst(Callback):
         self._meet = meet
 
     @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        # Here SWA takes up the weights, and in the end replaces them by their average.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging) and trainer.current_epoch >= callback.swa_start:
+                self._meet(True)
+
+    @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._meet(False)
 
@@ -31,7 +38,7 @@ class ConsensusFirst(Callback):
 
 
 def moving_averages(callbacks: Sequence[Callback]) -> dict[str, Tensor]:
-    """Averages of the weights that callbacks keep (EMA, SWA), by name.
+    """Averages of the weights that callbacks update after every step (``WeightAveraging``), by name.
 
     A mean over replicas and an average over steps may change places, so that the mean of the replicas' averages is the
     average that one model would have.
@@ -39,8 +46,7 @@ def moving_averages(callbacks: Sequence[Callback]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for number, callback in enumerate(callbacks):
         model = getattr(callback, "_average_model", None)
-        idle = isinstance(callback, StochasticWeightAveraging) and not callback._initialized
-        if isinstance(model, nn.Module) and not idle:
+        if isinstance(model, nn.Module) and not isinstance(callback, StochasticWeightAveraging):
             kept = [*model.named_parameters(), *model.named_buffers()]
             tensors.update({f"{name} of {type(callback).__name__} {number}": tensor for name, tensor in kept})
     return tensors

@@ -244,6 +244,10 @@ class CurvaDionStrategy(DDPStrategy):
         return super().lightning_module_state_dict()
 
     @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.sync.expect_other_buffers()
+
+    @override
     def on_train_end(self) -> None:
         self._training = False
 

@@ -118,9 +118,11 @@ class ProcessGroupSync:
         self._exchange = Exchange(group, chunk)
         self._anchors = Anchors()
         self._known: set[Tensor] = set()
-        self._buffers: dict[str, Tensor] = {}
+        # By name the module that holds the buffer, which may replace the tensor itself (SWA does).
+        self._holders: dict[str, nn.Module] = {}
         # Optimizers that have met since their last step, and whether with their state: once is enough.
         self._met: dict[CurvaDion, bool] = {}
+        self._buffers_moved = False
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
         self.stop_requested = False
@@ -174,6 +176,7 @@ class ProcessGroupSync:
 
     def _before_step(self, optimizer: CurvaDion) -> None:
         self._met.pop(optimizer, None)
+        self.expect_other_buffers()
         if self.settings.needs_anchors:
             self._anchors.capture(_trainable(optimizer).values())
 
@@ -181,6 +184,10 @@ class ProcessGroupSync:
         """A state was loaded: the consensus is wherever the parameters are by the next step."""
         self._met.pop(optimizer, None)
         self._anchors.drop(parameter for _, parameter in optimizer.named_parameters())
+
+    def expect_other_buffers(self) -> None:
+        """Told that buffers may have changed since they met, as a forward pass without a step changes them."""
+        self._buffers_moved = True
 
     def include_module(self, module: nn.Module) -> None:
         """Let the module's persistent buffers take part in every consensus: floating-point ones as means, others
@@ -190,11 +197,15 @@ class ProcessGroupSync:
         after the hook is attached.
         """
         saved = module.state_dict(keep_vars=True)
-        self._buffers = {name: tensor for name, tensor in saved.items() if not isinstance(tensor, nn.Parameter)}
+        buffers = [name for name, _ in module.named_buffers() if name in saved]
+        self._holders = {name: module.get_submodule(name.rpartition(".")[0]) for name in buffers}
         rest = [parameter for parameter in module.parameters() if parameter not in self._known]
         # Also where this rank has nothing to send: another one may, and would wait for it.
         check_equal(self._exchange, describe_module(module), next(module.parameters()).device)
         self._exchange.broadcast(rest + list(module.buffers()))
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: getattr(holder, name.rpartition(".")[2]) for name, holder in self._holders.items()}
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -258,7 +269,8 @@ class ProcessGroupSync:
         if self.settings.consensus == "factors":
             factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
             parameters = {name: p for name, p in parameters.items() if p not in factored}
-        return [*self._moves(optimizer, parameters, self.settings.wire_format), *self._exact(self._buffers)]
+        self._buffers_moved = False
+        return [*self._moves(optimizer, parameters, self.settings.wire_format), *self._exact(self._buffers())]
 
     def _moves(
         self,
@@ -325,6 +337,8 @@ class ProcessGroupSync:
             include_state: Also average their state, so that a checkpoint of any replica is the checkpoint of all, and
                 settle what coding has kept back so far: the parameters get it whole. Frozen parameters take part then.
         """
+        buffers = self._buffers() if self._buffers_moved else {}
+        self._buffers_moved = False
         for optimizer in [optimizers] if isinstance(optimizers, CurvaDion) else optimizers:
             met_state = self._met.get(optimizer)
             if met_state or (met_state is False and not include_state):
@@ -333,7 +347,7 @@ class ProcessGroupSync:
             moved = met_state is None
             trainable = _trainable(optimizer)
             due = dict(trainable) if moved else {}
-            others = dict(self._buffers) if moved else {}
+            others, buffers = buffers, {}
             steps: list[Tensor] = []
             if include_state:
                 # Also of parameters frozen since.
@@ -351,6 +365,8 @@ class ProcessGroupSync:
                 # A run that resumes has no other anchor than the parameters.
                 self._anchors.drop(trainable.values())
             self._met[optimizer] = include_state
+        if buffers:
+            self._exchange.average(self._exact(buffers))
 
 
 def _trainable(optimizer: CurvaDion) -> dict[str, Tensor]:

@@ -22,3 +22,5 @@ def test_a_row(replicas, tmp_path, key):
         assert a["curvadion"][name] == b["curvadion"][name] == a["ddp"][name], name
     for ours, theirs in zip(a["curvadion"]["parameters"], b["curvadion"]["parameters"], strict=True):
         assert same(ours, theirs), "what fit returns is one model"
+    for ours, theirs in zip(a["curvadion"]["validated"], b["curvadion"]["validated"], strict=True):
+        assert same(ours, theirs), "what is validated is one model"

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     Callback,
+    Checkpoint,
     DeviceStatsMonitor,
     EarlyStopping,
     LearningRateMonitor,
@@ -83,6 +84,7 @@ class Run:
             "metrics": [sorted(trainer.callback_metrics) for trainer in self.trainers],
             "files": sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*.ckpt")),
             "parameters": [parameters_of(module) for module in self.modules],
+            "validated": [seen for module in self.modules for seen in module.validated],
         }
 
 
@@ -132,7 +134,7 @@ def overflow(run):
 @row("loops", "validation within an epoch", "validation between epochs", "sanity check", "`limit_*`")
 def validation(run):
     options = {
-        "validation within an epoch": {"val_check_interval": 3},
+        "validation within an epoch": {"val_check_interval": 4},
         "validation between epochs": {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 4},
         "sanity check": {"num_sanity_val_steps": 2},
         "`limit_*`": {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 0.25, "limit_val_batches": 2},
@@ -501,6 +503,13 @@ def early(run):
     assert trainer.current_epoch < 4
 
 
+class Dumped(Checkpoint):
+    """What this rank would write. A ``Checkpoint``, so as to come after the callbacks that change it."""
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        self.weights = [tensor.clone() for tensor in checkpoint["state_dict"].values()]
+
+
 @row("callbacks", "`WeightAveraging` (EMA)", "`StochasticWeightAveraging`")
 def averaging(run):
     if "EMA" in run.name:
@@ -508,14 +517,17 @@ def averaging(run):
         average = pl.callbacks.EMAWeightAveraging(decay=0.8)
     else:
         average = StochasticWeightAveraging(0.01, swa_epoch_start=1)
-    checkpoint = ModelCheckpoint(run.folder, "last", every_n_epochs=1)
+    checkpoint, dumped = ModelCheckpoint(run.folder, "last", every_n_epochs=1), Dumped()
     run.fit(
-        callbacks=[average, checkpoint],
+        callbacks=[average, checkpoint, dumped],
         enable_checkpointing=True,
         max_steps=-1,
         max_epochs=4,
         limit_train_batches=3,
     )
+    everyone = [None] * run.world
+    torch.distributed.all_gather_object(everyone, dumped.weights)
+    assert same(everyone[0], everyone[1]) or not run.ours
 
 
 @row("callbacks", "`LearningRateMonitor`", "`ModelSummary`", "`DeviceStatsMonitor`")
