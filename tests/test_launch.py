@@ -71,6 +71,17 @@ def test_torchrun_on_two_nodes(tmp_path, capfd):
     assert all(host.sent > 100_000 for host in traffic)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ['precision="16-mixed"', 'precision="bf16-mixed"', "sync_batchnorm=True"])
+def test_on_gpus(tmp_path, option):
+    script = short_script().replace('accelerator="cpu", devices=2', f'accelerator="gpu", devices=-1, {option}')
+    if "sync" in option:
+        script = script.replace("nn.ReLU(), nn.Linear(256, 10)", "nn.BatchNorm1d(256), nn.Linear(256, 10)")
+    assert option in script
+    done = run_script(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_slurm(tmp_path):
     # What srun tells two tasks on a node; the scheduler itself is not needed for it.
     script = tmp_path / "script.py"
@@ -95,3 +106,16 @@ def test_slurm(tmp_path):
             task.kill()
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert replicas_of(outputs[0]) == 2 and "replicas " not in outputs[1]
+
+
+# As the README calls them.
+LAUNCHES = {
+    "`curvadion`": test_the_readmes_script_runs_as_it_stands,
+    "`curvadion_spawn`": test_other_launchers,
+    "`curvadion_fork`": test_other_launchers,
+    "`curvadion_notebook`": test_other_launchers,
+    "`devices=1`": test_one_device,
+    "torchrun on one node": test_torchrun_on_one_node,
+    "torchrun on two nodes": test_torchrun_on_two_nodes,
+    "SLURM": test_slurm,
+}

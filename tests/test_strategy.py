@@ -257,10 +257,21 @@ def no_optimizer(parameters):
     return None
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, no_optimizer])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.LBFGS, no_optimizer])
 def test_another_optimizer_is_an_error_that_says_what_to_write(replicas, optimizer):
     for message in replicas.run(2, with_optimizer, optimizer):
         assert "return CurvaDion(split_parameters(self), lr=0.01)" in message
+
+
+def sparse(rank, world):
+    module = Module()
+    module.table = nn.Embedding(4, 4, sparse=True)
+    with pytest.raises(MisconfigurationException, match=r"table is a Embedding with sparse=True.*sparse=False"):
+        trainer_for(rank, world).fit(module)
+
+
+def test_a_sparse_embedding_is_an_error_before_training(replicas):
+    replicas.run(2, sparse)
 
 
 def unequal_models(rank, world):

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -414,6 +415,14 @@ def tied(run):
     module = Tied()
     run.fit(module)
     assert module.net.head.weight is module.net.embedding.weight
+
+
+@row("model", "`sync_batchnorm`")
+def sync_batchnorm(run):
+    module = Module()
+    # torch has it on GPUs only, and says so under every strategy; test_launch.py trains with it there.
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
+        run.fit(module, sync_batchnorm=True)
 
 
 @row("model", "`torch.compile`")
