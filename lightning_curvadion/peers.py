@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 # What the backends write; they raise nothing more telling than RuntimeError.
-_LATE = ("timed out", "timeout", "did not come")
+_LATE = ("timed out", "timeout")
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
