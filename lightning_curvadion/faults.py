@@ -10,8 +10,6 @@ _REMEDIES = (
     "has a complex gradient; train its real and imaginary part as two real parameters",
 )
 NOT_FINITE, SPARSE, COMPLEX = range(len(_REMEDIES))
-# A wish to stop travels where codes do; any fault is larger, and more urgent.
-STOP = 0.5
 
 
 def layout_fault(gradient: Tensor) -> int | None:

@@ -1,6 +1,7 @@
 """What of a Trainer must see one model, and when: its callbacks, and the moving averages that some of them keep."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
@@ -16,10 +17,16 @@ class ConsensusFirst(Callback):
 
     Args:
         meet: The strategy's; told whether to include the optimizers' state.
+        heed_signals: The strategy's; called after every batch.
     """
 
-    def __init__(self, meet: Callable[[bool], None]) -> None:
+    def __init__(self, meet: Callable[[bool], None], heed_signals: Callable[[], None]) -> None:
         self._meet = meet
+        self._heed_signals = heed_signals
+
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
+        self._heed_signals()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

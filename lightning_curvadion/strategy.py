@@ -25,7 +25,7 @@ from .meetings import ConsensusFirst, moving_averages
 from .optimizer import CurvaDion
 from .peers import meeting
 from .settings import CHUNK
-from .stopping import SharedStop
+from .signals import SharedSignals
 from .sync import ProcessGroupSync
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ class CurvaDionStrategy(DDPStrategy):
         }
         self.sync = self._new_sync()
         self._callbacks: list[pl.Callback] = []
+        self._signals: SharedSignals | None = None
         self._training = False
 
     def _new_sync(self, codable: bool = True) -> ProcessGroupSync:
@@ -169,10 +170,10 @@ class CurvaDionStrategy(DDPStrategy):
             self.sync.include_module(self.lightning_module)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._stop = SharedStop(trainer, self.sync)
+        self._signals = SharedSignals(trainer, self.sync)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusFirst) for callback in self._callbacks):
-            self._callbacks.insert(0, ConsensusFirst(self.meet))
+            self._callbacks.insert(0, ConsensusFirst(self.meet, self._heed_signals))
 
     def _share_overflows(self) -> None:
         """A scaler of which every replica has the same scale: where one overflows, all skip the step."""
@@ -220,21 +221,20 @@ class CurvaDionStrategy(DDPStrategy):
             if averages := moving_averages(self._callbacks):
                 self.sync.average(averages)
 
+    def _heed_signals(self) -> None:
+        assert self._signals is not None
+        self._signals.heed()
+
     def meet(self, include_state: bool = False) -> None:
         """Reach consensus if replicas are training, and all of them are here."""
         if self._training and not self._alone:
             self.reach_consensus(include_state)
 
     @override
-    def optimizer_step(self, *args: Any, **options: Any) -> Any:
-        output = super().optimizer_step(*args, **options)
-        self._stop.after_step()
-        return output
-
-    @override
     def on_train_start(self) -> None:
         # By now Lightning has registered its own signal handlers.
-        self._stop.install()
+        assert self._signals is not None
+        self._signals.install()
         self._training = True
 
     @override
@@ -283,7 +283,7 @@ class CurvaDionStrategy(DDPStrategy):
         module = self.lightning_module
         trainer = module._trainer if module is not None else None
         interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-        return interrupted and not self.sync.stop_agreed
+        return interrupted and not (self._signals is not None and self._signals.stopping)
 
     @override
     def barrier(self, *args: Any, **options: Any) -> None:

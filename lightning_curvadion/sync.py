@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import dion, faults
+from . import dion
 from .alike import check_equal, check_formats, describe_module, describe_optimizer
 from .anchors import Anchors, OuterStep
 from .exchange import Exchange
@@ -80,9 +80,9 @@ class ProcessGroupSync:
     During a sync step about ``5 * chunk`` numbers, less where the model is smaller, and the factors.
 
     Attributes:
-        stop_requested: Set it on any replica, as a signal handler may, and ``stop_agreed`` is set on all of them in the
-            next step.
-        stop_agreed: Whether some replica wants to stop; the same on all of them after every step.
+        wish: A number between 0 and 1 for all replicas to hear, such as that one of them has to stop. Signal handlers
+            may set it: it travels with the 16 bytes of the next step.
+        heard: The largest wish of any replica in the last step, 0 for none; the same on all of them.
 
     Raises:
         ValueError: On a bad argument, or a combination that would do nothing.
@@ -125,8 +125,8 @@ class ProcessGroupSync:
         self._buffers_moved = False
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
-        self.stop_requested = False
-        self.stop_agreed = False
+        self.wish = 0.0
+        self.heard = 0.0
 
     @property
     def rank(self) -> int:
@@ -212,13 +212,13 @@ class ProcessGroupSync:
     def agree(self, signal: Tensor) -> tuple[float, float]:
         """The element-wise maximum over the replicas of ``signal``, two float64: all that a local step sends.
 
-        A wish to stop goes with it, see :attr:`stop_requested`.
+        A wish goes where the code of a fault goes; any fault is larger, and more urgent.
         """
-        if self.stop_requested:
-            signal[1].clamp_(min=faults.STOP)
+        if self.wish:
+            signal[1].clamp_(min=self.wish)
         self._exchange.maximum(signal)
         rmmc, fault = signal.tolist()
-        self.stop_agreed |= 0 < fault < 1
+        self.heard = fault if fault < 1 else 0.0
         return rmmc, fault
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:

@@ -57,8 +57,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(job: Job) -> list[subprocess.Popen]:
-    """One process a rank, none of which knows the others' fate, as on machines of their own."""
+def start(job: Job, **more: str) -> list[subprocess.Popen]:
+    """One process a rank, none of which knows the others' fate, as on machines of their own.
+
+    Args:
+        job: What they run.
+        **more: Environment variables; ``{rank}`` in them is the rank.
+    """
     port = str(free_port())
     processes = []
     for rank in range(job.devices):
@@ -67,7 +72,11 @@ def start(job: Job) -> list[subprocess.Popen]:
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), json.dumps(asdict(job))],
-                env=environment(**place, WORLD_SIZE=str(job.devices)),
+                env=environment(
+                    **place,
+                    WORLD_SIZE=str(job.devices),
+                    **{name: value.format(rank=rank) for name, value in more.items()},
+                ),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -226,6 +235,26 @@ def terminate(folder: Path, victim: int = 1, world: int = 2) -> float:
     return seconds
 
 
+def requeue(folder: Path) -> None:
+    """SIGUSR1 on one task of a SLURM job: all save their consensus after the same step, requeue, and train on."""
+    import torch
+
+    scontrol = folder / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {folder}/requeued\n")
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    slurm |= {"SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}", "SLURM_NODELIST": "127.0.0.1"}
+    slurm |= {"SLURM_NTASKS_PER_NODE": "2", "PATH": f"{folder}:{os.environ['PATH']}"}
+    job = Job(str(folder), steps=20, victim=1, step=7, what="requeue", save=False)
+    result = ends(job, start(job, **slurm), within=60)
+    assert [end.status for end in result] == [0, 0], logs(folder)
+    assert (folder / "requeued").read_text() == "requeue 7\n"
+    assert [end.told["step"] for end in result] == [20, 20] and len({end.told["digest"] for end in result}) == 1
+    saved = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == 8 and "momentum" in saved["optimizer_states"][0]["state"][0]
+    print("SIGUSR1 on rank 1 of a SLURM job: all saved their consensus of step 8, requeued once, and finished")
+
+
 def interrupt(folder: Path) -> float:
     """Ctrl-C, which a terminal sends to every rank: a clean end and a checkpoint."""
     import torch
@@ -329,6 +358,8 @@ def main() -> None:
                 for world, victim in ((2, 0), (2, 1), (3, 2)):
                     (place / f"{world}{victim}").mkdir()
                     terminate(place / f"{world}{victim}", victim, world)
+                (place / "requeue").mkdir()
+                requeue(place / "requeue")
                 (place / "interrupt").mkdir()
                 interrupt(place / "interrupt")
             else:

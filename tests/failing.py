@@ -38,7 +38,8 @@ class Job:
         timeout: Of the process group, seconds.
         victim: Rank that something happens to; -1 for none.
         step: When.
-        what: ``"kill"``, ``"raise"``, ``"stop"`` (SIGSTOP), ``"term"`` (SIGTERM) or ``"interrupt"`` (SIGINT).
+        what: ``"kill"``, ``"raise"``, ``"stop"`` (SIGSTOP), ``"term"`` (SIGTERM), ``"interrupt"`` (SIGINT) or
+            ``"requeue"`` (SIGUSR1, as SLURM sends it before the time is up).
         where: ``"forward"``, ``"agreement"`` (of any step) or ``"exchange"`` (of a sync step).
         every: Steps from one checkpoint to the next; 0 for none.
         save: Whether an exception leaves a checkpoint.
@@ -107,7 +108,7 @@ class Sabotage(Callback):
         (Path(job.folder) / "happened").write_text(str(time.time()))
         if job.what == "raise":
             raise ArithmeticError("the batch is broken")
-        names = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "interrupt": "SIGINT"}
+        names = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "interrupt": "SIGINT", "requeue": "SIGUSR1"}
         os.kill(os.getpid(), signal.Signals[names[job.what]])
 
 
@@ -157,6 +158,7 @@ def main() -> None:
         devices=job.devices,
         strategy=CurvaDionStrategy(timeout=timedelta(seconds=job.timeout)),
         max_steps=job.steps,
+        default_root_dir=job.folder,
         callbacks=callbacks,
         logger=False,
         enable_progress_bar=False,

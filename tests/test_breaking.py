@@ -21,6 +21,10 @@ def test_sigterm_on_one_rank_stops_all_after_the_same_step_with_their_consensus_
     assert breaking.terminate(tmp_path, victim) < 30
 
 
+def test_a_slurm_requeue_on_one_rank_saves_the_consensus_of_all(tmp_path):
+    breaking.requeue(tmp_path)
+
+
 def test_an_interrupted_run_ends_with_a_checkpoint(tmp_path):
     assert breaking.interrupt(tmp_path) < 30
 

@@ -254,3 +254,21 @@ def lost_peer(rank, world):
 def test_a_lost_peer_is_an_error_and_not_a_hang(replicas):
     with pytest.raises(Failed, match="gives up"):
         replicas.run(2, lost_peer, timeout=50)
+
+
+def wishing(rank, world):
+    model, optimizer = build(hook={}, trigger=EveryNSteps(3))
+    heard = []
+    for step, wish in enumerate((0.0, 0.5 if rank == 1 else 0.0, 0.0, 0.75 if rank == 0 else 0.5)):
+        optimizer.sync_hook.wish = wish
+        train_step(model, optimizer, step, shard=rank)
+        heard.append(optimizer.sync_hook.heard)
+    model.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        train_step(model, optimizer, 4, shard=rank)
+    return heard
+
+
+def test_a_wish_of_one_rank_is_heard_by_all_in_the_next_step_and_a_fault_is_louder(replicas):
+    for heard in replicas.run(2, wishing):
+        assert heard == [0.0, 0.5, 0.0, 0.75]
