@@ -1,5 +1,6 @@
 """CurvaDionStrategy: everything that knows about the Trainer."""
 
+import atexit
 import logging
 from datetime import timedelta
 from typing import Any, Literal
@@ -146,6 +147,13 @@ class CurvaDionStrategy(DDPStrategy):
             return ProcessGroupSync(**{**self._sync_settings, "wire_format": wire_format})
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+
+    @override
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        # Lightning does it for NCCL alone, and gloo's threads abort a process that ends with them now and then.
+        atexit.unregister(_leave_process_group)
+        atexit.register(_leave_process_group)
 
     @override
     def configure_ddp(self) -> None:
@@ -322,6 +330,11 @@ class CurvaDionStrategy(DDPStrategy):
                 override=True,
                 start_method=start_method,
             )
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _refuse_sparse_embeddings(module: nn.Module) -> None:

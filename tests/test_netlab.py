@@ -28,6 +28,7 @@ dist.all_reduce(values)
 seconds = time.perf_counter() - start
 told = f"{os.environ['GROUP_RANK']} {dist.get_world_size()} {values[0].item():.0f} {seconds}"
 Path(sys.argv[1], os.environ["RANK"]).write_text(told)
+dist.destroy_process_group()
 """
 HANGING = "import os, sys, time\nopen(os.path.join(sys.argv[1], os.environ['RANK']), 'w').close()\ntime.sleep(300)\n"
 FAILING = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('the disk is full')\ntime.sleep(300)\n"
