@@ -158,4 +158,5 @@ def test_a_run_does_not_notice_how_often_it_is_looked_at(tmp_path):
     assert (once.val_loss, once.sync_steps, once.payload) == (often.val_loss, often.sync_steps, often.payload)
     if once.kernel_steps >= 0:
         assert often.kernel_steps == pytest.approx(once.kernel_steps, rel=0.05)
-        assert once.payload < once.kernel_steps < once.kernel_total
+        # The consensus at the end carries the optimizer's state: more than the parameters' 0.5 MB.
+        assert once.payload < once.kernel_steps < once.kernel_total - 500_000

@@ -76,7 +76,8 @@ class Outcome:
         kernel_total: The same with the consensus at the end of fit.
         seconds: Of the steps.
         peak_mib: How much the resident memory rose above what it was before the model was built.
-        spread: Norm of the replicas' distance from their mean over the norm of the mean, before the last consensus.
+        spread: Norm of the replicas' distance from their mean over the norm of the mean, before the last consensus; -1
+            where it was not measured.
         curve: ``step:loss:kernel bytes:seconds:sync steps`` of every evaluation, joined by blanks.
     """
 
@@ -144,7 +145,8 @@ class Meter(pl.Callback):
 
     def __init__(self, run: Run, evaluations: int, validation: Dataset[Tensor]) -> None:
         self.dense = METHODS[run.method].ddp
-        self.at = {round(run.steps * (number + 1) / evaluations) for number in range(evaluations)} - {run.steps}
+        self.last = run.stop or run.steps
+        self.at = {round(run.steps * (number + 1) / evaluations) for number in range(evaluations)} - {self.last}
         self.validation = validation
         self.seconds, self.kernel, self.kernel_at_end, self.payload, self.sync_steps, self.spread = 0.0, 0, 0, 0, 0, 0.0
         self.curve: list[str] = []
@@ -165,12 +167,11 @@ class Meter(pl.Callback):
         if trainer.global_step in self.at:
             self._look(trainer.global_step, cast(ByteGPT, pl_module))
             self._resume()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the strategy's consensus."""
-        self._look(trainer.global_step, cast(ByteGPT, pl_module))
-        dist.barrier()
-        self.kernel_at_end = kernel_sent()
+        elif trainer.global_step == self.last:
+            # Not at the end of training, where the strategy's consensus comes before all callbacks.
+            self._look(trainer.global_step, cast(ByteGPT, pl_module))
+            dist.barrier()
+            self.kernel_at_end = kernel_sent()
 
     def _resume(self) -> None:
         dist.barrier()

@@ -156,7 +156,7 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
             f"{statistics.mean(row.outcome.kernel_total for row in mine) / 1e6:.2f}",
             f"{statistics.mean(kernel_share(row, dense) for row in mine):.2f} %",
             f"{crossing[0]:.0f}, {crossing[1] / 1e6:.2f} MB" if crossing else "not reached",
-            f"{100 * first.spread:.2f} %",
+            f"{100 * first.spread:.2f} %" if first.spread >= 0 else "-",
             f"{first.peak_mib:.0f}",
         )
 
