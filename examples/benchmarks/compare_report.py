@@ -279,6 +279,6 @@ def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
             axes.plot(x[-1:], y[-1:], marker=marker, linestyle="", color=color, label=method)
         axes.set(xlabel=label, ylabel="validation loss, nats a byte", xscale="log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=2)
         figure.savefig(folder / f"loss_against_{name}.png", dpi=120, bbox_inches="tight")
         pyplot.close(figure)
