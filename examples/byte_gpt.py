@@ -134,11 +134,7 @@ class ByteGPT(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, with a learning rate that rises, stays, and falls linearly to zero."""
-        groups = split_parameters(self)
-        for group in groups:
-            if group["algorithm"] != "dion":
-                group["lr"] = self.vector_lr
-        optimizer = self.optimizer(groups)
+        optimizer = self.optimizer(split_parameters(self, options={"adamw": {"lr": self.vector_lr}}))
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:

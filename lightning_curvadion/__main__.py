@@ -1,6 +1,8 @@
 """``python -m lightning_curvadion``."""
 
+import sys
+
 from lightning_curvadion.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

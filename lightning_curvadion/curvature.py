@@ -27,6 +27,10 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
 
     Returns:
         Float32, shape (k,). Not finite where the gradient is not.
+
+    Example:
+        >>> momentum_norms([torch.ones(2, 2), torch.ones(2, 2)], [torch.ones(2, 2), None])
+        tensor([4., 2.])
     """
     if momenta[0].device.type == "cpu":
         piece = torch.empty(min(_PIECE, momenta[0].numel()), dtype=_accumulator(momenta[0]))
@@ -50,7 +54,12 @@ def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, piece: Tensor) -> Te
 
 
 def gradient_norms(gradients: list[Tensor]) -> Tensor:
-    """``||G||`` of every tensor, float32, shape (k,): the check that vector parameters get finite gradients."""
+    """``||G||`` of every tensor, float32, shape (k,): the check that vector parameters get finite gradients.
+
+    Example:
+        >>> gradient_norms([torch.tensor([3.0, 4.0]), torch.tensor([torch.inf])])
+        tensor([5., inf])
+    """
     return torch.stack(torch._foreach_norm(gradients, dtype=_accumulator(gradients[0]))).float()
 
 
@@ -67,6 +76,10 @@ def relative_change(norms: Tensor, previous: Tensor) -> Tensor:
 
     Returns:
         Shape (k,), never NaN: a momentum that stays zero has not changed.
+
+    Example:
+        >>> relative_change(torch.tensor([3.0, 0.0, 1.0]), torch.tensor([2.0, 0.0, torch.inf]))
+        tensor([0.5000, 0.0000,    inf])
     """
     change = (norms - previous).abs() / previous
     change = change.nan_to_num(nan=0.0, posinf=torch.inf)

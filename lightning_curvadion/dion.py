@@ -34,7 +34,12 @@ _ORTHONORMALIZERS = ("qr", "cholesky", "checked_cholesky")
 
 
 def rank_of(shape: Sequence[int], rank_fraction: float) -> int:
-    """Rank of the factors of a matrix: ``ceil(rank_fraction * min(m, n))``, at least 1."""
+    """Rank of the factors of a matrix: ``ceil(rank_fraction * min(m, n))``, at least 1.
+
+    Example:
+        >>> rank_of((768, 3072), 0.25)
+        192
+    """
     # 0.1 * 30 is a hair above 3 in binary; that hair must not buy a fourth column.
     return max(1, math.ceil(rank_fraction * min(shape) - 1e-9))
 
@@ -47,18 +52,33 @@ def initial_right_factor(n: int, rank: int, seed: int, like: Tensor) -> Tensor:
         rank: Columns.
         seed: Which matrix of the model this is; two layers of one shape start from different subspaces.
         like: Gives dtype and device of the result.
+
+    Example:
+        >>> Q = initial_right_factor(8, 2, seed=0, like=torch.zeros(()))
+        >>> torch.allclose(Q.mT @ Q, torch.eye(2), atol=1e-6)
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q.to(like)
 
 
 def left_factor(B: Tensor, Q: Tensor) -> Tensor:
-    """``B Q``, shape (k, m, r): one power iteration from the right factor of the step before, not yet orthonormal."""
+    """``B Q``, shape (k, m, r): one power iteration from the right factor of the step before, not yet orthonormal.
+
+    Example:
+        >>> left_factor(torch.ones(1, 4, 3), torch.ones(1, 3, 2)).shape
+        torch.Size([1, 4, 2])
+    """
     return B @ Q
 
 
 def right_factor(B: Tensor, P: Tensor) -> Tensor:
-    """``R = B^T P``, shape (k, n, r), for an orthonormal P."""
+    """``R = B^T P``, shape (k, n, r), for an orthonormal P.
+
+    Example:
+        >>> right_factor(torch.ones(1, 4, 3), torch.ones(1, 4, 2)).shape
+        torch.Size([1, 3, 2])
+    """
     return B.mT @ P
 
 
@@ -78,6 +98,11 @@ def orthonormalize(Y: Tensor, method: str | None = None) -> Tensor:
 
     Raises:
         ValueError: Unknown ``method``.
+
+    Example:
+        >>> P = orthonormalize(torch.tensor([[[3.0, 1.0], [4.0, 1.0], [0.0, 1.0]]]))
+        >>> torch.allclose(P.mT @ P, torch.eye(2), atol=1e-6)
+        True
     """
     if method is None:
         method = "checked_cholesky" if Y.device.type == "cpu" else "cholesky"
@@ -140,6 +165,15 @@ def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         The right factor to step with, and the one to keep.
+
+    Example:
+        >>> step, kept = unit_columns(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.eye(2), eps=1e-8)
+        >>> step
+        tensor([[0.6000, 0.0000],
+                [0.8000, 0.0000]])
+        >>> kept
+        tensor([[0.6000, 0.0000],
+                [0.8000, 1.0000]])
     """
     # Not vector_norm, which is several times slower along this dimension on a CPU.
     length = R.to(torch.promote_types(R.dtype, torch.float32)).square().sum(dim=-2, keepdim=True).sqrt()
@@ -161,6 +195,13 @@ def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:
         P: Orthonormal, shape (k, m, r).
         R: Shape (k, n, r).
         share: How much of the product leaves.
+
+    Example:
+        >>> B = torch.eye(2).unsqueeze(0)
+        >>> feed_back_error_(B, P=torch.tensor([[[1.0], [0.0]]]), R=torch.tensor([[[1.0], [0.0]]]), share=0.05)
+        >>> B[0]
+        tensor([[0.9500, 0.0000],
+                [0.0000, 1.0000]])
     """
     B.baddbmm_(P, R.mT, alpha=-share)
 
@@ -174,6 +215,12 @@ def descend_(parameters: list[Tensor], P: Tensor, Q: Tensor, lr: float, weight_d
         Q: Unit columns, shape (k, min(m, n), r).
         lr: Learning rate.
         weight_decay: Coefficient; multiplied by the unscaled ``lr``.
+
+    Example:
+        >>> X = torch.ones(4, 1)
+        >>> descend_([X], P=torch.eye(4)[None, :, :1], Q=torch.ones(1, 1, 1), lr=0.1, weight_decay=0.0)
+        >>> X.flatten()
+        tensor([0.8000, 1.0000, 1.0000, 1.0000])
     """
     fan_out, fan_in = parameters[0].shape
     step = -lr * math.sqrt(fan_out / fan_in)

@@ -10,6 +10,17 @@ Group = dict[str, Any]
 
 ALGORITHMS = ("dion", "adamw", "lion")
 LOCAL_UPDATES = ("dion", "sgd")
+GROUP_OPTIONS = (
+    "algorithm",
+    "lr",
+    "mu",
+    "rank_fraction",
+    "local_update",
+    "local_lr",
+    "betas",
+    "weight_decay",
+    "eps",
+)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

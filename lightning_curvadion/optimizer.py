@@ -15,7 +15,7 @@ Nothing here communicates: a hook does, see :class:`~lightning_curvadion.hook.Sy
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -85,13 +85,18 @@ class CurvaDion(StackedOptimizer):
     Raises:
         ValueError: On a bad argument or group, naming it and the remedy.
 
-    Example::
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> optimizer = CurvaDion([{"params": [model[0].weight, model[2].weight]},
+        ...                        {"params": [model[0].bias, model[2].bias], "algorithm": "adamw"}], lr=0.02)
+        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_step
+        StepReport(rmmc=inf, synced=True, bytes_sent=0)
 
-        optimizer = CurvaDion(split_parameters(model), lr=0.02, trigger=IntegratedRMMC(0.3))
-        optimizer.register_sync_hook(ProcessGroupSync())  # in every process
-        loss.backward()
-        optimizer.step()
-        optimizer.last_step.synced
+        In every process of a process group, before the first step::
+
+            optimizer.register_sync_hook(ProcessGroupSync())
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class CurvaDion(StackedOptimizer):
         tau: float | None = None,
         mu: float = 0.95,
         rank_fraction: float = 0.5,
-        local_update: str = "dion",
+        local_update: Literal["dion", "sgd"] = "dion",
         local_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
@@ -118,6 +123,7 @@ class CurvaDion(StackedOptimizer):
         self._hook: SyncHook | None = None
         self._replicas_share_Q = True
         self._codes: tuple[list[int], Tensor] | None = None
+        self._changes: tuple[list[Tensor], Tensor] | None = None
         self.last_step: StepReport | None = None
         defaults = {
             "lr": lr,
@@ -172,8 +178,19 @@ class CurvaDion(StackedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the trigger and the state, and no hook: a process group cannot be copied."""
-        own = {"_cap": self._cap, "_hook": None, "_replicas_share_Q": True, "_codes": None, "last_step": self.last_step}
-        return {**super().__getstate__(), **own}
+        own = {"_cap": self._cap, "_hook": None, "_replicas_share_Q": True, "_codes": None, "_changes": None}
+        return {**super().__getstate__(), **own, "last_step": self.last_step}
+
+    def rmmc_by_parameter(self) -> dict[str, float]:
+        """Relative change of each matrix's momentum on this replica in the last step, by the parameter's name.
+
+        Infinite in a matrix's first step. Reading it makes the host wait for the device.
+        """
+        if self._changes is None:
+            return {}
+        parameters, changes = self._changes
+        change_of = dict(zip(parameters, changes.tolist(), strict=True))
+        return {name: change_of[parameter] for name, parameter in self.named_parameters() if parameter in change_of}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -227,6 +244,7 @@ class CurvaDion(StackedOptimizer):
             return faults.encode(kind, number_of[parameter], len(parameters), rank)
 
         signal = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
+        self._changes = None
         graded = [p for p in parameters if p.requires_grad and p.grad is not None]
         unusable = [(kind, p) for p in graded if (kind := faults.layout_fault(cast(Tensor, p.grad))) is not None]
         if unusable:
@@ -237,8 +255,9 @@ class CurvaDion(StackedOptimizer):
         checked = [parameter for stack in stacks for parameter in stack.parameters]
         sizes = list(norms)
         if norms:
-            previous = torch.cat([stack.norm for stack in stacks])
-            signal[0] = curvature.relative_change(torch.cat(norms), previous).max()
+            changes = curvature.relative_change(torch.cat(norms), torch.cat([stack.norm for stack in stacks]))
+            self._changes = [parameter for stack in stacks for parameter in stack.parameters], changes
+            signal[0] = changes.max()
         vector_members = [p for _, members in self.vector_groups() for p in members if p.grad is not None]
         if vector_members:
             checked += vector_members

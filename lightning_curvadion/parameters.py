@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .groups import ALGORITHMS, Group, check_choice
+from .groups import ALGORITHMS, GROUP_OPTIONS, Group, check_choice
 
 # Roles in the order of their groups, with what becomes of each and the options of its group.
 _MATRIX, _EMBEDDING, _HEAD, _CONVOLUTION, _NORM, _BIAS, _OTHER = (
@@ -66,7 +66,11 @@ class ParameterGroups(list[Group]):
         return "\n".join(lines)
 
 
-def split_parameters(module: nn.Module, overrides: Mapping[str, Override] | None = None) -> ParameterGroups:
+def split_parameters(
+    module: nn.Module,
+    overrides: Mapping[str, Override] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ParameterGroups:
     """Sort the parameters of a module into groups for :class:`~lightning_curvadion.CurvaDion`, by type and use.
 
     Weights of ``nn.Linear``, the projections of ``nn.MultiheadAttention`` (packed or not) and of recurrent layers are
@@ -82,42 +86,71 @@ def split_parameters(module: nn.Module, overrides: Mapping[str, Override] | None
             parameters are included, so that they can be unfrozen later; the optimizer leaves them alone until then.
         overrides: Patterns of parameter names (``*`` as in file names) and what to do with those parameters instead: an
             algorithm, or a dictionary of group options. The first matching pattern counts.
+        options: Group options for all groups of an algorithm (``"adamw"``) or for a group by its name (``"matrices"``,
+            ``"embeddings"``, ``"output head"``, ``"convolutions"``, ``"norms"``, ``"biases"``, ``"other parameters"``),
+            such as another learning rate. A group's name outranks its algorithm, and an override outranks both.
 
     Returns:
-        A list of groups with named parameters, to pass to the optimizer. ``print`` shows what was decided. Each
-        group also has ``"name"``, so that options can be set per kind: ``for g in groups: if g["name"] ==
-        "embeddings": g["lr"] = ...``
+        A list of groups with named parameters, to pass to the optimizer. ``print`` shows what was decided.
 
     Raises:
-        ValueError: A pattern that matches no parameter, or an unknown algorithm.
+        ValueError: A pattern that matches no parameter, or an unknown algorithm, group or option.
 
-    Example::
-
-        groups = split_parameters(model, overrides={"*.gate.weight": "adamw", "lm_head.*": {"lr": 1e-3}})
-        optimizer = CurvaDion(groups, lr=0.02)
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 100))
+        >>> groups = split_parameters(model, overrides={"1.bias": "lion"}, options={"adamw": {"lr": 1e-3}})
+        >>> [(group["name"], group["algorithm"], group.get("lr")) for group in groups][:3]
+        [('matrices', 'dion', None), ('embeddings', 'adamw', 0.001), ('output head', 'adamw', 0.001)]
+        >>> print(split_parameters(nn.Linear(8, 4)))
+        group             algorithm   tensors      numbers  why, and which
+        matrices          dion              1           32  weights of linear layers, attention projections and recurrent layers
+                                                            weight
+        biases            adamw             1            4  AdamW without weight decay
+                                                            bias
     """
     roles = _roles(module)
     overrides = dict(overrides or {})
     for pattern, override in overrides.items():
         if isinstance(override, str):
             check_choice(f"overrides[{pattern!r}]", override, ALGORITHMS)
+        else:
+            _check_options(f"overrides[{pattern!r}]", override)
         if not any(fnmatchcase(name, pattern) for name in roles):
             raise ValueError(
                 f"overrides[{pattern!r}] matches no parameter; names are such as {_abbreviated(list(roles))}"
             )
 
+    by_role = _options_by_role(options or {})
     named = dict(module.named_parameters())
-    groups: dict[str, Group] = {role: {**options, "name": role, "params": []} for role, options in _OPTIONS.items()}
+    groups: dict[str, Group] = {role: {**own, "name": role, "params": []} for role, own in by_role.items()}
     for name, parameter in named.items():
         matching = next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)
         key = roles[name]
         if matching is not None:
             override = overrides[matching]
-            options = {"algorithm": override} if isinstance(override, str) else dict(override)
+            own = {"algorithm": override} if isinstance(override, str) else dict(override)
             key = f"{matching} ({roles[name]})"
-            groups.setdefault(key, {**_OPTIONS[roles[name]], **options, "name": key, "params": []})
+            # An option of an algorithm belongs to the one that the override chose.
+            groups.setdefault(key, {**_options_by_role(options or {}, **own)[roles[name]], "name": key, "params": []})
         groups[key]["params"].append((name, parameter))
     return ParameterGroups(group for group in groups.values() if group["params"])
+
+
+def _options_by_role(options: Mapping[str, Mapping[str, Any]], **override: Any) -> dict[str, Group]:
+    """Options of every role's group, those of its algorithm and its name included, and what overrides them."""
+    for name, chosen in options.items():
+        check_choice("options: an algorithm or a group's name", name, (*ALGORITHMS, *_OPTIONS))
+        _check_options(f"options[{name!r}]", chosen)
+    by_role = {}
+    for role, own in _OPTIONS.items():
+        algorithm = {**own, **options.get(role, {}), **override}["algorithm"]
+        by_role[role] = {**own, **options.get(algorithm, {}), **options.get(role, {}), **override}
+    return by_role
+
+
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    for option in options:
+        check_choice(f"{where}: an option", option, GROUP_OPTIONS)
 
 
 def _roles(module: nn.Module) -> dict[str, str]:

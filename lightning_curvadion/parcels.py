@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import wire
+from .drift import DriftMeter
 
 
 class Parcel:
@@ -43,8 +44,11 @@ class Parcel:
 class Averaged(Parcel):
     """A tensor that becomes the mean, in place; what coding loses of it is gone."""
 
-    def __init__(self, name: str, tensor: Tensor, wire_format: str = "float32") -> None:
+    def __init__(
+        self, name: str, tensor: Tensor, wire_format: str = "float32", meter: DriftMeter | None = None
+    ) -> None:
         super().__init__(name, tensor.numel(), full_width(tensor) if wire_format == "float32" else wire_format)
+        self._meter = meter
         self._tensor = tensor.detach()
         self._flat = self._tensor.reshape(-1)
 
@@ -52,6 +56,8 @@ class Averaged(Parcel):
         return self._flat[start:stop]
 
     def write(self, start: int, stop: int, mean: Tensor, lost: Tensor | None) -> None:  # noqa: D102
+        if self._meter is not None:
+            self._meter.observe(self._flat[start:stop], mean)
         self._flat[start:stop].copy_(mean)
 
     def finish(self) -> None:  # noqa: D102
@@ -120,6 +126,7 @@ class Displacement(Parcel):
         residual: What was not sent yet, contiguous; becomes what coding lost this time. ``None`` to send the
             displacement alone.
         outer_step: Turns a range of the mean into the move to make.
+        meter: Sees where the parameter was and where it goes.
     """
 
     def __init__(
@@ -130,6 +137,7 @@ class Displacement(Parcel):
         wire_format: str,
         residual: Tensor | None,
         outer_step: Callable[[Tensor, int, int], Tensor] | None,
+        meter: DriftMeter | None = None,
     ) -> None:
         plain = full_width(parameter) if wire_format == "float32" else wire_format
         super().__init__(f"displacement of {name}", parameter.numel(), plain)
@@ -138,6 +146,7 @@ class Displacement(Parcel):
         self._anchor = anchor.view(-1)
         self._residual = residual.view(-1) if residual is not None else None
         self._outer_step = outer_step
+        self._meter = meter
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         # From where the parameter was put, which is the anchor only to the parameter's precision.
@@ -150,6 +159,8 @@ class Displacement(Parcel):
             self._residual[start:stop].copy_(lost)
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
+        if self._meter is not None:
+            self._meter.observe(self._flat[start:stop], self._anchor[start:stop])
 
     def finish(self) -> None:  # noqa: D102
         self._parameter.copy_(self._anchor.view(self._parameter.shape))

@@ -2,14 +2,17 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from .groups import check_choice
 from .wire import WIRE_FORMATS
 
-CONSENSUS = ("average", "factors", "none")
-MOMENTUM = ("factors", "dion", "average", "local")
+# As types, so that a command line offers them.
+Consensus = Literal["average", "factors", "none"]
+Momentum = Literal["factors", "dion", "average", "local"]
+ResidualDtype = Literal["float32", "bfloat16"]
 _RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Numbers on their way at a time, so 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
@@ -34,11 +37,11 @@ class SyncSettings:
     chunk: int
 
     def __post_init__(self) -> None:
-        check_choice("consensus", self.consensus, CONSENSUS)
+        check_choice("consensus", self.consensus, get_args(Consensus))
         check_choice("wire_format", self.wire_format, WIRE_FORMATS)
-        check_choice("momentum", self.momentum, MOMENTUM)
+        check_choice("momentum", self.momentum, get_args(Momentum))
         check_choice("factor_format", self.factor_format, WIRE_FORMATS)
-        check_choice("residual_dtype", self.residual_dtype, tuple(_RESIDUAL_DTYPES))
+        check_choice("residual_dtype", self.residual_dtype, get_args(ResidualDtype))
         if not self.outer_lr > 0:
             raise ValueError(f"outer_lr must be > 0, not {self.outer_lr}; 1.0 takes the average itself")
         if not 0 <= self.outer_momentum < 1:

@@ -25,9 +25,10 @@ from .checkpoints import WholeCheckpointIO
 from .meetings import ConsensusFirst, moving_averages
 from .optimizer import CurvaDion
 from .peers import meeting
-from .settings import CHUNK
+from .settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .signals import SharedSignals
 from .sync import ProcessGroupSync
+from .wire import WireFormat
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +53,12 @@ class CurvaDionStrategy(DDPStrategy):
             bytes were better spent on syncs than on momentum, and ``"factors"`` with the others.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
-        factor_format: How momentum travels.
-        sync_rank_fraction: Rank of the factors that momentum meets through.
-        residual_dtype: Of what coding keeps back, ``"float32"`` or ``"bfloat16"``.
-        chunk: Numbers that are sent at a time.
+        factor_format: How momentum travels, in one of the formats of ``wire_format``. ``None`` is that one down to 16
+            bits, and ``"int4"`` below.
+        sync_rank_fraction: Rank of the factors that momentum meets through, where it is to be lower than the
+            optimizer's.
+        residual_dtype: Of what coding keeps back; ``"bfloat16"`` halves that memory.
+        chunk: Numbers that are coded and sent at a time; fewer need less memory.
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
         cluster_environment: Who launches the processes.
@@ -77,21 +80,23 @@ class CurvaDionStrategy(DDPStrategy):
         MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs
             between ranks, and on sparse embeddings.
 
-    Example::
-
-        trainer = Trainer(strategy=CurvaDionStrategy(wire_format="bfloat16"), devices=8)
+    Example:
+        >>> strategy = CurvaDionStrategy(wire_format="bfloat16")
+        >>> trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+        >>> trainer.world_size
+        2
     """
 
     def __init__(
         self,
-        consensus: str = "average",
-        wire_format: str | None = None,
-        momentum: str | None = None,
+        consensus: Consensus = "average",
+        wire_format: WireFormat | None = None,
+        momentum: Momentum | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
-        factor_format: str | None = None,
+        factor_format: WireFormat | None = None,
         sync_rank_fraction: float | None = None,
-        residual_dtype: str = "float32",
+        residual_dtype: ResidualDtype = "float32",
         chunk: int = CHUNK,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,

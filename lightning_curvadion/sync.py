@@ -35,10 +35,12 @@ from torch.distributed import ProcessGroup
 from . import dion
 from .alike import check_equal, check_formats, describe_module, describe_optimizer
 from .anchors import Anchors, OuterStep
+from .drift import DriftMeter
 from .exchange import Exchange
 from .optimizer import CurvaDion
 from .parcels import Averaged, Displacement, Factor, Integers, Parcel
 from .settings import CHUNK, SyncSettings
+from .shared_state import state_tensors, trainable, write_back_steps
 
 # Chosen by loss, see examples/benchmarks/README.md.
 FACTOR_FORMAT_BESIDE = {"float32": "float32", "bfloat16": "bfloat16"}
@@ -86,6 +88,20 @@ class ProcessGroupSync:
 
     Raises:
         ValueError: On a bad argument, or a combination that would do nothing.
+
+    Example:
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = nn.Linear(8, 8, bias=False)
+        >>> optimizer = CurvaDion(model.parameters())
+        >>> sync = ProcessGroupSync()
+        >>> optimizer.register_sync_hook(sync)
+        >>> sync.include_module(model)
+        >>> model(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_step.synced, optimizer.last_step.bytes_sent
+        (True, 528)
+        >>> sync.reach_consensus(optimizer, include_state=True)  # before a checkpoint
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -125,6 +141,7 @@ class ProcessGroupSync:
         self._buffers_moved = False
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
+        self._meter: DriftMeter | None = None
         self.wish = 0.0
         self.heard = 0.0
 
@@ -142,6 +159,23 @@ class ProcessGroupSync:
     def bytes_sent(self) -> int:
         """Payload of this replica's collectives so far; a mean of n bytes, coded or not, counts n."""
         return self._exchange.bytes_sent
+
+    def measure_drift(self) -> None:
+        """From now on, see at every meeting of parameters how far this replica was from the consensus.
+
+        It costs one more pass over the parameters at a sync step, and sends nothing.
+        """
+        self._meter = DriftMeter()
+
+    @property
+    def drift(self) -> float | None:
+        """Distance of this replica's parameters to the consensus, relative to its norm, just before they met.
+
+        In the last step or since; ``None`` where they have not, or unless :meth:`measure_drift` was called. Only what
+        meets is seen: with the consensus ``"none"`` and ``"factors"`` that is all parameters in
+        :meth:`reach_consensus`, and none or the rest at a sync step. Reading it makes the host wait for the device.
+        """
+        return self._meter.drift if self._meter is not None else None
 
     # -- getting together -------------------------------------------------------------------------------------------
 
@@ -167,9 +201,9 @@ class ProcessGroupSync:
         check_equal(self._exchange, [f"hook {self.settings}", *describe_optimizer(optimizer)], device)
         formats = {name: getattr(self.settings, name) for name in ("wire_format", "factor_format")}
         check_formats(self._exchange, optimizer, formats, device)
-        floating, integers = _state_tensors(optimizer)
+        floating, integers = state_tensors(optimizer)
         self._exchange.broadcast(parameters + list(floating.values()) + integers)
-        _write_back_steps(optimizer, integers)
+        write_back_steps(optimizer, integers)
         self._known.update(parameters)
         optimizer.register_step_pre_hook(lambda opt, *_: self._before_step(cast(CurvaDion, opt)))
         optimizer.register_load_state_dict_post_hook(lambda opt: self._forget(cast(CurvaDion, opt)))
@@ -177,8 +211,10 @@ class ProcessGroupSync:
     def _before_step(self, optimizer: CurvaDion) -> None:
         self._met.pop(optimizer, None)
         self.expect_other_buffers()
+        if self._meter is not None:
+            self._meter.start()
         if self.settings.needs_anchors:
-            self._anchors.capture(_trainable(optimizer).values())
+            self._anchors.capture(trainable(optimizer).values())
 
     def _forget(self, optimizer: CurvaDion) -> None:
         """A state was loaded: the consensus is wherever the parameters are by the next step."""
@@ -265,7 +301,7 @@ class ProcessGroupSync:
         """Parameters and buffers, as the consensus of a sync step wants them."""
         if self.settings.consensus == "none":
             return []
-        parameters = _trainable(optimizer)
+        parameters = trainable(optimizer)
         if self.settings.consensus == "factors":
             factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
             parameters = {name: p for name, p in parameters.items() if p not in factored}
@@ -289,8 +325,10 @@ class ProcessGroupSync:
             settle: With ``"float32"``, send the residuals too, and have none any more.
             outer: Whether an outer step is due.
         """
+        if self._meter is not None and parameters:
+            self._meter.start()
         if not self.settings.needs_anchors:
-            return [Averaged(name, parameter) for name, parameter in parameters.items()]
+            return [Averaged(name, parameter, meter=self._meter) for name, parameter in parameters.items()]
         self._anchors.capture(parameters.values())
         parcels: list[Parcel] = []
         for name, parameter in parameters.items():
@@ -306,7 +344,8 @@ class ProcessGroupSync:
                 if outer and self.settings.steps_outside
                 else None
             )
-            parcels.append(Displacement(name, parameter, self._anchors.of(parameter), wire_format, residual, step))
+            anchor = self._anchors.of(parameter)
+            parcels.append(Displacement(name, parameter, anchor, wire_format, residual, step, self._meter))
         return parcels
 
     def _exact(self, tensors: dict[str, Tensor]) -> list[Parcel]:
@@ -345,8 +384,8 @@ class ProcessGroupSync:
                 continue
             optimizer.init_state()
             moved = met_state is None
-            trainable = _trainable(optimizer)
-            due = dict(trainable) if moved else {}
+            trained = trainable(optimizer)
+            due = dict(trained) if moved else {}
             others, buffers = buffers, {}
             steps: list[Tensor] = []
             if include_state:
@@ -355,40 +394,15 @@ class ProcessGroupSync:
                 frozen = {
                     name: p for name, p in optimizer.named_parameters() if not p.requires_grad and name not in due
                 }
-                state, steps = _state_tensors(optimizer)
+                state, steps = state_tensors(optimizer)
                 others.update({**frozen, **state, **dict(zip(["step counts"], steps, strict=False))})
             parcels = self._moves(optimizer, due, "float32", settle=include_state, outer=moved) + self._exact(others)
             self._exchange.average(parcels)
             if include_state:
-                _write_back_steps(optimizer, steps)
+                write_back_steps(optimizer, steps)
                 optimizer.replicas_share_state()
                 # A run that resumes has no other anchor than the parameters.
-                self._anchors.drop(trainable.values())
+                self._anchors.drop(trained.values())
             self._met[optimizer] = include_state
         if buffers:
             self._exchange.average(self._exact(buffers))
-
-
-def _trainable(optimizer: CurvaDion) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in optimizer.named_parameters() if parameter.requires_grad}
-
-
-def _state_tensors(optimizer: CurvaDion) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Floating-point state that replicas may share, by name, and one integer tensor with all step counts."""
-    floating: dict[str, Tensor] = {}
-    steps: list[int] = []
-    device = torch.device("cpu")
-    for parameter_name, parameter in optimizer.named_parameters():
-        device = parameter.device
-        state = optimizer.state[parameter]
-        for name in sorted(state):
-            if isinstance(state[name], Tensor) and name != "residual":
-                floating[f"{name} of {parameter_name}"] = state[name]
-        steps += [state["step"]] if "step" in state else []
-    return floating, [torch.tensor(steps, dtype=torch.int64, device=device)] if steps else []
-
-
-def _write_back_steps(optimizer: CurvaDion, integers: Sequence[Tensor]) -> None:
-    counted = [state for _, p in optimizer.named_parameters() if "step" in (state := optimizer.state[p])]
-    for state, step in zip(counted, integers[0].tolist() if integers else (), strict=False):
-        state["step"] = step

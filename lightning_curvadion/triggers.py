@@ -54,6 +54,11 @@ class RMMCThreshold(Trigger):
 
     Raises:
         ValueError: ``tau`` is negative or NaN.
+
+    Example:
+        >>> trigger = LocalStepCap(RMMCThreshold(0.1), max_local_steps=2)
+        >>> [trigger.decide(rmmc) for rmmc in (0.2, 0.05, 0.05, 0.05)]
+        [True, False, False, True]
     """
 
     def __init__(self, tau: float) -> None:
@@ -77,6 +82,11 @@ class IntegratedRMMC(Trigger):
 
     Raises:
         ValueError: ``budget`` is not positive.
+
+    Example:
+        >>> trigger = LocalStepCap(IntegratedRMMC(0.3), max_local_steps=50)
+        >>> [trigger.decide(rmmc) for rmmc in (0.125, 0.125, 0.125, 0.125)]
+        [False, False, True, False]
     """
 
     _state = ("spent",)
@@ -106,6 +116,11 @@ class EveryNSteps(Trigger):
 
     Raises:
         ValueError: ``n`` is not a positive integer.
+
+    Example:
+        >>> trigger = LocalStepCap(EveryNSteps(3), max_local_steps=None)
+        >>> [trigger.decide(rmmc) for rmmc in (0.9, 0.0, 0.9, 0.0)]
+        [False, False, True, False]
     """
 
     _state = ("since_sync",)
@@ -139,6 +154,11 @@ class CommunicationBudget(Trigger):
 
     Raises:
         ValueError: ``fraction`` outside (0, 1].
+
+    Example:
+        >>> trigger = LocalStepCap(CommunicationBudget(0.25), max_local_steps=None)
+        >>> sum(trigger.decide((1 + step % 7) / (1 + step)) for step in range(1000))
+        225
     """
 
     _state = ("tau",)

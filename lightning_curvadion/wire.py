@@ -27,11 +27,13 @@ Numbers so small that a block's step is no normal bfloat16 (about 1e-38, with ``
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4", "int2", "sign")
+WireFormat = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
+WIRE_FORMATS = get_args(WireFormat)
 
 # Numbers that travel as they are. Wider formats are for what must not be rounded; users choose float32 at most.
 _PLAIN = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,12 +73,22 @@ CODINGS = {
 
 
 def block_of(wire_format: str) -> int:
-    """Elements that share a step; 1 where numbers travel as they are."""
+    """Elements that share a step; 1 where numbers travel as they are.
+
+    Example:
+        >>> block_of("int2"), block_of("bfloat16")
+        (64, 1)
+    """
     return CODINGS[wire_format].block if wire_format in CODINGS else 1
 
 
 def encoded_bytes(numel: int, wire_format: str) -> int:
-    """Bytes of ``numel`` coded numbers, the steps of their blocks included."""
+    """Bytes of ``numel`` coded numbers, the steps of their blocks included.
+
+    Example:
+        >>> [encoded_bytes(1_000_000, wire_format) for wire_format in ("float32", "int8", "sign")]
+        [4000000, 1015626, 140626]
+    """
     if wire_format in _PLAIN:
         return numel * _PLAIN[wire_format].itemsize
     coding = CODINGS[wire_format]
@@ -96,6 +108,11 @@ def encode(tensor: Tensor, wire_format: str, name: str = "tensor") -> Tensor:
 
     Raises:
         ValueError: A number is NaN or infinite, or too large for the format.
+
+    Example:
+        >>> payload = encode(torch.tensor([0.5, -1.0, 0.25]), "int8")
+        >>> decode(payload, "int8", 3)
+        tensor([ 0.5039, -0.9999,  0.2520])
     """
     payload = encode_unchecked(tensor, wire_format)
     if tensor.numel() and not bool(torch.isfinite(decode(payload, wire_format, tensor.numel())).all()):

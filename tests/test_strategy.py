@@ -81,7 +81,7 @@ def fit(rank, world, folder, strategy_options):
         "data": module.batches,
         "wrapped": wrapped,
         "summary": summary,
-        "sent": (monitor.bytes_sent(trainer), calls.of("lightning_curvadion.exchange")),
+        "sent": (int(monitor.bytes_sent.compute()), calls.of("lightning_curvadion.exchange")),
     }
 
 
@@ -235,10 +235,10 @@ def fit_twice(rank, world):
         rank, world, CurvaDionStrategy(**{"momentum": "local", "outer_momentum": 0.5}), callbacks=[monitor]
     )
     trainer.fit(module)
-    first = monitor.bytes_sent(trainer)
+    first = int(monitor.bytes_sent.compute())
     trainer.fit_loop.epoch_loop.max_steps = 16
     trainer.fit(module)
-    return first, monitor.bytes_sent(trainer), monitor.steps, parameters_of(module)
+    return first, int(monitor.bytes_sent.compute()), int(monitor.sync_rate.steps), parameters_of(module)
 
 
 def test_fit_again_in_the_same_process(replicas):
