@@ -78,17 +78,17 @@ def moves(rank, world, steps, residual_dtype):
     return {f: (parameters[f].double(), residuals[f].double(), moved[f]) for f in CODED}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_everything_sent_and_everything_kept_are_all_that_was_moved(replicas, world):
-    everyone = replicas.run(world, moves, 1000, torch.float32, timeout=180)
+@pytest.mark.parametrize(("world", "steps"), [(2, 1000), (3, 300)])
+def test_everything_sent_and_everything_kept_are_all_that_was_moved(replicas, world, steps):
+    everyone = replicas.run(world, moves, steps, torch.float32, timeout=180)
     for wire_format in CODED:
         answers = [answer[wire_format] for answer in everyone]
         sent = answers[0][0]
         kept = sum(residual for _, residual, _ in answers) / world
         moved = sum(total for *_, total in answers) / world
         assert all(torch.equal(parameter, sent) for parameter, *_ in answers)
-        # A thousand additions, each rounded by half a unit in the last place of what there is.
-        torch.testing.assert_close(sent + kept, moved, rtol=0, atol=1000 * 2**-24 * moved.abs().max().item())
+        # So many additions, each rounded by half a unit in the last place of what there is.
+        torch.testing.assert_close(sent + kept, moved, rtol=0, atol=steps * 2**-24 * moved.abs().max().item())
         assert (sent - moved).norm() > 100 * (sent + kept - moved).norm() or wire_format == "bfloat16"
         assert kept.norm() < 0.2 * moved.norm(), "what is kept does not grow with the steps"
 

@@ -6,14 +6,21 @@ import sys
 
 import pytest
 from breaking import environment, free_port
-from training import readme_script, run_script
+from training import ROOT, run_script
 
 from examples.benchmarks.netlab import Lab, missing
 
 
 def short_script(strategy="curvadion", **trainer):
-    """The README's script, with one short epoch, told how it is started."""
-    script = readme_script().replace('"curvadion"', f'"{strategy}"').replace("max_epochs=4", "max_steps=8")
+    """The example of a switched script, with a few steps and the monitor, told how it is started."""
+    script = (ROOT / "examples/switch_after.py").read_text()
+    for old, new in (
+        ('"curvadion"', f'"{strategy}"'),
+        ("import CurvaDion", "import CommunicationMonitor, CurvaDion"),
+        ("max_epochs=3", "max_epochs=1, limit_train_batches=8, callbacks=[CommunicationMonitor()]"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
     for name, value in trainer.items():
         script, count = re.subn(rf"\b{name}=\w+", f"{name}={value}", script)
         assert count == 1, name
@@ -27,13 +34,7 @@ def replicas_of(output):
     return int(replicas)
 
 
-def test_the_readmes_script_runs_as_it_stands(tmp_path):
-    done = run_script(readme_script(), tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert replicas_of(done.stdout) == 2 and "DDP would have sent" in done.stdout
-
-
-@pytest.mark.parametrize("name", ["curvadion_spawn", "curvadion_fork", "curvadion_notebook"])
+@pytest.mark.parametrize("name", ["curvadion", "curvadion_spawn", "curvadion_fork", "curvadion_notebook"])
 def test_other_launchers(tmp_path, name):
     done = run_script(short_script(name), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -110,7 +111,7 @@ def test_slurm(tmp_path):
 
 # As the README calls them.
 LAUNCHES = {
-    "`curvadion`": test_the_readmes_script_runs_as_it_stands,
+    "`curvadion`": test_other_launchers,
     "`curvadion_spawn`": test_other_launchers,
     "`curvadion_fork`": test_other_launchers,
     "`curvadion_notebook`": test_other_launchers,

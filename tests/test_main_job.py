@@ -36,18 +36,6 @@ def test_the_main_job_trains_and_ends_with_its_table(tmp_path, strategy):
     assert {"sent per replica", "DDP would have sent"} <= set(table)
 
 
-def test_a_strategy_with_options_from_the_command_line(tmp_path):
-    shown = run(
-        "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml", "--trainer.max_steps=3",
-        "--trainer.strategy.class_path=lightning_curvadion.CurvaDionStrategy",
-        "--trainer.strategy.init_args.wire_format=int2", "--trainer.strategy.init_args.momentum=factors",
-        "--trainer.strategy.init_args.factor_format=int8",
-        "--trainer.strategy.init_args.sync_rank_fraction=0.125", "--trainer.limit_val_batches=0",
-        f"--data.cache={tmp_path / 'data'}", f"--trainer.logger.init_args.save_dir={tmp_path}",
-    )  # fmt: skip
-    assert "CurvaDionStrategy" in shown
-
-
 def test_the_benchmark_of_step_times_runs():
     shown = run("examples/benchmarks/step_time.py", "--smoke")
     for line in ("AdamW", "CurvaDion, local step", "CurvaDion, sync step", "Muon", "RMMC takes", "state of CurvaDion"):

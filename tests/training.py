@@ -1,7 +1,6 @@
 """A module, its data, and a Trainer on a rank of the pool: what the tests of the strategy share."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,10 +112,3 @@ def run_script(code, folder, timeout=120):
     return subprocess.run(
         [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
-
-
-def readme_script():
-    """The one complete script of the README."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    (script,) = [block for block in blocks if "trainer.fit" in block.lower()]
-    return script

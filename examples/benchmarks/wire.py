@@ -65,17 +65,18 @@ def speed(numel: int, rounds: int) -> None:
         print(f"| {name} | {size / encode:.2f} | {size / decode:.2f} | {size / (encode + decode):.2f} | {bits:.3f} |")
 
 
-def _replica(rank: int, world: int, store: str, function: str, arguments: tuple[int, ...]) -> None:
+def _replica(rank: int, world: int, store: str, calls: tuple[tuple[str, int, int], ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    {"share": _share, "two_ways": _two_ways}[function](*arguments)
+    for function, size, rounds in calls:
+        {"share": _share, "two_ways": _two_ways}[function](size, rounds)
     dist.destroy_process_group()
 
 
-def on_replicas(world: int, function: str, *arguments: int) -> None:
-    """Call one of the functions below in ``world`` processes."""
+def on_replicas(world: int, *calls: tuple[str, int, int]) -> None:
+    """Call functions below in ``world`` processes, each with its size and rounds."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_replica, (world, f"{folder}/store", function, arguments), nprocs=world)
+        spawn(_replica, (world, f"{folder}/store", calls), nprocs=world)
 
 
 class Stopwatch:
@@ -204,16 +205,14 @@ def main() -> None:
         wire_training.tables()
     elif arguments.smoke:
         speed(2**18, rounds=1)
-        on_replicas(2, "two_ways", 2**18, 1)
-        on_replicas(2, "share", 1, 1)
+        on_replicas(2, ("two_ways", 2**18, 1), ("share", 1, 1))
         blocks(steps=8)
         with tempfile.TemporaryDirectory() as folder:
             wire_training.smoke(Path(folder) / "wire.csv")
     else:
         speed(25_000_000, rounds=7)
-        on_replicas(2, "two_ways", 25_000_000, 5)
-        for replicas in (2, 4):
-            on_replicas(replicas, "share", 10, 5)
+        on_replicas(2, ("two_ways", 25_000_000, 5), ("share", 10, 5))
+        on_replicas(4, ("share", 10, 5))
 
 
 if __name__ == "__main__":
