@@ -52,17 +52,17 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder of bytes with an untied output head."""
+    """Decoder of bytes, or of any vocabulary, with an untied output head."""
 
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, context: int, vocabulary: int = 256) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(256, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         half = width // heads // 2
         angles = torch.outer(torch.arange(context), 10000.0 ** -(torch.arange(half) / half))
         # Computed, not learnt: no part of a checkpoint and nothing to synchronise.
@@ -75,7 +75,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, shape (batch, time, 256), of bytes, shape (batch, time)."""
+        """Logits, shape (batch, time, vocabulary), of tokens, shape (batch, time)."""
         time = tokens.shape[1]
         x = self.embedding(tokens)
         for block in self.blocks:

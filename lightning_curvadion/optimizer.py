@@ -152,8 +152,13 @@ class CurvaDion(StackedOptimizer):
         """Attach what communicates; a meeting of all replicas, so every process calls it.
 
         Raises:
-            ValueError: A hook is attached already, or the replicas hold different models.
+            ValueError: A hook is attached already, the replicas hold different models, or this is Fabric's wrapper.
         """
+        if isinstance(self.__dict__.get("_optimizer"), CurvaDion):
+            raise ValueError(
+                "this is Fabric's wrapper of the optimizer, whose steps would not see the hook: register it on the"
+                " CurvaDion that you gave to fabric.setup, and read last_step there"
+            )
         if self._hook is not None:
             raise ValueError("a sync hook is registered already; an optimizer has one, made for one process group")
         self.init_state()

@@ -101,12 +101,10 @@ def split_parameters(
         >>> groups = split_parameters(model, overrides={"1.bias": "lion"}, options={"adamw": {"lr": 1e-3}})
         >>> [(group["name"], group["algorithm"], group.get("lr")) for group in groups][:3]
         [('matrices', 'dion', None), ('embeddings', 'adamw', 0.001), ('output head', 'adamw', 0.001)]
-        >>> print(split_parameters(nn.Linear(8, 4)))
+        >>> print(split_parameters(nn.LayerNorm(4)))
         group             algorithm   tensors      numbers  why, and which
-        matrices          dion              1           32  weights of linear layers, attention projections and recurrent layers
-                                                            weight
-        biases            adamw             1            4  AdamW without weight decay
-                                                            bias
+        norms             adamw             2            8  AdamW without weight decay
+                                                            weight, bias
     """
     roles = _roles(module)
     overrides = dict(overrides or {})

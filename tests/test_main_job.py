@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,10 +21,9 @@ def run(*words, timeout=200):
     return done.stdout
 
 
-@pytest.mark.parametrize("strategy", ["curvadion", "ddp"])
-def test_the_main_job_trains_and_ends_with_its_table(tmp_path, strategy):
+def test_the_main_job_trains_and_ends_with_its_table(tmp_path):
     shown = run(
-        "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml", f"--trainer.strategy={strategy}",
+        "-m", "lightning_curvadion", "fit", "--config", "configs/byte_gpt.yaml",
         "--trainer.max_steps=12", "--trainer.val_check_interval=6", f"--data.cache={tmp_path / 'data'}",
         "--data.val_sequences=64", f"--trainer.logger.init_args.save_dir={tmp_path}",
     )  # fmt: skip
@@ -31,8 +31,7 @@ def test_the_main_job_trains_and_ends_with_its_table(tmp_path, strategy):
     assert float(table["val_bits_per_byte"]) == pytest.approx(float(table["val_loss"]) / 0.6931, rel=1e-3)
     assert float(table["val_loss"]) < 5.6
     assert table["optimizer steps"] == "12" and table["replicas"] == "2"
-    ratio = float(table["ratio"].split()[0])
-    assert (table["sync steps"] == "12 (100.0 %)" and ratio == 100) if strategy == "ddp" else ratio > 0
+    assert float(table["ratio"].split()[0]) > 0
     assert {"sent per replica", "DDP would have sent"} <= set(table)
 
 

@@ -1,0 +1,104 @@
+"""A small vision transformer on scikit-learn's handwritten digits: 1797 images of 8 x 8 that come with the package.
+
+python -m lightning_curvadion fit --config configs/digits_vit.yaml
+
+The module has no ``configure_optimizers``: the config's ``optimizer`` and ``groups`` make it.
+"""
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise ImportError("examples/digits_vit.py needs scikit-learn: pip install scikit-learn") from error
+
+SIDE, CLASSES = 8, 10
+# 360 is even: two replicas validate as many images each, and no sampler repeats one to fill up.
+VALIDATION = 360
+
+
+class DigitsViT(pl.LightningModule):
+    """Vision transformer (Dosovitskiy et al., 2020, arXiv:2010.11929) with a convolution stem (Xiao et al., 2021,
+    arXiv:2106.14881).
+
+    It has a parameter of each kind that ``split_parameters`` knows: packed attention projections and linear layers
+    (matrices), convolutions, norms, biases, an output head, and positions, which are none of these.
+
+    Args:
+        layers: Encoder blocks.
+        width: Width of a token.
+        heads: Attention heads.
+        dropout: Share of the activations that are dropped in training.
+
+    Example:
+        >>> DigitsViT(layers=1, width=16, heads=2)(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
+    """
+
+    def __init__(self, layers: int = 4, width: int = 64, heads: int = 4, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width // 2, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, kernel_size=2, stride=2),
+        )
+        self.positions = nn.Parameter(0.02 * torch.randn((SIDE // 2) ** 2, width))
+        block = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(block, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, CLASSES)
+        self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (batch, 10), of images, shape (batch, 1, 8, 8)."""
+        tokens = self.stem(images).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.encoder(tokens).mean(dim=1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The loss, logged."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy of the consensus, over the images of all replicas."""
+        images, labels = batch
+        logits = self(images)
+        self.accuracy(logits, labels)
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+        self.log("val_loss", F.cross_entropy(logits, labels), sync_dist=True)
+
+
+class Digits(pl.LightningDataModule):
+    """The digits, 1437 to train and 360 to validate; the split is the same everywhere.
+
+    Args:
+        batch_size: Images per replica and step.
+    """
+
+    def __init__(self, batch_size: int = 16) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        """Read and split them."""
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+        data = TensorDataset(images, torch.from_numpy(digits.target).long())
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        self.train, self.val = Subset(data, order[VALIDATION:]), Subset(data, order[:VALIDATION])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Shuffled."""
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """In order."""
+        return DataLoader(self.val, 60)
