@@ -31,6 +31,7 @@ class CommunicationMonitor(Callback):
 
     And, once for every sync step since, under the step's own number: ``curvadion/drift``, the distance of this replica
     to the consensus relative to its norm just before it met it, and ``curvadion/local_steps``, the local steps before.
+    A validation after a local step has a drift of its own.
 
     The progress bar shows the sync rate and the megabytes saved. Each warning comes once: where nearly every step
     synchronises, or none; where drift grows; where one embedding dominates what is sent; where validations and

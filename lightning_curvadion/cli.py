@@ -22,7 +22,7 @@ from .suggestions import SuggestingParser, did_you_mean
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 # Names that the Trainer takes beside those of the registry.
 _OTHER_STRATEGIES = ("auto", "hpu_parallel", "hpu_single")
-_OWN_COMMANDS = ("report", "plan")
+_OWN_COMMANDS = {"report": ".reporting.report", "plan": ".planning.plan"}
 
 
 class CurvaDionCLI(LightningCLI):
@@ -148,6 +148,6 @@ def main(args: ArgsType = None) -> int:
     words: Sequence[str] = sys.argv[1:] if args is None else list(args)
     if words and words[0] in _OWN_COMMANDS:
         # Only then: they build on this module, and drawing has needs of its own.
-        return import_module(f"{__package__}.{words[0]}").main(list(words[1:]))
+        return import_module(_OWN_COMMANDS[words[0]], __package__).main(list(words[1:]))
     CurvaDionCLI(args=args)
     return 0

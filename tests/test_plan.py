@@ -26,10 +26,10 @@ from lightning_curvadion import (
     RMMCThreshold,
     split_parameters,
 )
-from lightning_curvadion.costs import ALL_TO_ALL, Link, Network
-from lightning_curvadion.footprint import ddp_buckets, footprint_of
-from lightning_curvadion.plan import main
-from lightning_curvadion.prediction import Prediction, expected_sync_rate
+from lightning_curvadion.planning.costs import ALL_TO_ALL, Link, Network
+from lightning_curvadion.planning.footprint import ddp_buckets, footprint_of
+from lightning_curvadion.planning.plan import main
+from lightning_curvadion.planning.prediction import Prediction, expected_sync_rate
 from lightning_curvadion.triggers import LocalStepCap
 
 RATES = ["30mbit", "100mbit"]

@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from training import Module, trainer_for
 
 from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
-from lightning_curvadion.logs import ReportError, read_run
-from lightning_curvadion.report import build_report, main
+from lightning_curvadion.reporting.logs import ReportError, read_run
+from lightning_curvadion.reporting.report import build_report, main
 
 SYNCS = [2, 5, 8, 11]  # of EveryNSteps(3)
 

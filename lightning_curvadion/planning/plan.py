@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import dion
+from .. import dion
+from ..reporting.logs import ReportError, read_run
+from ..triggers import RMMCThreshold
 from .blueprint import Blueprint, PlanError, blueprint
 from .costs import BACKWARD_SHARE, FRAME_PAYLOAD, GLOO_TURNS, Link, Network
 from .footprint import Footprint, every_step_traffic, footprint_of
-from .logs import ReportError, read_run
 from .prediction import Prediction, expected_sync_rate
 from .speed import coding_seconds, measured_step
-from .triggers import RMMCThreshold
 
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, help="default: devices times num_nodes of the config")
     parser.add_argument("--step-time", help="of a step that sends nothing, such as 0.8s; default: measured here")
     parser.add_argument("--sync-rate", type=float, help="share of the steps that synchronise, such as 0.2")
+    parser.add_argument(
+        "--coding-speed",
+        type=float,
+        help="GB/s of float32 that the cluster's devices code and decode, as printed below; default: measured here",
+    )
     parser.add_argument("--run", type=Path, help="take the sync rate from the logs of a run (CommunicationMonitor)")
     return parser
 
@@ -102,6 +107,8 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     compute = seconds(own.step_time, "--step-time") if own.step_time else None
     if own.sync_rate is not None and not 0 <= own.sync_rate <= 1:
         raise PlanError(f"--sync-rate is a share of the steps between 0 and 1, not {own.sync_rate}")
+    if own.coding_speed is not None and not own.coding_speed > 0:
+        raise PlanError(f"--coding-speed is a number of GB/s above 0, not {own.coding_speed}")
     drawn = blueprint(rest)
     replicas = own.replicas if own.replicas is not None else drawn.replicas
     if replicas is None:
@@ -113,7 +120,12 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     sizes = footprint_of(drawn.model, drawn.optimizer, drawn.settings, replicas)
     dion_traffic = every_step_traffic(drawn.model, drawn.optimizer, replicas)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    coding = {name: coding_seconds(name, device) for name in {*sizes.sync.numbers, *dion_traffic.numbers}}
+    formats = {*sizes.sync.numbers, *dion_traffic.numbers}
+    why_coding = f"measured on this machine's {device.type}; for other devices say --coding-speed"
+    if own.coding_speed is None:
+        coding = {name: coding_seconds(name, device) for name in formats}
+    else:
+        coding, why_coding = dict.fromkeys(formats, 4e-9 / own.coding_speed), "as --coding-speed says"
     why_compute = "as --step-time says"
     if compute is None:
         compute, steps, where = measured_step(rest)
@@ -123,7 +135,7 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         *_heading(drawn, network),
         *_model(drawn),
         *_steps(ours, why_rate, why_compute),
-        *_coding(ours, device),
+        _coding(ours, why_coding),
         *_memory(sizes),
         *_assumptions(drawn),
     ]
@@ -269,9 +281,9 @@ def _break_even(ours: Prediction) -> str:
     return f"DDP would be as good on links of {_speed(speed)}."
 
 
-def _coding(ours: Prediction, device: torch.device) -> list[str]:
+def _coding(ours: Prediction, why: str) -> str:
     speeds = ", ".join(f"{name} {4e-9 / spent:.2f}" for name, spent in sorted(ours.coding.items()))
-    return [f"Measured on this machine's {device.type}, GB/s of float32, in and out and all copies: {speeds}."]
+    return f"Coding, GB/s of float32, in and out and all copies: {speeds}, {why}."
 
 
 def _memory(sizes: Footprint) -> list[str]:

@@ -17,11 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from .cli import CurvaDionCLI
-from .optimizer import CurvaDion
-from .parameters import split_parameters
-from .settings import SyncSettings
-from .strategy import CurvaDionStrategy
+from ..cli import CurvaDionCLI
+from ..optimizer import CurvaDion
+from ..parameters import split_parameters
+from ..settings import SyncSettings
+from ..strategy import CurvaDionStrategy
 
 _DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 # Schedules want to know how long a run is; a config that says nothing plans as well with any number.
@@ -106,7 +106,7 @@ def one_line_errors() -> Iterator[None]:
         >>> with one_line_errors():
         ...     PlanningCLI(["--trainer.max_stepz=3"])
         Traceback (most recent call last):
-        lightning_curvadion.blueprint.PlanError: ...
+        lightning_curvadion.planning.blueprint.PlanError: ...
     """
     told = io.StringIO()
     loggers = {logger: logger.level for name in ("pytorch", "fabric") for logger in [getLogger(f"lightning.{name}")]}

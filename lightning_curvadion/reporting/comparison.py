@@ -52,7 +52,7 @@ def draw_comparison(runs: Sequence[Run]) -> list[Drawing | Missing]:
     Example::
 
         >>> from pathlib import Path
-        >>> from lightning_curvadion.logs import Series
+        >>> from lightning_curvadion.reporting.logs import Series
         >>> series = {"loss": Series([9, 19], [2.5, 2.25]), "curvadion/seconds": Series([9, 19], [1.0, 2.0])}
         >>> drawn = draw_comparison([Run("a", Path(), series), Run("b", Path(), series)])
         >>> type(drawn[0]).__name__, drawn[1].caption

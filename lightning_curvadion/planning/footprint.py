@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..exchange import Exchange
+from ..optimizer import CurvaDion
+from ..parcels import Factor, Parcel
+from ..sections import Piece, Section, sections_of
+from ..settings import SyncSettings
+from ..sync import ProcessGroupSync
+from ..triggers import EveryNSteps, LocalStepCap
 from .costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
-from .exchange import Exchange
-from .optimizer import CurvaDion
-from .parcels import Factor, Parcel
-from .sections import Piece, Section, sections_of
-from .settings import SyncSettings
-from .sync import ProcessGroupSync
-from .triggers import EveryNSteps, LocalStepCap
 
 # DistributedDataParallel's own: the first bucket is small so that reducing starts early.
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20

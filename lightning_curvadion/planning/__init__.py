@@ -1,0 +1,1 @@
+"""What a run would cost on a cluster: ``python -m lightning_curvadion plan``."""
