@@ -1,6 +1,6 @@
 """One replica of test_network.py, on its own host of the lab: counts what the kernel sent beside ``bytes_sent``.
 
-python network_replica.py FOLDER MODEL LIST_OF_SETTINGS_JSON
+python network_replica.py FOLDER SETTINGS_BY_MODEL_JSON
 """
 
 import datetime
@@ -59,11 +59,11 @@ def count(rank: int, model_name: str, settings: dict) -> dict[str, tuple[int, in
 
 
 def main() -> None:
-    folder, model_name, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank = dist.get_rank()
-    counted = [count(rank, model_name, hook) for hook in settings]
+    counted = {model_name: [count(rank, model_name, hook) for hook in hooks] for model_name, hooks in jobs.items()}
     dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(counted))
 

@@ -138,23 +138,28 @@ def test_methods_are_what_they_are_called():
     assert [optimizer._cap.decide(1.0) for _ in range(60)].count(True) == 2
 
 
-def test_the_smoke_run_trains_times_tells_and_draws(tmp_path):
-    command = [sys.executable, ROOT / "examples/benchmarks/compare.py", "--smoke", tmp_path]
+@pytest.fixture(scope="module")
+def smoked(tmp_path_factory):
+    """The smoke run's folder and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke")
+    command = [sys.executable, ROOT / "examples/benchmarks/compare.py", "--smoke", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=230)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| ours: defaults | " in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} >= {"loss_against_bytes.png", "loss_against_seconds.png"}
+    return folder, done.stdout
 
 
-def test_a_run_does_not_notice_how_often_it_is_looked_at(tmp_path):
-    run = with_rates(replace(BASE, method="ours: H=4", steps=14), (0.012, 0.012))
-    rows = []
-    for evaluations in (1, 5):
-        path = tmp_path / f"{evaluations}.csv"
-        compare.run([run], path, evaluations, val_sequences=64)
-        rows += read(path)
-    once, often = [row.outcome for row in rows]
-    assert len(points(rows[1])) == 5 and points(rows[1])[-1][1] == often.val_loss
+def test_the_smoke_run_trains_times_tells_and_draws(smoked):
+    folder, told = smoked
+    assert "| ours: defaults | " in told
+    assert {path.name for path in folder.iterdir()} >= {"loss_against_bytes.png", "loss_against_seconds.png"}
+
+
+def test_a_run_does_not_notice_how_often_it_is_looked_at(smoked, tmp_path):
+    (twice,) = [row for row in read(smoked[0] / "compare.csv") if row.run.method == DEFAULT and not row.run.rate]
+    compare.run([twice.run], tmp_path / "often.csv", 5, val_sequences=64)
+    (five_times,) = read(tmp_path / "often.csv")
+    once, often = twice.outcome, five_times.outcome
+    assert len(points(twice)) == 2 and len(points(five_times)) == 5 and points(five_times)[-1][1] == often.val_loss
     assert (once.val_loss, once.sync_steps, once.payload) == (often.val_loss, often.sync_steps, often.payload)
     if once.kernel_steps >= 0:
         assert often.kernel_steps == pytest.approx(once.kernel_steps, rel=0.05)

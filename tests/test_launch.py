@@ -1,11 +1,12 @@
-"""Every way to start replicas: by Lightning, by torchrun on one node and on two, by SLURM, and one replica alone."""
+"""Every way to start replicas: by Lightning, by torchrun on one node and on two, one replica alone, and by SLURM."""
 
 import re
 import subprocess
 import sys
 
 import pytest
-from breaking import environment, free_port
+import test_examples
+from breaking import environment
 from training import ROOT, run_script
 
 from examples.benchmarks.netlab import Lab, missing
@@ -83,32 +84,6 @@ def test_on_gpus(tmp_path, option):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_slurm(tmp_path):
-    # What srun tells two tasks on a node; the scheduler itself is not needed for it.
-    script = tmp_path / "script.py"
-    script.write_text(short_script())
-    common = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
-    common |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            cwd=tmp_path,
-            env=environment(**common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [task.communicate(timeout=120)[0] for task in tasks]
-    finally:
-        for task in tasks:
-            task.kill()
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert replicas_of(outputs[0]) == 2 and "replicas " not in outputs[1]
-
-
 # As the README calls them.
 LAUNCHES = {
     "`curvadion`": test_other_launchers,
@@ -118,5 +93,5 @@ LAUNCHES = {
     "`devices=1`": test_one_device,
     "torchrun on one node": test_torchrun_on_one_node,
     "torchrun on two nodes": test_torchrun_on_two_nodes,
-    "SLURM": test_slurm,
+    "SLURM": test_examples.test_two_nodes_with_slurm,
 }

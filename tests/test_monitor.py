@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import warnings
 
@@ -144,6 +145,15 @@ def test_drift_is_the_distance_to_the_consensus(replicas, settings):
         assert [told[1], told[3]] == pytest.approx(true, rel=1e-4) and min(true) > 0
 
 
+@pytest.fixture
+def _alone(monkeypatch):
+    """For a Trainer in this process: leaves no process group and no address behind."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_the_progress_bar_shows_the_sync_rate_and_what_is_saved(tmp_path, capsys, bar):
     trainer = pl.Trainer(
