@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import dion
+from ..reporting.drawing import bytes_told
 from ..reporting.logs import ReportError, read_run
 from ..triggers import RMMCThreshold
 from .blueprint import Blueprint, PlanError, blueprint
@@ -175,13 +176,6 @@ def _table(rows: Iterable[Sequence[Any]], width: int = 34) -> list[str]:
     return [f"  {name:<{width}}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows]
 
 
-def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:.0f} B"
-
-
 def _time(number: float) -> str:
     return f"{number:.2f} s" if number >= 1 else f"{1e3 * number:.1f} ms"
 
@@ -240,7 +234,7 @@ def _steps(ours: Prediction, why_rate: str, why_compute: str) -> list[str]:
     mean_payload = ours.sync_rate * sizes.sync.bytes_sent + (1 - ours.sync_rate) * sizes.local.bytes_sent
 
     def row(name: str, time: float, payload: float, sent: float, a_day: bool = True) -> tuple[str, ...]:
-        return name, _time(time), _bytes(payload), _bytes(sent), _bytes(sent * _DAY / time) if a_day else ""
+        return name, _time(time), bytes_told(payload), bytes_told(sent), bytes_told(sent * _DAY / time) if a_day else ""
 
     rows = [
         ("a step of one replica", "time", "bytes_sent", "on its link", "a day"),
@@ -299,7 +293,7 @@ def _memory(sizes: Footprint) -> list[str]:
     }
     ours, ddp = zip(*rows.values(), strict=True)
     rows["all, without activations"] = sum(ours), sum(ddp)
-    shown = [(name, *map(_bytes, both)) for name, both in rows.items()]
+    shown = [(name, *map(bytes_told, both)) for name, both in rows.items()]
     return ["", *_table([("memory of a replica", "ours", "DDP, CurvaDion"), *shown])]
 
 
