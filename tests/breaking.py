@@ -46,7 +46,7 @@ class End:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's, as training processes want it."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **more}
 
 

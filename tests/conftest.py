@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For the processes that tests start, see there.
+os.environ["PYTHONPATH"] = os.path.join(os.path.dirname(__file__), "lean")
 
 from collections.abc import Iterator
 

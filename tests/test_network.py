@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from training import python_path
 
 from examples.benchmarks.netlab import Lab, missing
 
@@ -30,7 +31,7 @@ def counted(tmp_path_factory):
     """By model: for each of its settings and each replica, (kernel bytes, payload, steps) of each phase."""
     folder = tmp_path_factory.mktemp("counted")
     script = Path(__file__).with_name("network_replica.py")
-    environment = {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": python_path(script.parents[1])}
     with Lab(hosts=2) as lab:
         jobs = json.dumps({"small": SMALL, "gpt": GPT})
         lab.run([str(script), str(folder), jobs], environment=environment, timeout=200)

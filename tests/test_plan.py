@@ -14,6 +14,7 @@ from models import build, train_step
 from plan_replica import HOOKS, SHAPE
 from replicas import counted_collectives
 from torch.nn.parallel import DistributedDataParallel
+from training import python_path
 
 from examples.benchmarks.netlab import Lab, bits_per_second, missing
 from examples.byte_gpt import GPT
@@ -64,7 +65,7 @@ def changing_rates(lab, folder):
 def measured_in_the_lab(folder, replicas):
     folder.mkdir()
     script = Path(__file__).with_name("plan_replica.py")
-    environment = {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": python_path(script.parents[1])}
     with Lab(hosts=replicas) as lab, changing_rates(lab, folder):
         words = [str(script), str(folder), json.dumps(RATES), os.readlink("/proc/self/ns/net")]
         lab.run(words, environment=environment, timeout=90)
