@@ -11,6 +11,8 @@ import torch
 from replicas import Replicas
 
 torch.set_num_threads(1)
+# Collecting it would import it here, where figures are drawn.
+collect_ignore = ["lean"]
 
 
 @pytest.fixture(scope="session")
