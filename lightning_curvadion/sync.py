@@ -92,12 +92,10 @@ class ProcessGroupSync:
     Example:
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> model = nn.Linear(8, 8, bias=False)
-        >>> optimizer = CurvaDion(model.parameters())
-        >>> sync = ProcessGroupSync()
+        >>> optimizer, sync = CurvaDion(model.parameters()), ProcessGroupSync()
         >>> optimizer.register_sync_hook(sync)
         >>> sync.include_module(model)
-        >>> model(torch.ones(1, 8)).sum().backward()
-        >>> optimizer.step()
+        >>> optimizer.step(lambda: model(torch.ones(1, 8)).sum().backward())
         >>> optimizer.last_step.synced, optimizer.last_step.bytes_sent
         (True, 528)
         >>> sync.reach_consensus(optimizer, include_state=True)  # before a checkpoint
@@ -142,8 +140,7 @@ class ProcessGroupSync:
         # Left displacement factors on their way from the first exchange of a sync step to the second.
         self._displacement_P: list[Tensor] = []
         self._meter: DriftMeter | None = None
-        self.wish = 0.0
-        self.heard = 0.0
+        self.wish = self.heard = 0.0
 
     @property
     def rank(self) -> int:
@@ -161,19 +158,14 @@ class ProcessGroupSync:
         return self._exchange.bytes_sent
 
     def measure_drift(self) -> None:
-        """From now on, see at every meeting of parameters how far this replica was from the consensus.
-
-        It costs one more pass over the parameters at a sync step, and sends nothing.
-        """
+        """From now on, measure :attr:`drift`: one more pass over the parameters at a sync step, and nothing sent."""
         self._meter = DriftMeter()
 
     @property
     def drift(self) -> float | None:
-        """Distance of this replica's parameters to the consensus, relative to its norm, just before they met.
-
-        In the last step or since; ``None`` where they have not, or unless :meth:`measure_drift` was called. Only what
-        meets is seen: with the consensus ``"none"`` and ``"factors"`` that is all parameters in
-        :meth:`reach_consensus`, and none or the rest at a sync step. Reading it makes the host wait for the device.
+        """Distance of this replica to the consensus, relative to its norm, just before they met in the last step or
+        since; ``None`` where they have not. Only what meets is seen: with the consensus ``"none"`` and ``"factors"``
+        all parameters in :meth:`reach_consensus`, and none or the rest at a sync step. Reading it waits for the device.
         """
         return self._meter.drift if self._meter is not None else None
 
