@@ -38,7 +38,7 @@ def test_an_exception_reaches_the_user_from_the_rank_that_had_it(tmp_path):
 
 
 def test_memory_stays_flat_and_no_file_stays_open(tmp_path):
-    growth, opened = breaking.memory(tmp_path, steps=800, settled=400)
+    growth, opened = breaking.memory(tmp_path, steps=600, settled=300)
     assert growth < 10 and opened <= 0
 
 
