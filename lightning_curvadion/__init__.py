@@ -5,12 +5,12 @@ Importing the package registers the strategies.
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from .callbacks import CommunicationMonitor
-from .optimizer import CurvaDion
-from .parameters import split_parameters
-from .strategy import CurvaDionStrategy
-from .sync import ProcessGroupSync
-from .triggers import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from .optim.curvadion import CurvaDion
+from .optim.split_parameters import split_parameters
+from .optim.triggers import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from .sync.process_group_sync import ProcessGroupSync
+from .trainer.monitor import CommunicationMonitor
+from .trainer.strategy import CurvaDionStrategy
 
 CurvaDionStrategy.register_strategies(StrategyRegistry)
 

@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "helpers")]
 
 from failing import Job
 
 HERE = Path(__file__).parent
-SCRIPT = HERE / "failing.py"
+HELPERS = HERE / "helpers"
+SCRIPT = HELPERS / "failing.py"
 
 
 @dataclass
@@ -46,7 +47,7 @@ class End:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's, as training processes want it."""
-    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(HELPERS), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **more}
 
 
@@ -323,13 +324,13 @@ def write(folder: Path, size: int = 2**28) -> None:
     """``kill -9`` while a checkpoint is written over one that is there."""
     import torch
 
-    from lightning_curvadion.checkpoints import WholeCheckpointIO
+    from lightning_curvadion.trainer.checkpoint_io import WholeCheckpointIO
 
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"state_dict": {"x": torch.arange(5)}}, place)
     code = (
-        "import sys, torch; from lightning_curvadion.checkpoints import WholeCheckpointIO;"
+        "import sys, torch; from lightning_curvadion.trainer.checkpoint_io import WholeCheckpointIO;"
         f"WholeCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(place)], env=environment())

@@ -2,7 +2,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For the processes that tests start, see there.
-os.environ["PYTHONPATH"] = os.path.join(os.path.dirname(__file__), "lean")
+os.environ["PYTHONPATH"] = os.path.join(os.path.dirname(__file__), "helpers", "lean")
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from replicas import Replicas
 
 torch.set_num_threads(1)
 # Collecting it would import it here, where figures are drawn.
-collect_ignore = ["lean"]
+collect_ignore = ["helpers"]
 
 
 @pytest.fixture(scope="session")

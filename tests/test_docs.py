@@ -5,15 +5,16 @@ import inspect
 import pytest
 
 import lightning_curvadion
-from lightning_curvadion import curvature, dion, metrics
-from lightning_curvadion.planning import blueprint, costs, footprint, plan, prediction, speed
-from lightning_curvadion.reporting import comparison, drawing, figures, logs, report
+from lightning_curvadion.cli.plan import blueprint, costs, footprint, plan, prediction, speed
+from lightning_curvadion.cli.report import comparison, drawing, figures, logs, report
+from lightning_curvadion.optim import dion, rmmc
+from lightning_curvadion.trainer import metrics
 
 PLANNING = (blueprint, costs, footprint, plan, prediction, speed)
 REPORTING = (comparison, drawing, figures, logs, report)
 PUBLIC = [getattr(lightning_curvadion, name) for name in lightning_curvadion.__all__] + [
     thing
-    for module in (metrics, dion, curvature, *PLANNING, *REPORTING)
+    for module in (metrics, dion, rmmc, *PLANNING, *REPORTING)
     for name, thing in vars(module).items()
     if inspect.isfunction(thing) or (module is metrics and inspect.isclass(thing))
     if not name.startswith("_") and thing.__module__ == module.__name__

@@ -19,7 +19,7 @@ from lightning_curvadion import (
     IntegratedRMMC,
     RMMCThreshold,
 )
-from lightning_curvadion.triggers import Trigger
+from lightning_curvadion.optim.triggers import Trigger
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.01
 Group = dict[str, Any]

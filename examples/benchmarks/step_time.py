@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, RMMCThreshold, curvature
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, RMMCThreshold
+from lightning_curvadion.optim.rmmc import momentum_norms
 
 
 def matrices(layers: int, width: int) -> list[nn.Parameter]:
@@ -30,7 +31,7 @@ def matrices(layers: int, width: int) -> list[nn.Parameter]:
 def rmmc(optimizer: CurvaDion) -> None:
     """The norms of M + G of all matrices: what RMMC adds to a step, and what finds gradients that are not finite."""
     for stack in optimizer.matrix_stacks():
-        curvature.momentum_norms(stack.momenta, stack.gradients)
+        momentum_norms(stack.momenta, stack.gradients)
 
 
 def state_size(optimizer: torch.optim.Optimizer) -> int:

@@ -26,13 +26,14 @@ from torch.multiprocessing.spawn import spawn
 # Run as a script, this file's folder is on the path and the root of the clone is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lightning_curvadion.exchange
+import lightning_curvadion.sync.collectives
 from examples.benchmarks import wire_training
 from examples.benchmarks.replica_training import CONTEXT, LR, VECTOR_LR, loss
 from examples.byte_gpt import GPT, StandardLibrary, Windows
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters, wire
-from lightning_curvadion.exchange import Exchange
-from lightning_curvadion.parcels import Averaged
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
+from lightning_curvadion.sync import quantization
+from lightning_curvadion.sync.collectives import Exchange
+from lightning_curvadion.sync.payloads import Averaged
 
 
 def median_seconds(functions: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -50,18 +51,18 @@ def speed(numel: int, rounds: int) -> None:
     """Encode and decode on one thread, beside a copy."""
     torch.set_num_threads(1)
     numbers, out = torch.randn(numel), torch.empty(numel)
-    payloads = {name: wire.encode_unchecked(numbers, name) for name in wire.WIRE_FORMATS[1:]}
+    payloads = {name: quantization.encode_unchecked(numbers, name) for name in quantization.WIRE_FORMATS[1:]}
     functions: list[Callable[[], object]] = [lambda: out.copy_(numbers)]
     for name, payload in payloads.items():
-        functions.append(lambda name=name: wire.encode_unchecked(numbers, name))  # type: ignore[misc]
-        functions.append(lambda name=name, payload=payload: wire.decode(payload, name, numel, out=out))  # type: ignore[misc]
+        functions.append(lambda name=name: quantization.encode_unchecked(numbers, name))  # type: ignore[misc]
+        functions.append(lambda name=name, payload=payload: quantization.decode(payload, name, numel, out=out))  # type: ignore[misc]
     copy, *times = median_seconds(functions, rounds)
     size = numbers.nbytes / 1e9
     print(f"\n{numel / 1e6:g} M numbers, one thread, GB/s of float32 (a copy: {size / copy:.2f})\n")
     print("| format | encode | decode | both | bits a number |\n| --- | --- | --- | --- | --- |")
     for number, name in enumerate(payloads):
         encode, decode = times[2 * number : 2 * number + 2]
-        bits = 8 * wire.encoded_bytes(numel, name) / numel
+        bits = 8 * quantization.encoded_bytes(numel, name) / numel
         print(f"| {name} | {size / encode:.2f} | {size / decode:.2f} | {size / (encode + decode):.2f} | {bits:.3f} |")
 
 
@@ -96,11 +97,11 @@ class Stopwatch:
 
 def _share(layers: int, rounds: int) -> None:
     """Seconds of a sync step by what it does, in the ranges that a profiler would show."""
-    vars(lightning_curvadion.exchange)["record_function"] = Stopwatch
+    vars(lightning_curvadion.sync.collectives)["record_function"] = Stopwatch
     if dist.get_rank() == 0:
         print("\nA sync step, seconds (momentum=local, gloo over loopback, one thread a replica)\n")
         print("| replicas | matrices | format | step | coding | share | collectives |\n|" + " --- |" * 7)
-    for wire_format in wire.WIRE_FORMATS:
+    for wire_format in quantization.WIRE_FORMATS:
         torch.manual_seed(0)
         model = nn.ModuleList(nn.Linear(768, 3072, bias=False) for _ in range(layers))
         optimizer = CurvaDion(split_parameters(model), trigger=EveryNSteps(1))
@@ -176,17 +177,17 @@ def blocks(steps: int) -> None:
     sizes = (32, 64, 128, 256, 512)
     print(f"\nRelative error of the displacement over 6 steps after {steps} steps, and bits a number, by block\n")
     print("| format | " + " | ".join(map(str, sizes)) + " |\n| --- |" + " --- |" * len(sizes))
-    chosen = dict(wire.CODINGS)
+    chosen = dict(quantization.CODINGS)
     for name, coding in chosen.items():
         cells = []
         for size in sizes:
-            wire.CODINGS[name] = replace(coding, block=size)
-            decoded = wire.decode(wire.encode(numbers, name), name, numbers.numel())
-            bits = 8 * wire.encoded_bytes(numbers.numel(), name) / numbers.numel()
+            quantization.CODINGS[name] = replace(coding, block=size)
+            decoded = quantization.decode(quantization.encode(numbers, name), name, numbers.numel())
+            bits = 8 * quantization.encoded_bytes(numbers.numel(), name) / numbers.numel()
             mark = "**" if size == coding.block else ""
             cells.append(f"{mark}{(decoded - numbers).norm() / numbers.norm():.4f}{mark} ({bits:.2f})")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    wire.CODINGS.update(chosen)
+    quantization.CODINGS.update(chosen)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.replica_training import Setting, read, run
-from lightning_curvadion.wire import WIRE_FORMATS
+from lightning_curvadion.sync.quantization import WIRE_FORMATS
 
 PERIODS = (3, 6, 12, 50)
 RESULTS = Path(__file__).parent / "results" / "wire.csv"

@@ -1,0 +1,1 @@
+"""The command line: ``python -m lightning_curvadion``. Imports all other rooms."""

@@ -1,0 +1,1 @@
+"""One replica: the Dion step, RMMC, triggers. Imports neither ``torch.distributed`` nor Lightning."""

@@ -1,0 +1,126 @@
+"""The keeping of parameters and state: what an optimizer of stacked matrices needs whatever its steps do."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from .matrix_stacks import MatrixStack, batches, new_matrix_state
+from .parameter_groups import Group, check_group
+
+
+class StackedOptimizer(Optimizer):
+    """A ``torch.optim.Optimizer`` whose matrices of one shape lie side by side; subclasses say how to step.
+
+    Args:
+        params: Parameters or groups.
+        defaults: Options of groups that do not set them.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._stacks: list[MatrixStack] = []
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, as in ``torch.optim``; its options are checked like the constructor's.
+
+        Raises:
+            ValueError: On a bad option, or on a parameter that the group's algorithm cannot take.
+        """
+        if self.param_groups and "param_names" in self.param_groups[0]:
+            # torch refuses a group without names beside groups with names; finetuning callbacks add such groups.
+            members = param_group["params"]
+            members = [members] if isinstance(members, Tensor) else list(members)
+            number = len(self.param_groups)
+            param_group["params"] = [
+                member if isinstance(member, tuple) else (_default_name(position, number), member)
+                for position, member in enumerate(members)
+            ]
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self._names(len(self.param_groups) - 1))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _names(self, group_index: int) -> list[str]:
+        group = self.param_groups[group_index]
+        if "param_names" in group:
+            return list(group["param_names"])
+        return [_default_name(position, group_index) for position in range(len(group["params"]))]
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters in order, with the name from the module where the groups carry one."""
+        for index, group in enumerate(self.param_groups):
+            yield from zip(self._names(index), group["params"], strict=True)
+
+    def init_state(self) -> None:
+        """Create the state of all parameters that have none; the first :meth:`step` calls it.
+
+        ``state[p]["momentum"]``, ``state[p]["Q"]`` and ``state[p]["norm"]`` for matrices. Q is random but the same in
+        every process, and the global random generators are left alone.
+        """
+        for seed, (group, parameter) in enumerate(self.members()):
+            if group["algorithm"] == "dion":
+                if "momentum" not in self.state[parameter]:
+                    self.state[parameter].update(new_matrix_state(parameter, group["rank_fraction"], seed))
+            elif "step" not in self.state[parameter]:
+                moments = ("exp_avg", "exp_avg_sq") if group["algorithm"] == "adamw" else ("exp_avg",)
+                self.state[parameter].update(step=0, **{name: torch.zeros_like(parameter) for name in moments})
+
+    def members(self) -> Iterator[tuple[Group, Tensor]]:
+        """All parameters in order, each with its group."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield group, parameter
+
+    def matrix_stacks(self) -> list[MatrixStack]:
+        """The trainable matrices in stacks of one shape; built anew where somebody replaced state or (un)froze one."""
+        self.init_state()
+        trainable = {
+            index: [parameter for parameter in group["params"] if parameter.requires_grad]
+            for index, group in enumerate(self.param_groups)
+            if group["algorithm"] == "dion"
+        }
+        stacked = [parameter for stack in self._stacks for parameter in stack.parameters]
+        if len(stacked) == sum(map(len, trainable.values())) and all(
+            all(parameter.requires_grad for parameter in stack.parameters)
+            and stack.mirrors([self.state[parameter] for parameter in stack.parameters])
+            for stack in self._stacks
+        ):
+            return self._stacks
+        self._stacks = [
+            MatrixStack(self.param_groups[index], members, [self.state[parameter] for parameter in members])
+            for index, parameters in trainable.items()
+            for members in batches(parameters, self.state)
+        ]
+        return self._stacks
+
+    def vector_groups(self) -> list[tuple[Group, list[Tensor]]]:
+        """Groups of other algorithms than Dion, with their trainable parameters."""
+        return [
+            (group, [parameter for parameter in group["params"] if parameter.requires_grad])
+            for group in self.param_groups
+            if group["algorithm"] != "dion"
+        ]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim``."""
+        super().load_state_dict(state_dict)
+        saved_order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for index, (_, parameter) in zip(saved_order, self.members(), strict=True):
+            saved = state_dict["state"].get(index, {})
+            for name in saved.keys() & {"norm", "residual", "outer_momentum"}:
+                # torch casts every state to the parameter's dtype; these have one of their own.
+                self.state[parameter][name] = saved[name].detach().clone().to(parameter.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stacks = []
+
+
+def _default_name(position: int, group_index: int) -> str:
+    return f"parameter {position} of group {group_index}"

@@ -1,0 +1,86 @@
+"""What a user can choose about a sync, checked when it is said and not when it is needed."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from ..optim.parameter_groups import check_choice
+from .quantization import WIRE_FORMATS
+
+# As types, so that a command line offers them.
+Consensus = Literal["average", "factors", "none"]
+Momentum = Literal["factors", "dion", "average", "local"]
+ResidualDtype = Literal["float32", "bfloat16"]
+_RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Numbers on their way at a time, so 64 MiB of float32: enough to fill any network, little beside a model.
+CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """The arguments of :class:`~lightning_curvadion.ProcessGroupSync` but for the process group.
+
+    Raises:
+        ValueError: On a bad argument, or a combination that would do nothing.
+    """
+
+    consensus: str
+    wire_format: str
+    momentum: str
+    outer_lr: float
+    outer_momentum: float
+    factor_format: str
+    sync_rank_fraction: float | None
+    residual_dtype: str
+    chunk: int
+
+    def __post_init__(self) -> None:
+        check_choice("consensus", self.consensus, get_args(Consensus))
+        check_choice("wire_format", self.wire_format, WIRE_FORMATS)
+        check_choice("momentum", self.momentum, get_args(Momentum))
+        check_choice("factor_format", self.factor_format, WIRE_FORMATS)
+        check_choice("residual_dtype", self.residual_dtype, get_args(ResidualDtype))
+        if not self.outer_lr > 0:
+            raise ValueError(f"outer_lr must be > 0, not {self.outer_lr}; 1.0 takes the average itself")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"outer_momentum must be in [0, 1), not {self.outer_momentum}")
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1 number, not {self.chunk}; {CHUNK} is the default")
+        if self.sync_rank_fraction is not None and not 0 < self.sync_rank_fraction <= 1:
+            raise ValueError(f"sync_rank_fraction must be in (0, 1], not {self.sync_rank_fraction}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.steps_outside and self.consensus != "average":
+            raise ValueError(f'an outer step needs consensus="average", not {self.consensus!r}')
+        if self.consensus == "none" and self.momentum not in ("factors", "dion"):
+            raise ValueError(f'consensus="none" implies momentum="dion", not {self.momentum!r}')
+        if self.sync_rank_fraction is not None and (self.momentum != "factors" or self.consensus == "none"):
+            raise ValueError(
+                'sync_rank_fraction is the rank of what momentum="factors" sends and needs a consensus of parameters;'
+                f" leave it out with momentum={self.momentum!r}, consensus={self.consensus!r}"
+            )
+        if self.momentum == "average" and self.factor_format in ("int2", "sign"):
+            warnings.warn(
+                f"a whole momentum in {self.factor_format} is known to hurt the loss; use factor_format='int4', or"
+                " momentum='factors'",
+                stacklevel=5,
+            )
+
+    @property
+    def steps_outside(self) -> bool:
+        """Whether an averaged displacement is more than taken."""
+        return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
+
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether parameters meet as displacements."""
+        coded = self.consensus == "average" and self.wire_format != "float32"
+        return self.consensus == "factors" or self.steps_outside or coded
+
+    @property
+    def dtype_of_residuals(self) -> torch.dtype:
+        """``residual_dtype`` as torch has it."""
+        return _RESIDUAL_DTYPES[self.residual_dtype]

@@ -1,0 +1,1 @@
+"""Everything that knows about Lightning's Trainer. Imports ``sync`` and ``optim``."""

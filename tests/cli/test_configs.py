@@ -1,0 +1,142 @@
+"""The configs, each trained for a few steps through the command line, and what the modules they name promise."""
+
+import csv
+import difflib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_curvadion import split_parameters
+from lightning_curvadion.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture
+def fit(tmp_path, monkeypatch):
+    """Trains a config from here; the replicas are forked, so that they need not import torch again.
+
+    Returns rows of the metrics file that hold a value.
+    """
+    monkeypatch.chdir(ROOT)
+    # Lightning tells its children where to meet, and leaves it behind.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    # LightningCLI warns of arguments beside those it is given.
+    monkeypatch.setattr(sys, "argv", ["lightning_curvadion"])
+
+    def fit(name, *words):
+        words = [*words, "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+        files = f"--trainer.logger.init_args.save_dir={tmp_path}"
+        config = CONFIGS / name
+        strategy = yaml.safe_load(config.read_text())["trainer"]["strategy"]
+        assert main(["fit", "--config", str(config), files, f"--trainer.strategy={strategy}_fork", *words]) == 0
+        with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        return lambda column: [float(row[column]) for row in rows if row[column]]
+
+    return fit
+
+
+def test_the_same_job_under_ddp_differs_in_a_few_lines():
+    ours, theirs = ((CONFIGS / name).read_text().splitlines() for name in ("byte_gpt.yaml", "byte_gpt_ddp.yaml"))
+    added = [line[2:] for line in difflib.ndiff(ours, theirs) if line[0] == "+" and not line[2:].startswith("#")]
+    assert added == [
+        "  strategy: ddp",
+        "      class_path: torch.optim.AdamW",
+        "        lr: 0.003",
+        "        betas: [0.9, 0.95]",
+        "    vector_lr: 0.003",
+    ]
+
+
+def test_the_same_job_under_ddp_trains(fit, tmp_path, capfd):
+    # With strategy: curvadion it is test_main_job.py that does.
+    metrics = fit(
+        "byte_gpt_ddp.yaml", "--trainer.max_steps=8", "--trainer.val_check_interval=8", "--model.layers=2",
+        f"--data.cache={tmp_path / 'data'}", "--data.val_sequences=64",
+    )  # fmt: skip
+    table = capfd.readouterr().out.partition("Communication of this run (DDPStrategy)")[2]
+    assert "8 (100.0 %)" in table and "100.00 % of DDP" in table
+    (val_loss,) = metrics("val_loss")
+    assert val_loss < 0.95 * math.log(256)
+
+
+def test_the_digits_are_learnt(fit):
+    pytest.importorskip("sklearn")
+    metrics = fit(
+        "digits_vit.yaml", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1",
+        "--trainer.limit_train_batches=25", "--model.layers=2",
+    )  # fmt: skip
+    first, second = metrics("val_accuracy")
+    assert 0.1 < first < second and second > 0.3, "a tenth is chance"
+    assert len(metrics("loss")) == 50
+
+
+def test_the_digits_keep_a_parameter_of_every_kind():
+    pytest.importorskip("sklearn")
+    from examples.digits_vit import DigitsViT
+
+    groups = yaml.safe_load((CONFIGS / "digits_vit.yaml").read_text())["groups"]
+    kinds = {group["name"]: group for group in split_parameters(DigitsViT(), **groups)}
+    positions = kinds.pop("positions (other parameters)")
+    assert positions["weight_decay"] == 0 and positions["lr"] == groups["options"]["adamw"]["lr"]
+    assert set(kinds) == {"matrices", "output head", "convolutions", "norms", "biases"}
+
+
+def test_a_hugging_face_model_trains_and_is_saved(fit, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = Path(subprocess.__file__)
+    steps = ["--trainer.max_steps=12", "--trainer.val_check_interval=12"]
+    metrics = fit("hf_finetune.yaml", *steps, f"--data.path={source}")
+    losses = metrics("loss")
+    assert losses[0] == pytest.approx(math.log(256), rel=0.05) and losses[-1] < 0.85 * losses[0]
+    (val_loss,) = metrics("val_loss")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lightning_logs/version_0/model")
+    text = list(source.read_bytes())
+    sequences = len(text) // 128
+    held_out = torch.tensor(text[: sequences * 128]).view(-1, 128)[-(sequences // 10) :]
+    # Not exactly: the Trainer takes the mean over batches, and fills up the last one.
+    with torch.no_grad():
+        assert saved(input_ids=held_out, labels=held_out).loss.item() == pytest.approx(val_loss, rel=0.02)
+
+
+def test_what_becomes_of_hugging_face_parameters():
+    pytest.importorskip("transformers")
+    from examples.hf_finetune import CausalLM
+
+    def kinds(source, **arguments):
+        groups = split_parameters(CausalLM(source), **arguments)
+        return {group["name"]: [name for name, _ in group["params"]] for group in groups}
+
+    llama = yaml.safe_load((CONFIGS / "hf_finetune.yaml").read_text())["model"]["init_args"]["source"]
+    tied = kinds(llama)
+    assert set(tied) == {"matrices", "embeddings", "norms"}
+    assert len(tied["matrices"]) == 2 * 7 and len(tied["norms"]) == 2 * 2 + 1
+    untied = kinds({**llama, "tie_word_embeddings": False})
+    assert untied["output head"] == ["model.lm_head.weight"]
+
+    gpt2 = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    gpt2 |= {"bos_token_id": None, "eos_token_id": None}
+    overrides = dict.fromkeys(("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight"), "dion")
+    left, overridden = kinds(gpt2), kinds(gpt2, overrides=overrides)
+    assert "matrices" not in left and len(left["other parameters"]) == 4, "transformers' Conv1D is no nn.Linear"
+    assert "other parameters" not in overridden
+
+
+def test_bad_sources_and_texts(tmp_path):
+    pytest.importorskip("transformers")
+    from examples.hf_finetune import CausalLM, TextFile
+
+    with pytest.raises(ValueError, match="source needs a model_type, such as llama, beside hidden_size"):
+        CausalLM({"hidden_size": 8})
+    short = tmp_path / "short.txt"
+    short.write_text("a" * 100)
+    with pytest.raises(ValueError, match=r"short.txt has 100 tokens; ten sequences of 16 are the least"):
+        TextFile(str(short), context=16).setup("fit")

@@ -1,0 +1,146 @@
+"""Means of coded tensors over real replicas: the same bits everywhere, and nothing lost."""
+
+import pytest
+import torch
+from models import build, equal, parameters_of, state_of, train_step
+from replicas import counted_collectives
+
+from lightning_curvadion import EveryNSteps
+from lightning_curvadion.sync import quantization
+from lightning_curvadion.sync.chunks import MEAN_FORMAT
+from lightning_curvadion.sync.collectives import Exchange
+from lightning_curvadion.sync.payloads import Averaged, Displacement
+
+CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
+SIZES = [(3, 5), (1000,), (), (129,), (64, 7), (1,)]
+
+
+def values(rank, shift=0):
+    generator = torch.Generator().manual_seed(10 * shift + rank)
+    return [torch.randn(size, generator=generator) for size in SIZES]
+
+
+def averaged(rank, world, chunk):
+    """Each format by itself: what came out, the collectives, and what was counted."""
+    answers = {}
+    for wire_format in quantization.WIRE_FORMATS:
+        exchange = Exchange(chunk=chunk)
+        exchange.join()
+        tensors = values(rank)
+        with counted_collectives() as calls:
+            exchange.average([Averaged("tensor", tensor, wire_format) for tensor in tensors])
+        answers[wire_format] = tensors, list(calls), exchange.bytes_sent
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("world", "chunk"), [(1, 10**6), (2, 10**6), (2, 100), (3, 10**6), (4, 97), (5, 10**6), (5, 400)]
+)
+def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replicas, world, chunk):
+    everyone = replicas.run(world, averaged, chunk)
+    own = [torch.cat([tensor.reshape(-1) for tensor in values(rank)]) for rank in range(world)]
+    largest = max(tensor.norm() for tensor in own)
+    errors = {"float32": 1e-6, "bfloat16": 0.01, "int8": 0.02, "int4": 0.3, "int2": 0.8, "sign": 1.2}
+    for wire_format, error in errors.items():
+        answers = [answer[wire_format] for answer in everyone]
+        results = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors, *_ in answers]
+        assert all(torch.equal(result, results[0]) for result in results)
+        assert [tensor.shape for tensor in answers[0][0]] == [torch.Size(size) for size in SIZES]
+        assert (results[0] - sum(own) / world).norm() <= error * largest
+        numel = len(own[0])
+        for _, calls, sent in answers:
+            assert sent == sum(size for _, size in calls)
+            chunks = -(-numel // chunk)
+            assert len(calls) == (1 if wire_format == "float32" or world <= 2 else 2) * chunks
+            # Shards are filled up to whole blocks: at most one block for each replica and chunk.
+            mean_format = MEAN_FORMAT.get(wire_format, wire_format) if world > 2 else wire_format
+            padding = world * quantization.encoded_bytes(quantization.block_of(wire_format), mean_format) * chunks
+            to_others, mean = (quantization.encoded_bytes(numel, name) for name in (wire_format, mean_format))
+            payload = (to_others * (world - 1) + mean) / world
+            assert 0.99 * payload <= sent <= payload + 2 * padding
+            received = sum((world - 1) * size if name == "all_gather" else size for name, size in calls)
+            assert wire_format == "float32" or received <= 2 * (payload + padding)
+
+
+def moves(rank, world, steps, residual_dtype):
+    """Random moves of one parameter for each format, all in one exchange: what arrived, what is kept, and the moves."""
+    exchange = Exchange()
+    exchange.join()
+    generator = torch.Generator().manual_seed(rank)
+    parameters, anchors, residuals, moved = ({f: torch.zeros(40, 10) for f in CODED} for _ in range(4))
+    residuals = {f: residual.to(residual_dtype) for f, residual in residuals.items()}
+    moved = {f: total.double() for f, total in moved.items()}
+    for _ in range(steps):
+        for wire_format, parameter in parameters.items():
+            before = parameter.clone()
+            parameter += torch.randn(40, 10, generator=generator) * 0.01 * (1 + rank)
+            moved[wire_format] += parameter.double() - before
+        exchange.average([Displacement(f, parameters[f], anchors[f], f, residuals[f], None) for f in CODED])
+    return {f: (parameters[f].double(), residuals[f].double(), moved[f]) for f in CODED}
+
+
+@pytest.mark.parametrize(("world", "steps"), [(2, 300), (3, 300)])
+def test_everything_sent_and_everything_kept_are_all_that_was_moved(replicas, world, steps):
+    everyone = replicas.run(world, moves, steps, torch.float32, timeout=180)
+    for wire_format in CODED:
+        answers = [answer[wire_format] for answer in everyone]
+        sent = answers[0][0]
+        kept = sum(residual for _, residual, _ in answers) / world
+        moved = sum(total for *_, total in answers) / world
+        assert all(torch.equal(parameter, sent) for parameter, *_ in answers)
+        # So many additions, each rounded by half a unit in the last place of what there is.
+        torch.testing.assert_close(sent + kept, moved, rtol=0, atol=steps * 2**-24 * moved.abs().max().item())
+        assert (sent - moved).norm() > 100 * (sent + kept - moved).norm() or wire_format == "bfloat16"
+        assert kept.norm() < 0.2 * moved.norm(), "what is kept does not grow with the steps"
+
+
+def test_residuals_of_sixteen_bits_lose_what_their_rounding_loses(replicas):
+    everyone = replicas.run(2, moves, 200, torch.bfloat16)
+    for wire_format in CODED:
+        sent, _, moved = everyone[0][wire_format]
+        kept = sum(answer[wire_format][1] for answer in everyone) / 2
+        moved = sum(answer[wire_format][2] for answer in everyone) / 2
+        assert 1e-6 * moved.norm() < (sent + kept - moved).norm() < 0.02 * moved.norm()
+
+
+def after_each_step(rank, world, hooks, steps):
+    histories = []
+    for hook in hooks:
+        model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
+        history = []
+        for step in range(steps):
+            with counted_collectives() as calls:
+                train_step(model, optimizer, step, shard=rank)
+            history.append((optimizer.last_step, parameters_of(model), list(calls)))
+        histories.append((history, state_of(optimizer)))
+    return histories
+
+
+MOMENTA = [{"momentum": "factors"}, {"momentum": "dion"}, {"momentum": "average"}, {"momentum": "local"}]
+MOMENTA += [{"momentum": "factors", "sync_rank_fraction": 0.125}]
+
+
+@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+def test_after_every_sync_step_parameters_are_bit_identical_in_every_format(replicas, momentum, world):
+    everyone = replicas.run(
+        world, after_each_step, [{"wire_format": wire_format, **momentum} for wire_format in CODED], 4
+    )
+    for number, _ in enumerate(CODED):
+        histories = [answer[number][0] for answer in everyone]
+        for step, (report, reference, _) in enumerate(histories[0]):
+            assert report.synced == (step % 2 == 1)
+            for other in histories[1:]:
+                same = [torch.equal(a, b) for a, b in zip(reference, other[step][1], strict=True)]
+                assert all(same) if report.synced else not any(same)
+            for history in histories:
+                report, _, calls = history[step]
+                assert report.bytes_sent == sum(size for _, size in calls)
+                assert len(calls) <= 6 if report.synced else [size for _, size in calls] == [16]
+
+
+def test_two_runs_repeat_bit_for_bit(replicas):
+    hooks = [{"wire_format": f, "consensus": c} for f in ("int2", "bfloat16") for c in ("average", "factors", "none")]
+    first, second = (replicas.run(3, after_each_step, hooks, 6) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(equal(one, other) for (_, one), (_, other) in zip(a, b, strict=True))
