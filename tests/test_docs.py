@@ -5,13 +5,13 @@ import inspect
 import pytest
 
 import lightning_curvadion
-from lightning_curvadion.cli.plan import blueprint, costs, footprint, plan, prediction, speed
-from lightning_curvadion.cli.report import comparison, drawing, figures, logs, report
+from lightning_curvadion.cli.plan import benchmark, collective_costs, footprint, plan, run_setup, step_prediction
+from lightning_curvadion.cli.report import comparison, figures, log_readers, plotting, report
 from lightning_curvadion.optim import dion, rmmc
 from lightning_curvadion.trainer import metrics
 
-PLANNING = (blueprint, costs, footprint, plan, prediction, speed)
-REPORTING = (comparison, drawing, figures, logs, report)
+PLANNING = (benchmark, collective_costs, footprint, plan, run_setup, step_prediction)
+REPORTING = (comparison, figures, log_readers, plotting, report)
 PUBLIC = [getattr(lightning_curvadion, name) for name in lightning_curvadion.__all__] + [
     thing
     for module in (metrics, dion, rmmc, *PLANNING, *REPORTING)

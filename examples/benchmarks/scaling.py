@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, split_parameters
-from lightning_curvadion.cli.plan.costs import Link, Network
+from lightning_curvadion.cli.plan.collective_costs import Link, Network
 from lightning_curvadion.cli.plan.footprint import every_step_traffic, footprint_of
-from lightning_curvadion.cli.plan.prediction import Prediction, expected_sync_rate
+from lightning_curvadion.cli.plan.step_prediction import Prediction, expected_sync_rate
 from lightning_curvadion.sync.quantization import WIRE_FORMATS
 from lightning_curvadion.trainer.strategy import CurvaDionStrategy
 

@@ -26,10 +26,10 @@ from lightning_curvadion import (
     RMMCThreshold,
     split_parameters,
 )
-from lightning_curvadion.cli.plan.costs import ALL_TO_ALL, Link, Network
+from lightning_curvadion.cli.plan.collective_costs import ALL_TO_ALL, Link, Network
 from lightning_curvadion.cli.plan.footprint import ddp_buckets, footprint_of
 from lightning_curvadion.cli.plan.plan import main
-from lightning_curvadion.cli.plan.prediction import Prediction, expected_sync_rate
+from lightning_curvadion.cli.plan.step_prediction import Prediction, expected_sync_rate
 from lightning_curvadion.optim.triggers import LocalStepCap
 
 RATES = ["30mbit", "100mbit"]

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from training import Module, trainer_for
 
 from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
-from lightning_curvadion.cli.report.logs import ReportError, read_run
+from lightning_curvadion.cli.report.log_readers import ReportError, read_run
 from lightning_curvadion.cli.report.report import build_report, main
 
 SYNCS = [2, 5, 8, 11]  # of EveryNSteps(3)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
-from lightning_curvadion.cli.plan.speed import coding_seconds
+from lightning_curvadion.cli.plan.benchmark import coding_seconds
 from lightning_curvadion.optim.triggers import Trigger
 
 SHAPE = {"layers": 4, "width": 144, "heads": 4, "context": 64}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ...optim.curvadion import CurvaDion
 from ...optim.triggers import EveryNSteps, LocalStepCap
 from ...sync.chunks import Piece, Section, sections_of
-from ...sync.collectives import Exchange
+from ...sync.collectives import Collectives
 from ...sync.payloads import Factor, Parcel
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.settings import SyncSettings
-from .costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
+from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
 
 # DistributedDataParallel's own: the first bucket is small so that reducing starts early.
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
@@ -46,7 +46,7 @@ class Traffic:
     temporaries: int = 0
 
 
-class Tally(Exchange):
+class Tally(Collectives):
     """An exchange that sends nothing and notes what it would send.
 
     Args:
@@ -119,7 +119,7 @@ class Rehearsal(ProcessGroupSync):
     def __init__(self, settings: SyncSettings, replicas: int) -> None:
         super().__init__(group=None, **vars(settings))
         self.tally = Tally(replicas, settings.chunk)
-        self._exchange = self.tally
+        self._collectives = self.tally
 
     def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
         optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer))

@@ -13,13 +13,13 @@ import torch
 
 from ...optim import dion
 from ...optim.triggers import RMMCThreshold
-from ..report.drawing import bytes_told
-from ..report.logs import ReportError, read_run
-from .blueprint import Blueprint, PlanError, blueprint
-from .costs import BACKWARD_SHARE, FRAME_PAYLOAD, GLOO_TURNS, Link, Network
+from ..report.plotting import bytes_told
+from ..report.log_readers import ReportError, read_run
+from .run_setup import Blueprint, PlanError, blueprint
+from .collective_costs import BACKWARD_SHARE, FRAME_PAYLOAD, GLOO_TURNS, Link, Network
 from .footprint import Footprint, every_step_traffic, footprint_of
-from .prediction import Prediction, expected_sync_rate
-from .speed import coding_seconds, measured_step
+from .step_prediction import Prediction, expected_sync_rate
+from .benchmark import coding_seconds, measured_step
 
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}

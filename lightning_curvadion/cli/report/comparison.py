@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .drawing import (
+from .plotting import (
     DASHES,
     DDP,
     RUNS,
@@ -20,7 +20,7 @@ from .drawing import (
     unit_of,
 )
 from .figures import Drawing, Missing
-from .logs import Run
+from .log_readers import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def draw_comparison(runs: Sequence[Run]) -> list[Drawing | Missing]:
     Example::
 
         >>> from pathlib import Path
-        >>> from lightning_curvadion.cli.report.logs import Series
+        >>> from lightning_curvadion.cli.report.log_readers import Series
         >>> series = {"loss": Series([9, 19], [2.5, 2.25]), "curvadion/seconds": Series([9, 19], [1.0, 2.0])}
         >>> drawn = draw_comparison([Run("a", Path(), series), Run("b", Path(), series)])
         >>> type(drawn[0]).__name__, drawn[1].caption

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .drawing import (
+from .plotting import (
     DDP,
     DRIFT,
     LOSS,
@@ -31,7 +31,7 @@ from .drawing import (
     where_largest,
     whole_ticks,
 )
-from .logs import Run, Series
+from .log_readers import Run, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 
 from .comparison import draw_comparison
-from .drawing import bytes_told, told
+from .plotting import bytes_told, told
 from .figures import Drawing, Missing, draw_run
-from .logs import ReportError, Run, read_run
+from .log_readers import ReportError, Run, read_run
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">

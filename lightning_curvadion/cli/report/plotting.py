@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .logs import ReportError, Series
+from .log_readers import ReportError, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

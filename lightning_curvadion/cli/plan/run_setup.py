@@ -106,7 +106,7 @@ def one_line_errors() -> Iterator[None]:
         >>> with one_line_errors():
         ...     PlanningCLI(["--trainer.max_stepz=3"])
         Traceback (most recent call last):
-        lightning_curvadion.cli.plan.blueprint.PlanError: ...
+        lightning_curvadion.cli.plan.run_setup.PlanError: ...
     """
     told = io.StringIO()
     loggers = {logger: logger.level for name in ("pytorch", "fabric") for logger in [getLogger(f"lightning.{name}")]}

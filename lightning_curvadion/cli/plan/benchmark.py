@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ...sync.chunks import chunks_of, joined, write
-from ...sync.collectives import Exchange
+from ...sync.collectives import Collectives
 from ...sync.payloads import Averaged, Displacement
-from .blueprint import PlanError, PlanningCLI, one_line_errors, quiet_trainer
+from .run_setup import PlanError, PlanningCLI, one_line_errors, quiet_trainer
 
 _WARM_UP, _STEPS = 2, 8
 _SECONDS_OF_STEPS = 30
@@ -22,7 +22,7 @@ _SECONDS_OF_CODING = 0.1
 _KEPT = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
-class _Echo(Exchange):
+class _Echo(Collectives):
     """Between two replicas of which the other one says the same."""
 
     def __init__(self, chunk: int) -> None:

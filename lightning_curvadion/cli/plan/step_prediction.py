@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...optim.triggers import LocalStepCap
-from .costs import Collective, Network, break_even, ddp_step_seconds, step_seconds
+from .collective_costs import Collective, Network, break_even, ddp_step_seconds, step_seconds
 from .footprint import Footprint, Traffic
 
 # Mean and spread of ln RMMC over the second half of the main job, where RMMC has settled:
@@ -47,12 +47,12 @@ class Prediction:
         footprint: What a step sends.
         dion: What a step sends that exchanges Dion's factors.
         compute: Seconds of a step that sends nothing, the optimizer's work included.
-        coding: Seconds a number takes by wire format, see :func:`~lightning_curvadion.cli.plan.speed.coding_seconds`.
+        coding: Seconds a number takes by wire format, see :func:`~lightning_curvadion.cli.plan.benchmark.coding_seconds`.
         network: Between the replicas.
         sync_rate: Share of the steps that synchronise.
 
     Example:
-        >>> from lightning_curvadion.cli.plan.costs import ALL_REDUCE, Link
+        >>> from lightning_curvadion.cli.plan.collective_costs import ALL_REDUCE, Link
         >>> traffic = [Traffic([Collective(ALL_REDUCE, nbytes)]) for nbytes in (16, 10**6, 4 * 10**6)]
         >>> network = Network(Link(1e8, latency=0.001), replicas=2)
         >>> sizes = Footprint(traffic[0], traffic[1], (4 * 10**6,), 0, 0, 0, 0, 0)
