@@ -26,6 +26,17 @@ from examples.benchmarks.compare_plan import (
 from examples.benchmarks.methods import DEFAULT, METHODS
 
 GOAL, DENSE, ALONE = "DDP, Dion", "DDP, AdamW", "no communication"
+# The baseline that a user would pick.
+USUAL = "DDP, Muon"
+# What a user could pick instead of CurvaDion, and CurvaDion: the table of the README.
+CHOICES = {
+    DENSE: "DDP + AdamW",
+    USUAL: "DDP + Muon",
+    GOAL: "DDP + Dion",
+    "local SGD, H=10": "local SGD, every 10 steps",
+    "DiLoCo, Dion, H=30": "DiLoCo, every 30 steps",
+    DEFAULT: "CurvaDion, defaults",
+}
 
 
 def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -39,10 +50,10 @@ def final(rows: list[Row]) -> list[float]:
     return [row.outcome.val_loss for row in rows]
 
 
-def told(losses: list[float]) -> str:
+def told(losses: list[float], digits: int = 4) -> str:
     """Mean and, of several seeds, half the distance between the best and the worst."""
-    mean = f"{statistics.mean(losses):.4f}"
-    return mean if len(losses) == 1 else f"{mean} ± {(max(losses) - min(losses)) / 2:.4f} ({len(losses)})"
+    mean = f"{statistics.mean(losses):.{digits}f}"
+    return mean if len(losses) == 1 else f"{mean} ± {(max(losses) - min(losses)) / 2:.{digits}f} ({len(losses)})"
 
 
 def gap(rows: list[Row], goal: list[Row]) -> float:
@@ -91,6 +102,7 @@ def kernel_share(row: Row, dense: list[Row], total: bool = True) -> float:
 def tables(results: Path, steps: int = STEPS) -> None:
     """Print everything as Markdown."""
     rows = read(results)
+    choice_table(rows, steps)
     sweep_table(rows)
     for replicas in (2, 4):
         method_table(rows, replicas, steps)
@@ -114,6 +126,26 @@ def header(title: str, *cells: str) -> None:
     line(*["---"] * len(cells))
 
 
+def choice_table(rows: list[Row], steps: int = STEPS) -> None:
+    """The table of the README, with two replicas; steps a second are those of ``links_table``."""
+    dense, usual = of(rows, method=DENSE, steps=steps), of(rows, method=USUAL, steps=steps)
+    if not dense or not usual:
+        return
+    speed = f"steps/s at {RATES[-1].replace('mbit', ' Mbit/s')}"
+    header("What a user would pick", "method", "loss (seeds)", f"above {CHOICES[USUAL]}", "of DDP's bytes", speed)
+    for method, name in CHOICES.items():
+        if mine := of(rows, method=method, steps=steps):
+            above = gap(mine, usual)
+            last = pace([row for row in rows if row.run.stop], method, RATES[-1])
+            line(
+                name,
+                told(final(mine), digits=3),
+                f"{above:+.1f} %" if method != USUAL else "-",
+                f"{statistics.mean(kernel_share(row, dense) for row in mine):.1f} %",
+                f"{last:.1f}" if last else "-",
+            )
+
+
 def sweep_table(rows: list[Row]) -> None:
     """Loss by learning rate."""
     header("Learning rates of matrices / of the rest", "method", "low", "middle", "high")
@@ -128,18 +160,20 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
     """What each method comes to at the base settings."""
     dense = of(rows, method=DENSE, replicas=replicas, steps=steps)
     goal = of(rows, method=GOAL, replicas=replicas, steps=steps)
+    usual = of(rows, method=USUAL, replicas=replicas, steps=steps)
     if not dense or not goal:
         return
     header(
         f"{replicas} replicas, {BASE.sequences} sequences each, {steps} steps",
         "method",
         "loss (seeds)",
+        f"above {USUAL}",
         f"above {GOAL}",
         "sync steps",
         "MB sent",
         "of DDP",
         f"steps to {GOAL}'s loss",
-        "apart",
+        "drift",
         "MiB",
     )
     for method in METHODS:
@@ -151,6 +185,7 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
         line(
             method,
             told(final(mine)),
+            f"{gap(mine, usual):+.2f} %",
             f"{gap(mine, goal):+.2f} %",
             f"{statistics.mean(100 * row.outcome.sync_steps / steps for row in mine):.1f} %",
             f"{statistics.mean(row.outcome.kernel_total for row in mine) / 1e6:.2f}",
