@@ -1,4 +1,4 @@
-"""A byte-level GPT on the source files of Python's standard library: real text that every machine already has."""
+"""A byte-level GPT on the source files of Python's standard library, real text that every machine has."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ from lightning_curvadion import CurvaDion, split_parameters
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of x, shape (batch, heads, time, size)."""
+    """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) of x of shape (batch, heads, time, size)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Shape (batch, time, width) in and out."""
+        """Map (batch, time, width) to the same shape."""
         batch, time, width = x.shape
         split = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder of bytes, or of any vocabulary, with an untied output head."""
+    """Decoder-only transformer with an untied output head. The default vocabulary is the 256 bytes."""
 
     cosine: Tensor
     sine: Tensor
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
         half = width // heads // 2
         angles = torch.outer(torch.arange(context), 10000.0 ** -(torch.arange(half) / half))
-        # Computed, not learnt: no part of a checkpoint and nothing to synchronise.
+        # Not persistent: computed, so neither saved nor synchronised.
         self.register_buffer("cosine", angles.cos(), persistent=False)
         self.register_buffer("sine", angles.sin(), persistent=False)
         for name, parameter in self.named_parameters():
@@ -75,7 +75,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, shape (batch, time, vocabulary), of tokens, shape (batch, time)."""
+        """Map tokens of shape (batch, time) to logits of shape (batch, time, vocabulary)."""
         time = tokens.shape[1]
         x = self.embedding(tokens)
         for block in self.blocks:
@@ -90,11 +90,11 @@ class ByteGPT(pl.LightningModule):
         optimizer: Builds the optimizer from the groups of ``split_parameters``.
         layers: Number of blocks.
         width: Width of the residual stream.
-        heads: Attention heads.
-        context: Bytes a sequence.
-        vector_lr: Learning rate of embeddings, head and norms (AdamW).
+        heads: Number of attention heads.
+        context: Bytes per sequence.
+        vector_lr: Learning rate of the AdamW groups: embeddings, output head and norms.
         warmup_steps: Steps over which the learning rate rises.
-        cooldown: Share of the run, at its end, over which it falls to zero.
+        cooldown: Final fraction of the run, over which the learning rate falls to zero.
     """
 
     def __init__(
@@ -116,24 +116,24 @@ class ByteGPT(pl.LightningModule):
         self.gpt = GPT(layers, width, heads, context)
 
     def cross_entropy(self, batch: Tensor) -> Tensor:
-        """Mean loss in nats a byte of a batch of shape (sequences, context + 1)."""
+        """Mean loss in nats per byte of a batch of shape (sequences, context + 1)."""
         logits = self.gpt(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss, logged."""
+        """Return and log the loss."""
         loss = self.cross_entropy(batch)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the loss in nats and in bits a byte."""
+        """Log the loss in nats and in bits per byte."""
         loss = self.cross_entropy(batch)
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self.log("val_bits_per_byte", loss / math.log(2), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer, with a learning rate that rises, stays, and falls linearly to zero."""
+        """The optimizer, with linear warm-up and linear cooldown to zero."""
         optimizer = self.optimizer(split_parameters(self, options={"adamw": {"lr": self.vector_lr}}))
         total = self.trainer.estimated_stepping_batches
 
@@ -149,7 +149,7 @@ class Windows(Dataset[Tensor]):
 
     Args:
         path: The file.
-        length: Bytes a window.
+        length: Bytes per window.
         stride: Distance between the starts of two windows.
     """
 
@@ -166,13 +166,13 @@ class Windows(Dataset[Tensor]):
 
 
 class StandardLibrary(pl.LightningDataModule):
-    """Source files of the running Python's standard library, split by file: nine in ten train, one validates.
+    """Source files of Python's standard library. Nine in ten files train, one validates.
 
     Args:
-        context: Bytes a sequence.
+        context: Bytes per sequence.
         batch_size: Sequences per replica and step.
-        val_sequences: How many windows of the validation files to use, spread evenly.
-        cache: Folder for the two concatenated files.
+        val_sequences: Number of validation windows, evenly spread over the files.
+        cache: Folder for ``train.bin`` and ``val.bin``.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class StandardLibrary(pl.LightningDataModule):
         self.cache = Path(cache)
 
     def prepare_data(self) -> None:
-        """Write ``train.bin`` and ``val.bin`` once a node; a file appears whole or not at all."""
+        """Write ``train.bin`` and ``val.bin`` once per node, each atomically."""
         self.cache.mkdir(parents=True, exist_ok=True)
         root = Path(sysconfig.get_paths()["stdlib"])
         parts: dict[str, list[bytes]] = {"train": [], "val": []}
@@ -191,7 +191,7 @@ class StandardLibrary(pl.LightningDataModule):
             relative = path.relative_to(root).as_posix()
             if relative.startswith(("site-packages/", "dist-packages/", "test/", "idlelib/")) or "/tests/" in relative:
                 continue
-            # By a digest of the name, not by position: a file more or less moves no other file to the other side.
+            # By a digest of the name: another file in the library moves no file to the other split.
             digest = hashlib.sha256(relative.encode()).digest()
             parts["val" if digest[0] < 26 else "train"].append(path.read_bytes())
         for name, contents in parts.items():
@@ -200,12 +200,12 @@ class StandardLibrary(pl.LightningDataModule):
             partial.replace(self.cache / f"{name}.bin")
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Windows that do not overlap, shuffled."""
+        """Windows without overlap, shuffled."""
         data = Windows(self.cache / "train.bin", self.context + 1, self.context)
         return DataLoader(data, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """The same windows every time."""
+        """The same windows at every validation."""
         path = self.cache / "val.bin"
         stride = max(1, path.stat().st_size // (self.val_sequences + 1))
         return DataLoader(Windows(path, self.context + 1, stride), 4 * self.batch_size)

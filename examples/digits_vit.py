@@ -1,8 +1,8 @@
-"""A small vision transformer on scikit-learn's handwritten digits: 1797 images of 8 x 8 that come with the package.
+"""A small vision transformer on scikit-learn's handwritten digits, 1797 images of 8 x 8 pixels.
 
 python -m lightning_curvadion fit --config configs/digits_vit.yaml
 
-The module has no ``configure_optimizers``: the config's ``optimizer`` and ``groups`` make it.
+The module has no ``configure_optimizers``. The config names optimizer and parameter groups instead.
 """
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ except ImportError as error:
     raise ImportError("examples/digits_vit.py needs scikit-learn: pip install scikit-learn") from error
 
 SIDE, CLASSES = 8, 10
-# 360 is even: two replicas validate as many images each, and no sampler repeats one to fill up.
+# Even: two replicas validate 180 images each, and the sampler repeats none.
 VALIDATION = 360
 
 
@@ -26,14 +26,14 @@ class DigitsViT(pl.LightningModule):
     """Vision transformer (Dosovitskiy et al., 2020, arXiv:2010.11929) with a convolution stem (Xiao et al., 2021,
     arXiv:2106.14881).
 
-    It has a parameter of each kind that ``split_parameters`` knows: packed attention projections and linear layers
-    (matrices), convolutions, norms, biases, an output head, and positions, which are none of these.
+    It has a parameter of each kind that ``split_parameters`` knows: matrices (packed attention projections and linear
+    layers), convolutions, norms, biases and an output head. The position embedding is none of these.
 
     Args:
-        layers: Encoder blocks.
+        layers: Number of encoder blocks.
         width: Width of a token.
-        heads: Attention heads.
-        dropout: Share of the activations that are dropped in training.
+        heads: Number of attention heads.
+        dropout: Dropout probability.
 
     Example:
         >>> DigitsViT(layers=1, width=16, heads=2)(torch.zeros(3, 1, 8, 8)).shape
@@ -56,19 +56,19 @@ class DigitsViT(pl.LightningModule):
         self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape (batch, 10), of images, shape (batch, 1, 8, 8)."""
+        """Map images of shape (batch, 1, 8, 8) to logits of shape (batch, 10)."""
         tokens = self.stem(images).flatten(2).transpose(1, 2) + self.positions
         return self.head(self.encoder(tokens).mean(dim=1))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The loss, logged."""
+        """Return and log the loss."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of the consensus, over the images of all replicas."""
+        """Log loss and accuracy of the consensus over the images of all replicas."""
         images, labels = batch
         logits = self(images)
         self.accuracy(logits, labels)
@@ -77,7 +77,7 @@ class DigitsViT(pl.LightningModule):
 
 
 class Digits(pl.LightningDataModule):
-    """The digits, 1437 to train and 360 to validate; the split is the same everywhere.
+    """The digits: 1437 to train, 360 to validate. The split is the same on all replicas.
 
     Args:
         batch_size: Images per replica and step.
@@ -88,7 +88,7 @@ class Digits(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        """Read and split them."""
+        """Load and split the images."""
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
         data = TensorDataset(images, torch.from_numpy(digits.target).long())
@@ -96,9 +96,9 @@ class Digits(pl.LightningDataModule):
         self.train, self.val = Subset(data, order[VALIDATION:]), Subset(data, order[:VALIDATION])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled."""
+        """Training images, shuffled."""
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """In order."""
+        """Validation images, in order."""
         return DataLoader(self.val, 60)

@@ -1,4 +1,4 @@
-"""CurvaDion under Lightning Fabric: your own loop, Fabric's launcher, devices, precision and samplers.
+"""CurvaDion under Lightning Fabric: your own loop with Fabric's launcher, devices, precision and samplers.
 
 python examples/fabric.py
 """
@@ -14,23 +14,23 @@ from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
 
 
 class Unwrapped(DDPStrategy):
-    """Fabric's DDP but for one thing: no reducer around the module, so that ``backward`` stays on its replica."""
+    """Fabric's DDP without the reducer: ``backward`` sends nothing."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
-        """The module as it is, instead of ``DistributedDataParallel(module)``."""
+        """Return the module itself, not ``DistributedDataParallel(module)``."""
         return module
 
 
-def spread(model: nn.Module) -> float:
-    """The largest distance of a parameter between two replicas."""
-    own = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, own)
-    return max((other - own).abs().max().item() for other in everyone)
+def drift(model: nn.Module) -> float:
+    """Largest difference of a parameter between two replicas."""
+    own = nn.utils.parameters_to_vector(model.parameters()).detach()
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return max((other - own).abs().max().item() for other in gathered)
 
 
 def main() -> None:
-    """Fit the labels of a linear teacher, two replicas."""
+    """Fit the labels of a linear teacher on two replicas."""
     fabric = Fabric(accelerator="cpu", devices=2, strategy=Unwrapped())
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
@@ -41,30 +41,31 @@ def main() -> None:
     curvadion = CurvaDion(split_parameters(net), lr=0.01)
     model, optimizer = fabric.setup(net, curvadion)
     loader = fabric.setup_dataloaders(DataLoader(data, batch_size=32, shuffle=True))
-    # Once the parameters are on their device.
-    sync = ProcessGroupSync(wire_format="sign", momentum="local")  # what the Lightning strategy does by default
-    curvadion.register_sync_hook(sync)  # on the optimizer itself, of which Fabric has returned a wrapper
+    # After fabric.setup, which moves the parameters to their device. These are the Lightning strategy's defaults.
+    sync = ProcessGroupSync(wire_format="sign", momentum="local")
+    curvadion.register_sync_hook(sync)  # on the optimizer itself, not on Fabric's wrapper of it
     sync.include_module(net)
 
-    steps, syncs, apart = 0, 0, 0.0
     losses: list[float] = []
+    syncs, local_drift = 0, 0.0
     for _ in range(3):
-        for images, labels in loader:
-            loss: Tensor = nn.functional.cross_entropy(model(images), labels)
+        for inputs, labels in loader:
+            loss: Tensor = nn.functional.cross_entropy(model(inputs), labels)
             optimizer.zero_grad()
             fabric.backward(loss)
             optimizer.step()
             assert curvadion.last_step is not None
-            steps, syncs = steps + 1, syncs + curvadion.last_step.synced
-            if not curvadion.last_step.synced and not apart:
-                apart = spread(net)
             losses.append(loss.item())
+            syncs += curvadion.last_step.synced
+            if not curvadion.last_step.synced and not local_drift:
+                local_drift = drift(net)
     sync.reach_consensus(curvadion, include_state=True)  # before a checkpoint or an evaluation
-    together = spread(net)
+    consensus_drift = drift(net)
 
+    megabytes = sync.bytes_sent / 1e6
     fabric.print(
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {syncs} sync steps of {steps}, {sync.bytes_sent / 1e6:.2f} MB sent"
-        f"\nparameters of the two replicas: {apart:.2g} apart after a local step, {together:.2g} after the consensus"
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {syncs} sync steps of {len(losses)}, {megabytes:.2f} MB sent\n"
+        f"drift between the replicas: {local_drift:.2g} after a local step, {consensus_drift:.2g} after the consensus"
     )
 
 

@@ -1,6 +1,6 @@
-"""A GPT-2-sized decoder of tokens and its schedule, for ``configs/gpt_160m_multinode.yaml``.
+"""A GPT-2-sized language model and its learning-rate schedule, for ``configs/gpt_160m_multinode.yaml``.
 
-The module has no ``configure_optimizers``: the config's ``optimizer``, ``groups`` and ``lr_scheduler`` make it.
+The module has no ``configure_optimizers``. The config names optimizer, parameter groups and schedule instead.
 """
 
 import math
@@ -15,16 +15,16 @@ from examples.byte_gpt import GPT
 
 
 class LanguageModel(pl.LightningModule):
-    """Trains a :class:`~examples.byte_gpt.GPT` of tokens with next-token cross entropy.
+    """Trains a :class:`~examples.byte_gpt.GPT` with next-token cross entropy.
 
-    The defaults have 162 million parameters: 85 in blocks, and 39 each in embedding and head.
+    The defaults have 162 million parameters: 85 in the blocks, 39 in the embedding and 39 in the output head.
 
     Args:
-        vocabulary: Number of tokens; GPT-2's 50257, rounded up to a multiple of 128.
+        vocabulary: Size of the vocabulary. The default is GPT-2's 50257, rounded up to a multiple of 128.
         layers: Number of blocks.
         width: Width of the residual stream.
-        heads: Attention heads.
-        context: Tokens a sequence.
+        heads: Number of attention heads.
+        context: Tokens per sequence.
 
     Example:
         >>> model = LanguageModel(vocabulary=512, layers=1, width=32, heads=2, context=16)
@@ -40,12 +40,12 @@ class LanguageModel(pl.LightningModule):
         self.gpt = GPT(layers, width, heads, context, vocabulary)
 
     def cross_entropy(self, batch: Tensor) -> Tensor:
-        """Mean loss in nats a token of a batch of shape (sequences, context + 1)."""
+        """Mean loss in nats per token of a batch of shape (sequences, context + 1)."""
         logits = self.gpt(batch[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss, logged."""
+        """Return and log the loss."""
         loss = self.cross_entropy(batch)
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -56,13 +56,15 @@ class LanguageModel(pl.LightningModule):
 
 
 class WarmupCosine(LambdaLR):
-    """A linear rise, then half a cosine down to a share of the peak; each group keeps its own peak. Step it every step.
+    """Linear warm-up, then half a cosine down to a fraction of the peak. Each group has its own peak.
+
+    Call ``step()`` once per optimizer step.
 
     Args:
-        optimizer: Whose learning rates.
-        warmup_steps: Steps of the rise.
+        optimizer: The optimizer whose learning rates change.
+        warmup_steps: Steps of the warm-up.
         total_steps: Steps of the run.
-        final: Share of the peak at the end, and after it.
+        final: Fraction of the peak at the end of the run and after it.
 
     Raises:
         ValueError: ``total_steps`` is not larger than ``warmup_steps``.

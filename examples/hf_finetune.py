@@ -1,14 +1,13 @@
-"""Any causal language model of Hugging Face transformers, trained further on a text file.
+"""Fine-tunes any causal language model of Hugging Face transformers on a text file.
 
 python -m lightning_curvadion fit --config configs/hf_finetune.yaml
 
-The config starts a tiny Llama from random numbers and reads bytes, so that nothing is downloaded. A pretrained model
-and its tokenizer:
+The config trains a tiny Llama from scratch on bytes and downloads nothing. A pretrained model and its tokenizer:
 
 python -m lightning_curvadion fit --config configs/hf_finetune.yaml --model.source=Qwen/Qwen3-0.6B \
     --data.tokenizer=Qwen/Qwen3-0.6B --data.path=your.txt
 
-The module has no ``configure_optimizers``: the config's ``optimizer`` and ``groups`` make it.
+The module has no ``configure_optimizers``. The config names optimizer and parameter groups instead.
 """
 
 from pathlib import Path
@@ -29,11 +28,11 @@ class CausalLM(pl.LightningModule):
     """Next-token training of a transformers model.
 
     Args:
-        source: Name or folder of a pretrained model; or, for one that starts from random numbers, its configuration:
-            ``model_type`` and whatever that type takes.
+        source: Name or folder of a pretrained model. Or the configuration of a model with random weights:
+            ``model_type`` and the arguments of that type.
 
     Raises:
-        ValueError: A configuration without ``model_type``.
+        ValueError: The configuration has no ``model_type``.
 
     Example:
         >>> tiny = dict(model_type="llama", vocab_size=256, hidden_size=16, intermediate_size=32)
@@ -51,11 +50,11 @@ class CausalLM(pl.LightningModule):
             self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source))
         else:
             raise ValueError(f"source needs a model_type, such as llama, beside {', '.join(source)}")
-        # from_pretrained returns a model in evaluation mode, and the Trainer leaves modes as they are.
+        # from_pretrained returns a model in evaluation mode, and the Trainer does not change modes.
         self.model.train()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The loss in nats a token, logged."""
+        """Return and log the loss in nats per token."""
         loss = self.model(input_ids=batch[0], labels=batch[0]).loss
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -66,19 +65,19 @@ class CausalLM(pl.LightningModule):
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
 
     def on_fit_end(self) -> None:
-        """Leave the model where ``from_pretrained`` finds it: beside the log."""
-        folder = self.trainer.log_dir  # asked for on every rank: the replicas agree on it
+        """Save the model for ``from_pretrained``, in the folder of the log."""
+        folder = self.trainer.log_dir  # on every rank: it broadcasts rank 0's folder
         if self.trainer.is_global_zero and folder is not None and self.trainer.checkpoint_callback is not None:
             self.model.save_pretrained(Path(folder) / "model")
 
 
 class TextFile(pl.LightningDataModule):
-    """A text file in sequences that do not overlap; the last tenth validates.
+    """A text file, cut into sequences without overlap. The last tenth validates.
 
     Args:
         path: The text, in UTF-8.
-        tokenizer: Name or folder of a tokenizer; ``None`` reads bytes.
-        context: Tokens a sequence.
+        tokenizer: Name or folder of a tokenizer. ``None`` takes bytes as tokens.
+        context: Tokens per sequence.
         batch_size: Sequences per replica and step.
 
     Raises:
@@ -91,7 +90,7 @@ class TextFile(pl.LightningDataModule):
         self.context, self.batch_size = context, batch_size
 
     def setup(self, stage: str) -> None:
-        """Read, tokenise, cut."""
+        """Read, tokenise and cut the text."""
         if self.tokenizer is None:
             tokens = list(self.path.read_bytes())
         else:
@@ -104,9 +103,9 @@ class TextFile(pl.LightningDataModule):
         self.train, self.val = TensorDataset(cut[:-held_out]), TensorDataset(cut[-held_out:])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled."""
+        """Training sequences, shuffled."""
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Validation sequences, in order."""
         return DataLoader(self.val, self.batch_size)

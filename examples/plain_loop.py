@@ -19,11 +19,11 @@ def main() -> None:
 
     optimizer = CurvaDion(split_parameters(model), lr=0.01)
     sync = ProcessGroupSync()
-    optimizer.register_sync_hook(sync)  # the ranks compare their models here, and start from rank 0's values
-    sync.include_module(model)
+    optimizer.register_sync_hook(sync)  # verifies that all ranks hold the same model, and broadcasts rank 0's values
+    sync.include_module(model)  # synchronises its buffers too
 
     torch.manual_seed(dist.get_rank())
-    losses, synced = [], 0
+    losses, syncs = [], 0
     for _ in range(200):
         x = torch.randn(64, 32)
         loss = nn.functional.cross_entropy(model(x), (x @ teacher).argmax(dim=1))
@@ -31,13 +31,13 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        synced += optimizer.last_step is not None and optimizer.last_step.synced
+        assert optimizer.last_step is not None
+        syncs += optimizer.last_step.synced
     sync.reach_consensus(optimizer, include_state=True)  # before a checkpoint or an evaluation
 
     if dist.get_rank() == 0:
-        print(
-            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {synced} sync steps of 200, {sync.bytes_sent / 1e6:.2f} MB sent"
-        )
+        megabytes = sync.bytes_sent / 1e6
+        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {syncs} sync steps of 200, {megabytes:.2f} MB sent")
     dist.destroy_process_group()
 
 

@@ -1,9 +1,13 @@
-"""A run that loses a process, and is resumed from its last checkpoint as if nothing had happened.
+"""A run loses a replica and is resumed from its last checkpoint, bit for bit.
 
 python examples/resuming.py
 
-Four runs, each in processes of its own: one that nothing disturbs; one of which a replica is killed; that one resumed,
-which ends with the same bits as the first; and resumed once more on another number of replicas.
+Four runs, each in processes of its own:
+
+1. Two replicas, undisturbed.
+2. The same, until one replica is killed.
+3. The second run resumed. It ends with the bits of the first.
+4. The second run resumed on one replica.
 """
 
 import logging
@@ -24,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvadion import CurvaDion, split_parameters
 
-EPOCHS, KILLED_IN, STEPS = 3, 1, 20
+EPOCHS, KILLED_IN_EPOCH, STEPS = 3, 1, 20
 
 
 class Classifier(pl.LightningModule):
@@ -41,18 +45,18 @@ class Classifier(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> CurvaDion:
-        """What trains it."""
+        """CurvaDion for every parameter."""
         return CurvaDion(split_parameters(self), lr=0.01)
 
 
-class Kill(Callback):
-    """Ends a replica as a lost machine would: without a word."""
+class KillRank1(Callback):
+    """Ends rank 1 as a lost machine would: without a message."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In the middle of an epoch."""
-        if trainer.current_epoch == KILLED_IN and batch_idx == STEPS // 2 and trainer.global_rank == 1:
+        """In the middle of the second epoch."""
+        if trainer.current_epoch == KILLED_IN_EPOCH and batch_idx == STEPS // 2 and trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -60,10 +64,10 @@ def train(folder: Path, devices: int = 2, resume: Path | str | None = None, kill
     """Train, with a checkpoint at the end of every epoch.
 
     Args:
-        folder: Of the checkpoints.
-        devices: Replicas.
-        resume: A checkpoint to go on from, or ``"last"`` for the folder's last one.
-        kill: Whether a replica is lost on the way.
+        folder: Folder of the checkpoints.
+        devices: Number of replicas.
+        resume: Checkpoint to continue from, or ``"last"`` for the newest in the folder.
+        kill: Whether rank 1 is killed in the second epoch.
 
     Returns:
         The trained module.
@@ -73,49 +77,49 @@ def train(folder: Path, devices: int = 2, resume: Path | str | None = None, kill
     data = TensorDataset(x, (x @ torch.randn(64, 10)).argmax(dim=1))
     module = Classifier()
     trainer = pl.Trainer(
-        # Forked processes, so that this script can be there before and after them; "curvadion" resumes alike.
+        # Forked replicas leave this process alive when one is killed. strategy="curvadion" resumes in the same way.
         strategy="curvadion_fork",
         accelerator="cpu",
         devices=devices,
         max_epochs=EPOCHS,
-        callbacks=[ModelCheckpoint(folder, save_last=True), *([Kill()] if kill else [])],
+        callbacks=[ModelCheckpoint(folder, save_last=True), *([KillRank1()] if kill else [])],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(data, batch_size=32, shuffle=True), ckpt_path=resume)
-    print(f"  {steps(folder)} steps, loss of the last epoch {trainer.callback_metrics['loss']:.4f}", flush=True)
+    print(f"  {saved_steps(folder)} steps, loss of the last epoch {trainer.callback_metrics['loss']:.4f}", flush=True)
     return module
 
 
-def steps(folder: Path) -> int:
-    """After how many steps the folder's last checkpoint was written."""
+def saved_steps(folder: Path) -> int:
+    """Steps at which the folder's last checkpoint was written."""
     return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
 
 
 def main() -> None:
-    """The four runs, and what they came to."""
-    # What a Trainer says at every start would hide what this script says.
+    """Run all four."""
+    # Lightning's own messages would hide this script's.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     with TemporaryDirectory() as temporary:
-        whole, broken = Path(temporary, "whole"), Path(temporary, "broken")
+        undisturbed_folder, killed_folder = Path(temporary, "undisturbed"), Path(temporary, "killed")
         print("1. Two replicas, undisturbed", flush=True)
-        undisturbed = train(whole)
-        print("2. The same, and one of them is killed", flush=True)
+        undisturbed = train(undisturbed_folder)
+        print("2. Two replicas, one of which is killed", flush=True)
         try:
-            train(broken, kill=True)
+            train(killed_folder, kill=True)
         except ProcessException as error:
             print(f"  {error}", flush=True)
-        print(f"  what is left: a checkpoint of {steps(broken)} steps", flush=True)
-        left = shutil.copy(broken / "last.ckpt", Path(temporary, "left.ckpt"))
+        print(f"  its last checkpoint: {saved_steps(killed_folder)} steps", flush=True)
+        checkpoint = shutil.copy(killed_folder / "last.ckpt", Path(temporary, "killed.ckpt"))
         print('3. Resumed on two replicas: trainer.fit(..., ckpt_path="last")', flush=True)
-        resumed = train(broken, resume="last")
+        resumed = train(killed_folder, resume="last")
         same = all(map(torch.equal, undisturbed.parameters(), resumed.parameters()))
-        print(f"  the parameters of the undisturbed run, bit for bit: {same}", flush=True)
-        print("4. Resumed on one replica, which starts from the consensus of the two", flush=True)
-        train(Path(temporary, "alone"), devices=1, resume=left)
+        print(f"  equal to the undisturbed run, bit for bit: {same}", flush=True)
+        print("4. Resumed on one replica, from the consensus of the two", flush=True)
+        train(Path(temporary, "one_replica"), devices=1, resume=checkpoint)
 
 
 if __name__ == "__main__":

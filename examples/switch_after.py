@@ -31,7 +31,7 @@ class Classifier(pl.LightningModule):
         self.log("val_accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """What trains it."""
+        """The optimizer."""
         return CurvaDion(split_parameters(self), lr=0.01)
 
 

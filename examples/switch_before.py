@@ -29,7 +29,7 @@ class Classifier(pl.LightningModule):
         self.log("val_accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """What trains it."""
+        """The optimizer."""
         return torch.optim.AdamW(self.parameters(), lr=0.003)
 
 

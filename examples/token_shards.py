@@ -1,9 +1,9 @@
-"""Windows of tokenised text in many files, read where they lie: the data of ``configs/gpt_160m_multinode.yaml``.
+"""Windows of tokenised text, memory-mapped from many files: the data of ``configs/gpt_160m_multinode.yaml``.
 
-A shard is one of
+A file, or shard, is one of
 
-- ``.bin``: uint16 tokens and nothing else, as nanoGPT writes them;
-- ``.bin``: the same after llm.c's header of 256 int32 (a magic number, a version, the number of tokens);
+- ``.bin``: uint16 tokens without a header, as nanoGPT writes them;
+- ``.bin``: uint16 tokens after llm.c's header of 256 int32 (magic number, version, number of tokens);
 - ``.npy``: a one-dimensional array of integers.
 """
 
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-# Of llm.c's files of GPT-2 tokens, see its dev/data/data_common.py.
+# llm.c's header of GPT-2 tokens: dev/data/data_common.py there.
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a file's tokens are.
+    """Position of the tokens in a file.
 
     Attributes:
         path: The file.
-        dtype: Of a token.
-        offset: Bytes before the first one.
-        tokens: How many.
+        dtype: Data type of a token.
+        offset: Bytes before the first token.
+        tokens: Number of tokens.
     """
 
     path: Path
@@ -40,17 +40,17 @@ class Shard:
     tokens: int
 
     def read(self, start: int, count: int) -> Tensor:
-        """``count`` tokens from ``start``, as int64; nothing else of the file is read."""
-        where = self.offset + start * self.dtype.itemsize
-        # Mapped anew for every window: a map that stays open would be copied whole into a spawned worker.
-        return torch.from_numpy(np.memmap(self.path, self.dtype, "r", where, (count,)).astype(np.int64))
+        """``count`` tokens from ``start``, as int64. Nothing else of the file is read."""
+        offset = self.offset + start * self.dtype.itemsize
+        # A new map per window: pickling an open one for a spawned worker would copy the whole file.
+        return torch.from_numpy(np.memmap(self.path, self.dtype, "r", offset, (count,)).astype(np.int64))
 
 
 def open_shard(path: Path) -> Shard:
-    """Look at a file's header and size.
+    """Read a file's header and size.
 
     Raises:
-        ValueError: The file is none of the three kinds, or shorter than its header says.
+        ValueError: The file is none of the three kinds, or its size does not match its header.
     """
     if path.suffix == ".npy":
         array = np.load(path, mmap_mode="r")
@@ -65,8 +65,8 @@ def open_shard(path: Path) -> Shard:
         tokens = int(header[2])
         if header[1] != VERSION or size != HEADER + tokens * uint16.itemsize:
             raise ValueError(
-                f"{path} has {size} bytes and a header of version {header[1]} with {tokens} tokens, which should be"
-                f" version {VERSION} and {HEADER + tokens * uint16.itemsize} bytes; it may have been cut short"
+                f"{path} has {size} bytes and a header of version {header[1]} with {tokens} tokens; it should be"
+                f" version {VERSION} and {HEADER + tokens * uint16.itemsize} bytes. Was the file truncated?"
             )
         return Shard(path, uint16, HEADER, tokens)
     if size % uint16.itemsize:
@@ -75,16 +75,16 @@ def open_shard(path: Path) -> Shard:
 
 
 class TokenWindows(Dataset[Tensor]):
-    """Windows of ``length + 1`` tokens, ``length`` apart, so that every token but a shard's first is predicted once.
+    """Windows of ``length + 1`` tokens, ``length`` apart: every token but a shard's first is predicted once.
 
-    No window reaches from one shard into the next; what is left at a shard's end is not used.
+    A window lies within one shard. The remainder of a shard is not used.
 
     Args:
         paths: The shards.
-        length: Tokens a sequence.
+        length: Tokens per sequence.
 
     Raises:
-        ValueError: No shard holds a whole window, or a file is no shard.
+        ValueError: No shard holds a whole window, or a file is not a shard.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -101,7 +101,7 @@ class TokenWindows(Dataset[Tensor]):
         self.shards = [open_shard(path) for path in paths]
         self.ends = list(accumulate(max(0, shard.tokens - 1) // length for shard in self.shards))
         if len(self) == 0:
-            raise ValueError(f"none of {len(paths)} shards holds {length + 1} tokens, which a window takes")
+            raise ValueError(f"none of {len(paths)} shards holds {length + 1} tokens, the size of a window")
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -109,16 +109,16 @@ class TokenWindows(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = bisect_right(self.ends, index)
-        window = index - (self.ends[number - 1] if number else 0)
-        return self.shards[number].read(window * self.length, self.length + 1)
+        shard = bisect_right(self.ends, index)
+        window = index - (self.ends[shard - 1] if shard else 0)
+        return self.shards[shard].read(window * self.length, self.length + 1)
 
 
 class ResumableLoader(DataLoader[Tensor]):
-    """A loader that a Trainer can put back to where a checkpoint was written, in the middle of an epoch.
+    """A loader with a position, which a Trainer saves and restores within an epoch.
 
-    What was trained on is read again and thrown away, which for windows of a mapped file takes no time that matters.
-    It is counted in windows of all replicas, so that a run may go on with another number of them.
+    Resuming reads and drops the windows before the position, which is cheap for a mapped file. The position counts the
+    windows of all replicas, so that a run can resume on another number of them.
 
     Example:
         >>> loader = ResumableLoader(range(6), batch_size=2)
@@ -131,41 +131,41 @@ class ResumableLoader(DataLoader[Tensor]):
         [tensor([2, 3]), tensor([4, 5])]
     """
 
-    taken = 0
+    batches_taken = 0
     resume_at = 0
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        self.taken, self.resume_at = self.resume_at, 0
-        for batch in islice(super().__iter__(), self.taken, None):
-            self.taken += 1
+        self.batches_taken, self.resume_at = self.resume_at, 0
+        for batch in islice(super().__iter__(), self.batches_taken, None):
+            self.batches_taken += 1
             yield batch
 
     @property
-    def windows_a_batch(self) -> int:
-        """Of all replicas together."""
+    def windows_per_batch(self) -> int:
+        """Windows in a batch of all replicas together."""
         return (self.batch_size or 1) * getattr(self.sampler, "num_replicas", 1)
 
     def state_dict(self) -> dict[str, int]:
-        """How much of the epoch has been trained on."""
-        return {"windows": self.taken * self.windows_a_batch}
+        """The position in the epoch."""
+        return {"windows": self.batches_taken * self.windows_per_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass there; an epoch that is over starts anew."""
-        self.resume_at = state["windows"] // self.windows_a_batch % len(self)
+        """Start the next epoch at the position; the end of an epoch is the start of the next."""
+        self.resume_at = state["windows"] // self.windows_per_batch % len(self)
 
 
 class TokenShards(pl.LightningDataModule):
-    """A folder of shards; Lightning's DistributedSampler deals the windows out to the replicas.
+    """A folder of shards. Lightning's DistributedSampler distributes the windows over the replicas.
 
-    Every node needs the folder, on a shared disk or as a copy of its own.
+    Every node needs the folder, on a shared disk or as its own copy.
 
     Args:
-        folder: Where the shards lie.
-        context: Tokens a sequence.
+        folder: Folder of the shards.
+        context: Tokens per sequence.
         batch_size: Sequences per replica and step.
-        train: Pattern of the names of the files to train on.
-        val: Pattern of the names of the files to validate on.
-        workers: Processes that read ahead, per replica.
+        train: File name pattern of the training shards.
+        val: File name pattern of the validation shards.
+        workers: Worker processes of the loader, per replica.
     """
 
     def __init__(
@@ -190,24 +190,24 @@ class TokenShards(pl.LightningDataModule):
         paths = sorted(path for path in self.folder.glob(self.patterns[part]) if path.suffix in (".bin", ".npy"))
         if not paths:
             raise ValueError(
-                f"no shards for {part}: {self.folder.absolute()} has no .bin or .npy file named {self.patterns[part]};"
-                " say where they are with --data.folder, and what they are called with --data.train and --data.val"
+                f"no shards for {part}: {self.folder.absolute()} has no .bin or .npy file named {self.patterns[part]}."
+                " Set the folder with --data.folder, and the file names with --data.train and --data.val."
             )
         return TokenWindows(paths, self.context)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled over all shards; it can go on in the middle of an epoch."""
+        """Training windows, shuffled over all shards. The loader resumes within an epoch."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """In order."""
+        """Validation windows, in order."""
         return self._loader("val", shuffle=False)
 
     def _loader(self, part: str, shuffle: bool) -> DataLoader[Tensor]:
         return ResumableLoader(
             self.windows(part),
             batch_size=self.batch_size,
-            # By name, or Lightning cannot put its DistributedSampler in its place.
+            # As a keyword, or Lightning cannot replace the sampler by its DistributedSampler.
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=self.workers,
