@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def start(*words: object, cwd: Path = ROOT, **more: str) -> subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -67,7 +69,9 @@ def outputs(*processes: subprocess.Popen[str], timeout: float = 120) -> list[str
         printed = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            # With what it has started: a launcher that is killed leaves its workers behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     for process, text in zip(processes, printed, strict=True):
         assert process.returncode == 0, text[-4000:]
     return printed
