@@ -324,14 +324,14 @@ def write(folder: Path, size: int = 2**28) -> None:
     """``kill -9`` while a checkpoint is written over one that is there."""
     import torch
 
-    from lightning_curvadion.trainer.checkpoint_io import WholeCheckpointIO
+    from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
 
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint({"state_dict": {"x": torch.arange(5)}}, place)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"x": torch.arange(5)}}, place)
     code = (
-        "import sys, torch; from lightning_curvadion.trainer.checkpoint_io import WholeCheckpointIO;"
-        f"WholeCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
+        "import sys, torch; from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO;"
+        f"AtomicCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(place)], env=environment())
     part = folder / ".last.ckpt.part"
@@ -343,7 +343,7 @@ def write(folder: Path, size: int = 2**28) -> None:
     writer.wait()
     written = part.stat().st_size
     assert 0 < written < size
-    assert torch.equal(WholeCheckpointIO().load_checkpoint(place)["state_dict"]["x"], torch.arange(5))
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(place)["state_dict"]["x"], torch.arange(5))
     print(f"kill -9 after {written / 2**20:.0f} of {size / 2**20:.0f} MiB of a checkpoint: the one before is intact")
 
 

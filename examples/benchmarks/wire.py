@@ -32,8 +32,9 @@ from examples.benchmarks.replica_training import CONTEXT, LR, VECTOR_LR, loss
 from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import quantization
-from lightning_curvadion.sync.collectives import Exchange
-from lightning_curvadion.sync.payloads import Averaged
+from lightning_curvadion.sync.chunks import PayloadSlice
+from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.payloads import TensorPayload
 
 
 def median_seconds(functions: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -51,18 +52,18 @@ def speed(numel: int, rounds: int) -> None:
     """Encode and decode on one thread, beside a copy."""
     torch.set_num_threads(1)
     numbers, out = torch.randn(numel), torch.empty(numel)
-    payloads = {name: quantization.encode_unchecked(numbers, name) for name in quantization.WIRE_FORMATS[1:]}
+    payloads = {name: quantization.quantize_unchecked(numbers, name) for name in quantization.WIRE_FORMATS[1:]}
     functions: list[Callable[[], object]] = [lambda: out.copy_(numbers)]
     for name, payload in payloads.items():
-        functions.append(lambda name=name: quantization.encode_unchecked(numbers, name))  # type: ignore[misc]
-        functions.append(lambda name=name, payload=payload: quantization.decode(payload, name, numel, out=out))  # type: ignore[misc]
+        functions.append(lambda name=name: quantization.quantize_unchecked(numbers, name))  # type: ignore[misc]
+        functions.append(lambda name=name, payload=payload: quantization.dequantize(payload, name, numel, out=out))  # type: ignore[misc]
     copy, *times = median_seconds(functions, rounds)
     size = numbers.nbytes / 1e9
     print(f"\n{numel / 1e6:g} M numbers, one thread, GB/s of float32 (a copy: {size / copy:.2f})\n")
     print("| format | encode | decode | both | bits a number |\n| --- | --- | --- | --- | --- |")
     for number, name in enumerate(payloads):
         encode, decode = times[2 * number : 2 * number + 2]
-        bits = 8 * quantization.encoded_bytes(numel, name) / numel
+        bits = 8 * quantization.quantized_bytes(numel, name) / numel
         print(f"| {name} | {size / encode:.2f} | {size / decode:.2f} | {size / (encode + decode):.2f} | {bits:.3f} |")
 
 
@@ -115,8 +116,8 @@ def _share(layers: int, rounds: int) -> None:
             start = time.perf_counter()
             optimizer.step()
             steps.append(time.perf_counter() - start)
-            coding_times.append(Stopwatch.seconds["curvadion::encode"] + Stopwatch.seconds["curvadion::decode"])
-            sending_times.append(Stopwatch.seconds["curvadion::exchange"])
+            coding_times.append(Stopwatch.seconds["curvadion::quantize"] + Stopwatch.seconds["curvadion::dequantize"])
+            sending_times.append(Stopwatch.seconds["curvadion::collective"])
         step, coding, sending = (statistics.median(times[1:]) for times in (steps, coding_times, sending_times))
         if dist.get_rank() == 0:
             row = f"{dist.get_world_size()} | {layers} of 768 x 3072 | {wire_format} | {step:.2f} | {coding:.2f}"
@@ -124,20 +125,19 @@ def _share(layers: int, rounds: int) -> None:
 
 
 def _two_ways(numel: int, rounds: int) -> None:
-    """Two replicas: everything to everybody, or in shards."""
-    exchange = Exchange()
-    exchange.join()
+    """Between two replicas: one all-gather, or an all-to-all of shards and an all-gather of their means."""
+    collectives = Collectives()
+    collectives.join()
     for wire_format in ("int8", "int2"):
-        parcel = Averaged("numbers", torch.randn(numel), wire_format)
-        pieces = [(parcel, 0, numel)]
+        slices = [PayloadSlice(TensorPayload("numbers", torch.randn(numel), wire_format), 0, numel)]
 
-        def directly(pieces: list = pieces) -> None:  # type: ignore[type-arg]
+        def directly(slices: list[PayloadSlice] = slices) -> None:
             dist.barrier()
-            exchange.exchange_directly(pieces)
+            collectives.average_by_all_gather(slices)
 
-        def in_shards(pieces: list = pieces) -> None:  # type: ignore[type-arg]
+        def in_shards(slices: list[PayloadSlice] = slices) -> None:
             dist.barrier()
-            exchange.exchange_shards(pieces)
+            collectives.average_by_all_to_all(slices)
 
         times = median_seconds([directly, in_shards], rounds)
         if dist.get_rank() == 0:
@@ -177,17 +177,17 @@ def blocks(steps: int) -> None:
     sizes = (32, 64, 128, 256, 512)
     print(f"\nRelative error of the displacement over 6 steps after {steps} steps, and bits a number, by block\n")
     print("| format | " + " | ".join(map(str, sizes)) + " |\n| --- |" + " --- |" * len(sizes))
-    chosen = dict(quantization.CODINGS)
+    chosen = dict(quantization.BLOCK_FORMATS)
     for name, coding in chosen.items():
         cells = []
         for size in sizes:
-            quantization.CODINGS[name] = replace(coding, block=size)
-            decoded = quantization.decode(quantization.encode(numbers, name), name, numbers.numel())
-            bits = 8 * quantization.encoded_bytes(numbers.numel(), name) / numbers.numel()
+            quantization.BLOCK_FORMATS[name] = replace(coding, block=size)
+            decoded = quantization.dequantize(quantization.quantize(numbers, name), name, numbers.numel())
+            bits = 8 * quantization.quantized_bytes(numbers.numel(), name) / numbers.numel()
             mark = "**" if size == coding.block else ""
             cells.append(f"{mark}{(decoded - numbers).norm() / numbers.norm():.4f}{mark} ({bits:.2f})")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    quantization.CODINGS.update(chosen)
+    quantization.BLOCK_FORMATS.update(chosen)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Gradients that cannot be used, as one number that all replicas can agree on."""
+"""Checks of gradients: an unusable one becomes a number, which the replicas agree on in the all-reduce of a step."""
 
 from collections.abc import Sequence
 
@@ -12,21 +12,21 @@ _REMEDIES = (
 NOT_FINITE, SPARSE, COMPLEX = range(len(_REMEDIES))
 
 
-def layout_fault(gradient: Tensor) -> int | None:
-    """SPARSE or COMPLEX where the gradient is; what its numbers are is for the device to say."""
+def unusable_layout(gradient: Tensor) -> int | None:
+    """SPARSE or COMPLEX where the gradient is one. Whether it is finite, only the device can say."""
     if gradient.is_complex():
         return COMPLEX
     return SPARSE if gradient.is_sparse or gradient.is_sparse_csr else None
 
 
 def encode(kind: int, number: int, count: int, rank: int) -> int:
-    """A positive code of (rank, parameter, kind). The maximum over replicas picks one fault whole, not parts of two.
+    """A code >= 1 of (rank, parameter, kind). The maximum over replicas is then one of their codes, and not a mixture.
 
     Args:
         kind: NOT_FINITE, SPARSE or COMPLEX.
-        number: Which of the ``count`` parameters.
+        number: Index of the parameter.
         count: Parameters of the optimizer.
-        rank: Which replica.
+        rank: The replica.
     """
     return (rank * count + number) * len(_REMEDIES) + kind + 1
 

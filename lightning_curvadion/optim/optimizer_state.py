@@ -1,6 +1,6 @@
-"""The keeping of parameters and state: what an optimizer of stacked matrices needs whatever its steps do."""
+"""Parameters and state of an optimizer of stacked matrices, whatever its steps do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .matrix_stacks import MatrixStack, batches, new_matrix_state
 from .parameter_groups import Group, check_group
+
+STEP_COUNTS = "step counts"
 
 
 class StackedOptimizer(Optimizer):
@@ -124,3 +126,37 @@ class StackedOptimizer(Optimizer):
 
 def _default_name(position: int, group_index: int) -> str:
     return f"parameter {position} of group {group_index}"
+
+
+def trainable_parameters(optimizer: StackedOptimizer) -> dict[str, Tensor]:
+    """Parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in optimizer.named_parameters() if parameter.requires_grad}
+
+
+def state_tensors(optimizer: StackedOptimizer) -> dict[str, Tensor]:
+    """The state that replicas can have in common, by name.
+
+    Error-feedback residuals are left out: they are each replica's own. All step counts are in one int64 tensor,
+    ``"step counts"``, a copy that :func:`set_step_counts` writes back.
+    """
+    tensors: dict[str, Tensor] = {}
+    step_counts: list[int] = []
+    device = torch.device("cpu")
+    for parameter_name, parameter in optimizer.named_parameters():
+        device = parameter.device
+        state = optimizer.state[parameter]
+        for name in sorted(state):
+            if isinstance(state[name], Tensor) and name != "residual":
+                tensors[f"{name} of {parameter_name}"] = state[name]
+        step_counts += [state["step"]] if "step" in state else []
+    if step_counts:
+        tensors[STEP_COUNTS] = torch.tensor(step_counts, dtype=torch.int64, device=device)
+    return tensors
+
+
+def set_step_counts(optimizer: StackedOptimizer, state: Mapping[str, Tensor]) -> None:
+    """Take over the step counts of :func:`state_tensors`."""
+    if STEP_COUNTS in state:
+        counted = [own for _, p in optimizer.named_parameters() if "step" in (own := optimizer.state[p])]
+        for own, step in zip(counted, state[STEP_COUNTS].tolist(), strict=True):
+            own["step"] = step

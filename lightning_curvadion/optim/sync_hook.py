@@ -1,4 +1,4 @@
-"""What an optimizer asks of the thing that communicates for it; the thing itself is in ``sync.py``."""
+"""The sync hook: what the optimizer asks of the thing that communicates, such as ``ProcessGroupSync``."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class SyncHook(Protocol):
-    """What communicates for the optimizer. Every method is a meeting of all replicas.
+    """What communicates for the optimizer. Every method is a collective: all replicas call it.
 
     Attributes:
         rank: This replica.
-        momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what happens to momentum at a sync step.
-        sync_rank_fraction: Rank of the factors that momentum meets through, ``None`` for the rank of the step.
-        averages_vector_gradients: Whether vector groups step with the mean gradient at a sync step.
-        bytes_sent: Payload sent so far.
+        momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what a sync step does to the momentum.
+        sync_rank_fraction: Rank of the momentum's factors on the wire; ``None`` for the rank of the local step.
+        averages_vector_gradients: Whether AdamW and Lion groups step with the mean gradient at a sync step.
+        bytes_sent: Payload of this replica so far, in bytes.
     """
 
     momentum: str
@@ -28,22 +28,22 @@ class SyncHook(Protocol):
     def bytes_sent(self) -> int: ...  # noqa: D102
 
     def attach(self, optimizer: Any) -> None:
-        """Check that all replicas hold the same parameters, and start them from the same values."""
+        """Verify that all replicas hold the same parameters, and start them from the same values."""
 
     def agree(self, signal: Tensor) -> tuple[float, float]:
         """The element-wise maximum over the replicas of a float64 tensor of two elements."""
 
     def mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-        """First exchange of a sync step.
+        """The first mean of a sync step.
 
         Args:
-            optimizer: Who asks.
-            factors: Left factors, shape (k, m, r).
+            optimizer: The caller.
+            factors: Left factors, shape (k, m, r) each. They become what this replica sent of them.
             whole: Tensors that become their means, in place.
 
         Returns:
-            The means of the factors; the factors themselves become what this replica sent of them.
+            The means of the factors over the replicas.
         """
 
     def mean_right(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-        """Second exchange of a sync step, the same for right factors; also brings the parameters together."""
+        """The second mean of a sync step, the same for right factors. It also synchronises the parameters."""

@@ -1,139 +1,148 @@
-"""A chunk of an exchange on its way: pieces of parcels, side by side in sections of one format each."""
+"""Chunks and buckets: payloads are cut into chunks, and the slices of a chunk are packed into one bucket per format."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import quantization
-from .payloads import Parcel
+from .payloads import Payload
 
-Piece = tuple[Parcel, int, int]
+FULL_WIDTH = ("float32", "float64")
 
-# A mean of signs is no sign: coded in one bit again, it cost four replicas 0.03 of the loss.
+# A mean of signs is no sign: quantized to one bit again, it cost four replicas 0.03 of the loss.
 MEAN_FORMAT = {"sign": "int2"}
 
 
-class Section:
-    """The numbers of a chunk that travel in one format, cut into shards of whole blocks.
+class PayloadSlice(NamedTuple):
+    """A range of the flat elements of a payload."""
+
+    payload: Payload
+    start: int
+    stop: int
+
+
+class Bucket:
+    """The numbers of a chunk that travel in one format, cut into shards of whole quantization blocks.
 
     Args:
         wire_format: The format.
-        pieces: Parcels and ranges of their elements.
-        shards: Into how many.
+        slices: Slices of payloads of this format.
+        shards: Number of shards.
 
     Attributes:
-        values: The numbers, flat; once :meth:`take_away` was told what was sent, what is left of them.
-        shards: Views of ``values``, equally long but for the end, where some may be empty.
-        width: Bytes of the longest coded shard.
-        mean_format: How the mean of a shard travels.
-        mean_width: Bytes of the longest coded mean.
+        values: The numbers, flat; after :meth:`subtract_sent` their quantization error.
+        shards: Views of ``values``, of equal length but for the last ones, which may be shorter or empty.
+        width: Bytes of the longest quantized shard.
+        mean_format: Format in which the mean of a shard travels.
+        mean_width: Bytes of the longest quantized mean.
     """
 
-    def __init__(self, wire_format: str, pieces: Sequence[Piece], shards: int) -> None:
+    def __init__(self, wire_format: str, slices: Sequence[PayloadSlice], shards: int) -> None:
         dtype = torch.float64 if wire_format == "float64" else torch.float32
         self.wire_format = wire_format
-        self.values = joined(pieces, dtype)
+        self.values = flatten(slices, dtype)
         self.shards = self._cut(self.values, shards)
-        self.width = quantization.encoded_bytes(self.shards[0].numel(), wire_format)
+        self.width = quantization.quantized_bytes(self.shards[0].numel(), wire_format)
         self.mean_format = MEAN_FORMAT.get(wire_format, wire_format)
-        self.mean_width = quantization.encoded_bytes(self.shards[0].numel(), self.mean_format)
-        self._pieces = pieces
+        self.mean_width = quantization.quantized_bytes(self.shards[0].numel(), self.mean_format)
+        self._slices = slices
 
     def _cut(self, flat: Tensor, shards: int) -> list[Tensor]:
         block = quantization.block_of(self.wire_format)
         length = -(-flat.numel() // (shards * block)) * block
         return [flat[number * length : (number + 1) * length] for number in range(shards)]
 
-    def encode(self, numbers: Tensor) -> Tensor:
-        """A coded shard, filled up to the width of all."""
-        return _filled(quantization.encode_unchecked(numbers, self.wire_format), self.width)
+    def quantize(self, numbers: Tensor) -> Tensor:
+        """A quantized shard, padded to ``width`` bytes."""
+        return _padded(quantization.quantize_unchecked(numbers, self.wire_format), self.width)
 
-    def decode(self, payload: Tensor, shard: int) -> Tensor:
-        """The numbers of a coded shard."""
-        return _numbers(payload, self.wire_format, self.shards[shard].numel())
+    def dequantize(self, packed: Tensor, shard: int) -> Tensor:
+        """The numbers of a quantized shard."""
+        return _numbers(packed, self.wire_format, self.shards[shard].numel())
 
-    def encode_mean(self, mean: Tensor) -> Tensor:
-        """The coded mean of a shard, filled up to the width of all."""
-        return _filled(quantization.encode_unchecked(mean, self.mean_format), self.mean_width)
+    def quantize_mean(self, mean: Tensor) -> Tensor:
+        """The quantized mean of a shard, padded to ``mean_width`` bytes."""
+        return _padded(quantization.quantize_unchecked(mean, self.mean_format), self.mean_width)
 
-    def decode_mean(self, payload: Tensor, shard: int) -> Tensor:
-        """The numbers of a coded mean."""
-        return _numbers(payload, self.mean_format, self.shards[shard].numel())
+    def dequantize_mean(self, packed: Tensor, shard: int) -> Tensor:
+        """The numbers of a quantized mean."""
+        return _numbers(packed, self.mean_format, self.shards[shard].numel())
 
-    def mean(self, payloads: Tensor, shard: int) -> Tensor:
-        """Mean of a shard that every replica coded, shape (replicas, width)."""
-        mean = self.decode(payloads[0], shard)
-        for payload in payloads[1:]:
-            mean.add_(self.decode(payload, shard))
-        return mean.div_(len(payloads))
+    def mean(self, packed: Tensor, shard: int) -> Tensor:
+        """Mean of one shard over the replicas, given what each sent of it, shape (replicas, width)."""
+        mean = self.dequantize(packed[0], shard)
+        for row in packed[1:]:
+            mean.add_(self.dequantize(row, shard))
+        return mean.div_(len(packed))
 
-    def take_away(self, payloads: Tensor) -> None:
-        """Leave what coding lost of each shard, shape (shards, width)."""
-        for shard, payload in enumerate(payloads):
-            self.shards[shard].sub_(self.decode(payload, shard))
+    def subtract_sent(self, packed: Tensor) -> None:
+        """Subtract what was sent, shape (shards, width), from the values: the quantization error remains."""
+        for shard, row in enumerate(packed):
+            self.shards[shard].sub_(self.dequantize(row, shard))
 
-    def deliver(self, mean: Sequence[Tensor]) -> None:
-        """Give the parcels the mean, shard by shard, and what is left of their values.
+    def write_back(self, means: Sequence[Tensor]) -> None:
+        """Give the payloads the mean, shard by shard, and their quantization error.
 
         Raises:
-            ValueError: It is not finite. Every replica has decoded the same bytes, so that all raise, and before
-                anything is written.
+            ValueError: The mean is not finite. Every replica dequantized the same bytes, so all of them raise, before
+                anything of this bucket is written.
         """
-        flat = torch.cat(list(mean))
-        if self.wire_format not in ("float32", "float64") and not bool(torch.isfinite(flat).all()):
-            for (parcel, _, _), part in zip(self._pieces, parted(self._pieces, flat), strict=True):
+        flat = torch.cat(list(means))
+        if self.wire_format not in FULL_WIDTH and not bool(torch.isfinite(flat).all()):
+            for (payload, _, _), part in zip(self._slices, unflatten(self._slices, flat), strict=True):
                 if not bool(torch.isfinite(part).all()):
-                    raise ValueError(quantization.not_codable(parcel.name))
-        write(self._pieces, flat, self.values)
+                    raise ValueError(quantization.not_quantizable(payload.name))
+        write_back(self._slices, flat, self.values)
 
 
-def _filled(payload: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(payload, (0, width - payload.numel()))
+def _padded(packed: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(packed, (0, width - packed.numel()))
 
 
-def _numbers(payload: Tensor, wire_format: str, numel: int) -> Tensor:
-    return quantization.decode(payload[: quantization.encoded_bytes(numel, wire_format)], wire_format, numel)
+def _numbers(packed: Tensor, wire_format: str, numel: int) -> Tensor:
+    return quantization.dequantize(packed[: quantization.quantized_bytes(numel, wire_format)], wire_format, numel)
 
 
-def sections_of(pieces: Sequence[Piece], shards: int) -> list[Section]:
-    """The pieces by format, in the order in which the formats appear."""
-    by_format: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_format.setdefault(piece[0].wire_format, []).append(piece)
-    return [Section(wire_format, members, shards) for wire_format, members in by_format.items()]
+def buckets_of(slices: Sequence[PayloadSlice], shards: int) -> list[Bucket]:
+    """One bucket per format, in the order in which the formats first occur."""
+    by_format: dict[str, list[PayloadSlice]] = {}
+    for part in slices:
+        by_format.setdefault(part.payload.wire_format, []).append(part)
+    return [Bucket(wire_format, members, shards) for wire_format, members in by_format.items()]
 
 
-def chunks_of(parcels: Sequence[Parcel], most: int) -> Iterator[list[Piece]]:
-    """Runs of pieces with ``most`` elements together."""
-    pieces: list[Piece] = []
-    room = most
-    for parcel in parcels:
+def split_into_chunks(payloads: Sequence[Payload], chunk: int) -> Iterator[list[PayloadSlice]]:
+    """Cut payloads into runs of slices with at most ``chunk`` elements together."""
+    slices: list[PayloadSlice] = []
+    room = chunk
+    for payload in payloads:
         start = 0
-        while start < parcel.numel:
-            stop = min(parcel.numel, start + room)
-            pieces.append((parcel, start, stop))
+        while start < payload.numel:
+            stop = min(payload.numel, start + room)
+            slices.append(PayloadSlice(payload, start, stop))
             room -= stop - start
             start = stop
             if room == 0:
-                yield pieces
-                pieces, room = [], most
-    if pieces:
-        yield pieces
+                yield slices
+                slices, room = [], chunk
+    if slices:
+        yield slices
 
 
-def joined(pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
-    """All numbers of the pieces, in a flat tensor of their own."""
-    return torch.cat([parcel.read(start, stop).to(dtype) for parcel, start, stop in pieces])
+def flatten(slices: Sequence[PayloadSlice], dtype: torch.dtype) -> Tensor:
+    """A new flat tensor with the numbers of all slices."""
+    return torch.cat([payload.read(start, stop).to(dtype) for payload, start, stop in slices])
 
 
-def parted(pieces: Sequence[Piece], flat: Tensor) -> Sequence[Tensor]:
-    """The inverse of :func:`joined`, as views."""
-    return flat.split([stop - start for _, start, stop in pieces])
+def unflatten(slices: Sequence[PayloadSlice], flat: Tensor) -> Sequence[Tensor]:
+    """The inverse of :func:`flatten`, as views."""
+    return flat.split([stop - start for _, start, stop in slices])
 
 
-def write(pieces: Sequence[Piece], mean: Tensor, lost: Tensor | None) -> None:
-    """Give every parcel its part."""
-    losses = parted(pieces, lost) if lost is not None else [None] * len(pieces)
-    for (parcel, start, stop), part, loss in zip(pieces, parted(pieces, mean), losses, strict=True):
-        parcel.write(start, stop, part, loss)
+def write_back(slices: Sequence[PayloadSlice], mean: Tensor, error: Tensor | None) -> None:
+    """Give every payload its part of the mean and of the quantization error."""
+    errors = unflatten(slices, error) if error is not None else [None] * len(slices)
+    for (payload, start, stop), part, own in zip(slices, unflatten(slices, mean), errors, strict=True):
+        payload.write(start, stop, part, own)

@@ -1,16 +1,16 @@
-"""The mean of parcels over the replicas, coded on the way and the same bits on all of them; every collective is here.
+"""Collectives: every call of ``torch.distributed`` that communicates, and how many bytes each sends.
 
-Collectives are called through the ``torch.distributed`` module, so that they can be counted from outside. The parcels
-of an exchange travel together, whatever their number and their formats:
+They are called through the ``torch.distributed`` module, so that they can be counted from outside. All payloads of a
+mean travel together, whatever their number and formats:
 
-- All at full width: one all-reduce of one flat buffer.
-- Coded, up to two replicas: one all-gather; everybody decodes everything and takes the mean.
-- Coded, more replicas: an all-to-all, in which each replica gets one shard of everybody's numbers; it takes the shard's
-  mean in float32 and codes that, a mean of signs in two bits; an all-gather brings all shards to all. No replica
-  receives more than twice the payload, or three times of signs, however many they are. (An all-reduce cannot add
-  integers of two bits, and an all-gather alone would grow with the number of replicas.) What coding the mean loses
-  counts as lost by the owner of the shard, as many times as there are replicas, so that the mean is exactly the mean of
-  what the replicas are said to have sent.
+- At full width: one all-reduce of a flat buffer.
+- Quantized, up to two replicas: one all-gather. Every replica dequantizes both and takes the mean.
+- Quantized, more replicas: an all-to-all, then an all-gather. In the all-to-all each replica receives one shard of the
+  numbers of every replica. It takes the shard's mean in float32 and quantizes it, a mean of signs in two bits. The
+  all-gather gives all shards to all replicas. No replica receives more than twice the payload, or three times of signs,
+  however many replicas there are. (An all-reduce cannot add integers of two bits, and an all-gather alone would grow
+  with the number of replicas.) The owner of a shard adds the quantization error of its mean to its own error, once for
+  every replica. The mean is therefore exactly the mean of what the replicas count as sent.
 
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
 """
@@ -24,23 +24,25 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
-from .chunks import Piece, chunks_of, joined, sections_of, write
-from .errors import meeting
-from .payloads import Parcel
+from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, write_back
+from .errors import explain_failure
+from .payloads import Payload
 from .settings import CHUNK
 
 
-class Exchange:
-    """Collectives of one process group, and how much they sent.
+class Collectives:
+    """Collectives of one process group, with a count of the bytes sent.
 
     Args:
         group: Process group; ``None`` is the default group.
-        chunk: Numbers that are coded, sent and decoded at a time.
+        chunk: Numbers that are quantized, sent and dequantized at a time.
 
     Attributes:
-        bytes_sent: Payload of this replica so far. An all-reduce of n bytes counts n, an all-gather the replica's own
-            share, an all-to-all what goes to others, a broadcast counts at its source: the mean of a coded tensor of n
-            bytes counts n, however many replicas there are.
+        bytes_sent: Payload of this replica so far. An all-reduce of n bytes counts n, an all-gather this replica's
+            share, an all-to-all what goes to other replicas, a broadcast counts at its source. The mean of a quantized
+            tensor of n bytes thus counts n, however many replicas there are.
+        rank: This replica.
+        world_size: Number of replicas.
     """
 
     def __init__(self, group: ProcessGroup | None = None, chunk: int = CHUNK) -> None:
@@ -51,112 +53,112 @@ class Exchange:
         self._chunk = chunk
 
     def join(self) -> None:
-        """Learn this replica's place in the process group, which must be initialised by now."""
+        """Read rank and world size from the process group, which must be initialised by now."""
         self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     @property
     def backend(self) -> str:
-        """Name of what carries the bytes, such as ``"gloo"``."""
+        """Name of the process group's backend, such as ``"gloo"``."""
         return dist.get_backend(self._group)
 
-    # -- small things -----------------------------------------------------------------------------------------------
+    # -- single tensors ---------------------------------------------------------------------------------------------
 
-    def maximum(self, signal: Tensor) -> None:
+    def all_reduce_max(self, signal: Tensor) -> None:
         """Replace ``signal`` by its element-wise maximum over the replicas."""
         self.bytes_sent += signal.nbytes
-        with meeting("the agreement of a step"):
+        with explain_failure("the RMMC all-reduce"):
             dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
 
-    def gather(self, own: Tensor) -> Tensor:
-        """Everybody's flat tensor, shape (replicas, elements)."""
+    def all_gather(self, own: Tensor) -> Tensor:
+        """The flat tensor of every replica, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
         self.bytes_sent += own.nbytes
-        with record_function("curvadion::exchange"), meeting("an exchange"):
+        with record_function("curvadion::collective"), explain_failure("an all-gather"):
             dist.all_gather(list(gathered), own, group=self._group)
         return gathered
 
-    def gather_objects(self, own: Any) -> list[Any]:
-        """Everybody's object, in the order of the ranks; for errors."""
-        everyone: list[Any] = [None] * self.world_size
-        with meeting("the comparison of models"):
-            dist.all_gather_object(everyone, own, group=self._group)
-        return everyone
+    def all_gather_object(self, own: Any) -> list[Any]:
+        """The object of every replica, by rank. For errors: its bytes are not counted."""
+        gathered: list[Any] = [None] * self.world_size
+        with explain_failure("the comparison of the replicas' models"):
+            dist.all_gather_object(gathered, own, group=self._group)
+        return gathered
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Rank 0's values for everybody, one collective for each dtype."""
+        """Set tensors to rank 0's values, with one collective for each dtype."""
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            alike = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+            members = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.reshape(-1) for tensor in members])
             self.bytes_sent += flat.nbytes if self.rank == 0 else 0
-            with meeting("the broadcast of rank 0's values"):
+            with explain_failure("the broadcast of rank 0's values"):
                 dist.broadcast(flat, src=source, group=self._group)
-            for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+            for tensor, values in zip(members, flat.split([tensor.numel() for tensor in members]), strict=True):
                 tensor.copy_(values.view(tensor.shape))
 
-    # -- means ------------------------------------------------------------------------------------------------------
+    # -- means of payloads ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def average(self, parcels: Sequence[Parcel]) -> None:
-        """Replace what the parcels hold by the mean over the replicas.
+    def average(self, payloads: Sequence[Payload]) -> None:
+        """Replace the tensors of the payloads by their means over the replicas.
 
         Raises:
-            ValueError: A coded tensor of some replica holds a number that is not finite; on all replicas alike.
+            ValueError: A quantized tensor of some replica holds a number that is not finite; raised on all replicas.
         """
-        coded = any(parcel.wire_format not in ("float32", "float64") for parcel in parcels)
-        for pieces in chunks_of(parcels, self._chunk):
-            if not coded:
-                self.reduce(pieces)
+        quantized = any(payload.wire_format not in FULL_WIDTH for payload in payloads)
+        for slices in split_into_chunks(payloads, self._chunk):
+            if not quantized:
+                self.average_by_all_reduce(slices)
             elif self.world_size <= 2:
-                self.exchange_directly(pieces)
+                self.average_by_all_gather(slices)
             else:
-                self.exchange_shards(pieces)
-        for parcel in parcels:
-            parcel.finish()
+                self.average_by_all_to_all(slices)
+        for payload in payloads:
+            payload.finish()
 
-    def reduce(self, pieces: Sequence[Piece]) -> None:
+    def average_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> None:
         """At full width: one all-reduce."""
-        wide = any(parcel.wire_format == "float64" for parcel, _, _ in pieces)
-        flat = joined(pieces, torch.float64 if wide else torch.float32)
+        wide = any(part.payload.wire_format == "float64" for part in slices)
+        flat = flatten(slices, torch.float64 if wide else torch.float32)
         # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         self.bytes_sent += flat.nbytes
-        with record_function("curvadion::exchange"), meeting("an exchange"):
+        with record_function("curvadion::collective"), explain_failure("an all-reduce"):
             dist.all_reduce(flat, group=self._group)
-        write(pieces, flat, None)
+        write_back(slices, flat, None)
 
-    def exchange_directly(self, pieces: Sequence[Piece]) -> None:
-        """Everybody's coded numbers for everybody: one all-gather."""
-        with record_function("curvadion::encode"):
-            sections = sections_of(pieces, shards=1)
-            own = torch.cat([section.encode(section.values) for section in sections])
-        gathered = self.gather(own)
-        widths = [section.width for section in sections]
-        with record_function("curvadion::decode"):
-            for section, arrived, sent in zip(sections, gathered.split(widths, dim=1), own.split(widths), strict=True):
-                section.take_away(sent.unsqueeze(0))
-                section.deliver([section.mean(arrived, shard=0)])
+    def average_by_all_gather(self, slices: Sequence[PayloadSlice]) -> None:
+        """Quantized, up to two replicas: one all-gather."""
+        with record_function("curvadion::quantize"):
+            buckets = buckets_of(slices, shards=1)
+            own = torch.cat([bucket.quantize(bucket.values) for bucket in buckets])
+        gathered = self.all_gather(own)
+        widths = [bucket.width for bucket in buckets]
+        with record_function("curvadion::dequantize"):
+            for bucket, received, sent in zip(buckets, gathered.split(widths, dim=1), own.split(widths), strict=True):
+                bucket.subtract_sent(sent.unsqueeze(0))
+                bucket.write_back([bucket.mean(received, shard=0)])
 
-    def exchange_shards(self, pieces: Sequence[Piece]) -> None:
-        """A shard of everybody's coded numbers for each, and the coded means for all: all-to-all, then all-gather."""
-        with record_function("curvadion::encode"):
-            sections = sections_of(pieces, shards=self.world_size)
-            rows = [torch.stack([section.encode(shard) for shard in section.shards]) for section in sections]
+    def average_by_all_to_all(self, slices: Sequence[PayloadSlice]) -> None:
+        """Quantized, more replicas: an all-to-all of shards, then an all-gather of their quantized means."""
+        with record_function("curvadion::quantize"):
+            buckets = buckets_of(slices, shards=self.world_size)
+            rows = [torch.stack([bucket.quantize(shard) for shard in bucket.shards]) for bucket in buckets]
             outgoing = torch.cat(rows, dim=1)
         incoming = torch.empty_like(outgoing)
         self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
-        with record_function("curvadion::exchange"), meeting("an exchange"):
+        with record_function("curvadion::collective"), explain_failure("an all-to-all"):
             dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
-        widths = [section.width for section in sections]
-        with record_function("curvadion::decode"):
-            arrived = incoming.split(widths, dim=1)
-            means = [section.mean(payloads, self.rank) for section, payloads in zip(sections, arrived, strict=True)]
-        with record_function("curvadion::encode"):
-            own = torch.cat([section.encode_mean(mean) for section, mean in zip(sections, means, strict=True)])
-        gathered = self.gather(own).split([section.mean_width for section in sections], dim=1)
-        with record_function("curvadion::decode"):
-            for section, mean, arrived_means, sent in zip(sections, means, gathered, rows, strict=True):
-                section.take_away(sent)
-                decoded = [section.decode_mean(payload, shard) for shard, payload in enumerate(arrived_means)]
-                section.shards[self.rank].add_(mean - decoded[self.rank], alpha=self.world_size)
-                section.deliver(decoded)
+        widths = [bucket.width for bucket in buckets]
+        with record_function("curvadion::dequantize"):
+            received = incoming.split(widths, dim=1)
+            means = [bucket.mean(packed, self.rank) for bucket, packed in zip(buckets, received, strict=True)]
+        with record_function("curvadion::quantize"):
+            own = torch.cat([bucket.quantize_mean(mean) for bucket, mean in zip(buckets, means, strict=True)])
+        gathered = self.all_gather(own).split([bucket.mean_width for bucket in buckets], dim=1)
+        with record_function("curvadion::dequantize"):
+            for bucket, mean, packed_means, sent in zip(buckets, means, gathered, rows, strict=True):
+                bucket.subtract_sent(sent)
+                shard_means = [bucket.dequantize_mean(packed, shard) for shard, packed in enumerate(packed_means)]
+                bucket.shards[self.rank].add_(mean - shard_means[self.rank], alpha=self.world_size)
+                bucket.write_back(shard_means)

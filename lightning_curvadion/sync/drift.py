@@ -1,4 +1,4 @@
-"""Drift: how far a replica had gone from the others when it met them again."""
+"""Drift: the distance of a replica's parameters to the consensus, just before it takes the consensus over."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 
 class DriftMeter:
     r"""Measures :math:`\|x_i - \bar x\| / \|\bar x\|` while the parameters :math:`x_i` of a replica become the
-    consensus :math:`\bar x`: both are at hand then, and nothing is sent for it.
+    consensus :math:`\bar x`. Both are in memory then, so the measurement sends nothing.
 
     Example:
         >>> meter = DriftMeter()
@@ -17,22 +17,29 @@ class DriftMeter:
     """
 
     def __init__(self) -> None:
-        # (distance, norm) of each part; on the device, since nobody may be asking.
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        # (distance, norm) of each part. They stay on the device, since the drift may never be read.
+        self._norms: list[tuple[Tensor, Tensor]] = []
 
     def start(self) -> None:
-        """Forget the meeting before."""
-        self._parts = []
+        """Begin a new measurement."""
+        self._norms = []
 
     def observe(self, own: Tensor, consensus: Tensor) -> None:
-        """A part of the parameters, before and after; flat, of equal length."""
-        apart = torch.linalg.vector_norm(own - consensus, dtype=torch.float32)
-        self._parts.append((apart, torch.linalg.vector_norm(consensus, dtype=torch.float32)))
+        """Add a part of the parameters.
+
+        Args:
+            own: This replica's values, flat.
+            consensus: The consensus of the same elements.
+        """
+        distance = torch.linalg.vector_norm(own - consensus, dtype=torch.float32)
+        self._norms.append((distance, torch.linalg.vector_norm(consensus, dtype=torch.float32)))
 
     @property
     def drift(self) -> float | None:
-        """Of the last meeting; ``None`` where parameters have not met."""
-        if not self._parts:
+        """The relative distance; ``None`` where no parameters were synchronised. Reading it waits for the device."""
+        if not self._norms:
             return None
-        apart, norm = (torch.linalg.vector_norm(torch.stack(list(norms))) for norms in zip(*self._parts, strict=True))
-        return (apart / norm.clamp_min(torch.finfo(norm.dtype).tiny)).item()
+        distance, norm = (
+            torch.linalg.vector_norm(torch.stack(list(norms))) for norms in zip(*self._norms, strict=True)
+        )
+        return (distance / norm.clamp_min(torch.finfo(norm.dtype).tiny)).item()

@@ -1,13 +1,13 @@
-"""What to say when a collective fails because another replica is gone, or does not come."""
+"""The error of a collective that fails because another rank has ended or does not arrive."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
-# What the backends write; they raise nothing more telling than RuntimeError.
-_LATE = ("timed out", "timeout")
-_LOST = (
+# The backends raise RuntimeError for everything; only the text says why.
+_TIMEOUTS = ("timed out", "timeout")
+_LOST_CONNECTIONS = (
     "connection closed by peer",
     "connection reset by peer",
     "broken pipe",
@@ -21,34 +21,35 @@ _LOST = (
 
 
 class ReplicaLostError(RuntimeError):
-    """Another replica died, or stayed away longer than the process group waits: this one cannot go on alone."""
+    """Another rank has ended, or did not arrive within the process group's timeout: this rank cannot go on alone."""
 
 
 @contextmanager
-def meeting(purpose: str) -> Iterator[None]:
-    """Say of a collective that fails inside what it was for.
+def explain_failure(collective: str) -> Iterator[None]:
+    """Turn the backend's error of a lost or stalled rank into one that says what to do.
 
     Args:
-        purpose: What the replicas meet for, such as ``"the agreement of a step"``.
+        collective: Which collective the block runs, for the error: ``"the RMMC all-reduce"``.
 
     Raises:
-        ReplicaLostError: In place of the backend's error, where that is about another replica.
+        ReplicaLostError: In place of the backend's error, where that is about another rank.
     """
     try:
         yield
+    except ReplicaLostError:
+        raise
     except RuntimeError as error:
-        said = str(error).strip()
-        if isinstance(error, ReplicaLostError):
-            raise
+        reason = str(error).strip()
         rank = dist.get_rank() if dist.is_initialized() else 0
-        if any(words in said.lower() for words in _LATE):
+        if any(words in reason.lower() for words in _TIMEOUTS):
             raise ReplicaLostError(
-                f"rank {rank}: {purpose} timed out: a replica did not come within the process group's timeout"
-                f" (the strategy's `timeout`). It is stalled, or lost without closing its connection. ({said})"
+                "Check whether another rank is stalled or its machine is gone; if it is only slow, raise the strategy's"
+                f" `timeout`. On rank {rank} {collective} timed out: another rank did not arrive. ({reason})"
             ) from error
-        if any(words in said.lower() for words in _LOST):
+        if any(words in reason.lower() for words in _LOST_CONNECTIONS):
             raise ReplicaLostError(
-                f"rank {rank}: lost a peer during {purpose}: another replica has ended, and its own output says why."
-                f" Start again from the newest checkpoint; torchrun --max-restarts does. ({said})"
+                "Read the output of the other ranks: one of them has ended, and its last lines say why. Then restart"
+                " from the newest checkpoint, as torchrun --max-restarts does."
+                f" Rank {rank} lost the connection to another rank during {collective}. ({reason})"
             ) from error
         raise

@@ -1,12 +1,12 @@
-"""What travels: a parcel says what one tensor sends and what becomes of the mean that comes back.
+"""Payloads: what one tensor sends, and what becomes of the mean that comes back.
 
-A parcel is read and written a range of its flat elements at a time, so that an exchange can go in chunks. The mean it
-is given is exactly the mean of what the replicas sent, which coding makes a little different from what they had; what
-it is told it *lost* is that difference for this replica. Kept and sent another time, nothing is ever lost, only late
+A payload is read and written by ranges of its flat elements, so that large tensors can travel in chunks. The mean that
+arrives is exactly the mean of what the replicas sent. Quantization makes what a replica sends differ from its values;
+this difference is the replica's quantization error. Stored and sent with the next payload, it is late but not lost
 (error feedback: Seide et al., 2014; Karimireddy et al., 2019, arXiv:1901.09847).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from . import quantization
 from .drift import DriftMeter
 
 
-class Parcel:
-    """One tensor of an exchange.
+class Payload:
+    """One tensor of a collective.
 
     Args:
-        name: What to call the tensor in an error.
-        numel: Its number of elements.
-        wire_format: How it is coded.
+        name: The tensor's name in errors.
+        numel: Number of its elements.
+        wire_format: Format of its elements on the wire.
     """
 
     def __init__(self, name: str, numel: int, wire_format: str) -> None:
@@ -30,19 +30,26 @@ class Parcel:
         self.wire_format = wire_format
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The elements to send, flat."""
+        """The flat elements from ``start`` to ``stop``, to send."""
         raise NotImplementedError
 
-    def write(self, start: int, stop: int, mean: Tensor, lost: Tensor | None) -> None:
-        """Take the mean over the replicas, and what this replica meant to send and did not (``None`` for nothing)."""
+    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:
+        """Take over the mean over the replicas.
+
+        Args:
+            start: First of the flat elements.
+            stop: End of the flat elements.
+            mean: Mean of these elements.
+            error: Quantization error of this replica: its values less what it sent; ``None`` at full width.
+        """
         raise NotImplementedError
 
     def finish(self) -> None:
-        """All elements are written."""
+        """Called once, after all elements are written."""
 
 
-class Averaged(Parcel):
-    """A tensor that becomes the mean, in place; what coding loses of it is gone."""
+class TensorPayload(Payload):
+    """A tensor that becomes the mean, in place. Its quantization error is dropped."""
 
     def __init__(
         self, name: str, tensor: Tensor, wire_format: str = "float32", meter: DriftMeter | None = None
@@ -55,7 +62,7 @@ class Averaged(Parcel):
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self._flat[start:stop]
 
-    def write(self, start: int, stop: int, mean: Tensor, lost: Tensor | None) -> None:  # noqa: D102
+    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._meter is not None:
             self._meter.observe(self._flat[start:stop], mean)
         self._flat[start:stop].copy_(mean)
@@ -65,8 +72,11 @@ class Averaged(Parcel):
             self._tensor.copy_(self._flat.view(self._tensor.shape))
 
 
-class Integers(Parcel):
-    """An integer or boolean tensor that becomes rank 0's: its bytes travel as small numbers, other ranks' as zeros."""
+class IntegerPayload(Payload):
+    """An integer or boolean tensor that becomes rank 0's.
+
+    The bytes of rank 0 travel as small numbers, those of the other ranks as zeros, so that the mean restores rank 0's.
+    """
 
     def __init__(self, name: str, tensor: Tensor, rank: int, world_size: int) -> None:
         self._tensor = tensor
@@ -76,18 +86,18 @@ class Integers(Parcel):
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self._numbers[start:stop]
 
-    def write(self, start: int, stop: int, mean: Tensor, lost: Tensor | None) -> None:  # noqa: D102
+    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         self._numbers[start:stop].copy_(mean)
 
     def finish(self) -> None:  # noqa: D102
         self._tensor.copy_(quantization.numbers_to_integers(self._numbers, like=self._tensor))
 
 
-class Factor(Parcel):
-    """A stack of factors, shape (k, m, r): ``mean`` is the replicas', and the factor becomes what this replica sent.
+class FactorPayload(Payload):
+    """A stack of factors, shape (k, m, r). The factor itself becomes what this replica sent of it.
 
-    It travels column by column: the columns of a factor differ in length by orders of magnitude, and a block whose
-    elements share a step must not mix them.
+    It travels column by column. The columns of a factor differ in length by orders of magnitude, and the elements of a
+    quantization block share one step, so a block must not mix columns.
     """
 
     def __init__(self, name: str, factor: Tensor, wire_format: str) -> None:
@@ -95,38 +105,38 @@ class Factor(Parcel):
         self._factor = factor
         self._columns = factor.mT.clone(memory_format=torch.contiguous_format)
         self._flat = self._columns.view(-1)
-        self._lost = torch.zeros_like(self._columns) if self.wire_format == wire_format != "float32" else None
+        self._error = torch.zeros_like(self._columns) if self.wire_format == wire_format != "float32" else None
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the factors, shape (k, m, r), once the exchange is over."""
+        """Mean of the replicas' factors, shape (k, m, r), once :meth:`finish` was called."""
         return self._columns.mT
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self._flat[start:stop]
 
-    def write(self, start: int, stop: int, mean: Tensor, lost: Tensor | None) -> None:  # noqa: D102
+    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         self._flat[start:stop].copy_(mean)
-        if self._lost is not None and lost is not None:
-            self._lost.view(-1)[start:stop].copy_(lost)
+        if self._error is not None and error is not None:
+            self._error.view(-1)[start:stop].copy_(error)
 
     def finish(self) -> None:  # noqa: D102
-        if self._lost is not None:
-            self._factor.sub_(self._lost.mT)
+        if self._error is not None:
+            self._factor.sub_(self._error.mT)
 
 
-class Displacement(Parcel):
-    """What a parameter moved since the last consensus, and what coding kept back of earlier moves.
+class DisplacementPayload(Payload):
+    """What a parameter moved since the last consensus, plus the error-feedback residual of earlier sync steps.
 
     Args:
-        name: Of the parameter.
-        parameter: Afterwards anchor + mean, the same bits on all replicas.
-        anchor: Where the replicas last agreed, contiguous; moves by the mean.
-        wire_format: How the displacement is coded.
-        residual: What was not sent yet, contiguous; becomes what coding lost this time. ``None`` to send the
-            displacement alone.
-        outer_step: Turns a range of the mean into the move to make.
-        meter: Sees where the parameter was and where it goes.
+        name: The parameter's name.
+        parameter: Becomes anchor + mean: the same bits on all replicas.
+        anchor: Value at the last consensus, contiguous; moves by the mean.
+        wire_format: Format of the displacement on the wire.
+        residual: Error-feedback residual, contiguous; becomes the quantization error of this time. ``None`` to send
+            the displacement alone.
+        outer_step: Turns a range of the mean into the move to make; ``None`` moves by the mean.
+        meter: Measures the drift of the parameter.
     """
 
     def __init__(
@@ -139,8 +149,8 @@ class Displacement(Parcel):
         outer_step: Callable[[Tensor, int, int], Tensor] | None,
         meter: DriftMeter | None = None,
     ) -> None:
-        plain = full_width(parameter) if wire_format == "float32" else wire_format
-        super().__init__(f"displacement of {name}", parameter.numel(), plain)
+        wire_format = full_width(parameter) if wire_format == "float32" else wire_format
+        super().__init__(f"displacement of {name}", parameter.numel(), wire_format)
         self._parameter = parameter.detach()
         self._flat = self._parameter.reshape(-1)
         self._anchor = anchor.view(-1)
@@ -149,14 +159,14 @@ class Displacement(Parcel):
         self._meter = meter
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        # From where the parameter was put, which is the anchor only to the parameter's precision.
+        # A narrow parameter started from the rounded anchor, not from the anchor.
         anchor = self._anchor[start:stop]
         displacement = self._flat[start:stop].to(anchor.dtype) - anchor.to(self._flat.dtype).to(anchor.dtype)
         return displacement if self._residual is None else displacement.add_(self._residual[start:stop])
 
-    def write(self, start: int, stop: int, mean: Tensor, lost: Tensor | None) -> None:  # noqa: D102
-        if self._residual is not None and lost is not None:
-            self._residual[start:stop].copy_(lost)
+    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
+        if self._residual is not None and error is not None:
+            self._residual[start:stop].copy_(error)
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
         if self._meter is not None:
@@ -167,5 +177,19 @@ class Displacement(Parcel):
 
 
 def full_width(tensor: Tensor) -> str:
-    """The plain format that loses nothing of a tensor."""
+    """The format that sends a tensor without rounding it."""
     return "float64" if tensor.dtype == torch.float64 else "float32"
+
+
+def full_width_payloads(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[Payload]:
+    """Payloads of tensors that become their exact mean, and of integer tensors that become rank 0's.
+
+    Args:
+        tensors: By name, the same on every rank.
+        rank: This replica.
+        world_size: Number of replicas.
+    """
+    return [
+        TensorPayload(name, tensor) if tensor.is_floating_point() else IntegerPayload(name, tensor, rank, world_size)
+        for name, tensor in tensors.items()
+    ]

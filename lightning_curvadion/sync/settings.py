@@ -1,4 +1,4 @@
-"""What a user can choose about a sync, checked when it is said and not when it is needed."""
+"""The settings of a sync hook, checked when they are given and not when they are first used."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 from ..optim.parameter_groups import check_choice
 from .quantization import WIRE_FORMATS
 
-# As types, so that a command line offers them.
+# Literals, so that a command line lists the choices.
 Consensus = Literal["average", "factors", "none"]
 Momentum = Literal["factors", "dion", "average", "local"]
 ResidualDtype = Literal["float32", "bfloat16"]
 _RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Numbers on their way at a time, so 64 MiB of float32: enough to fill any network, little beside a model.
+# Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 
 
@@ -53,7 +53,7 @@ class SyncSettings:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.steps_outside and self.consensus != "average":
+        if self.has_outer_step and self.consensus != "average":
             raise ValueError(f'an outer step needs consensus="average", not {self.consensus!r}')
         if self.consensus == "none" and self.momentum not in ("factors", "dion"):
             raise ValueError(f'consensus="none" implies momentum="dion", not {self.momentum!r}')
@@ -70,17 +70,17 @@ class SyncSettings:
             )
 
     @property
-    def steps_outside(self) -> bool:
-        """Whether an averaged displacement is more than taken."""
+    def has_outer_step(self) -> bool:
+        """Whether the averaged displacement goes through an outer step."""
         return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
 
     @property
     def needs_anchors(self) -> bool:
-        """Whether parameters meet as displacements."""
-        coded = self.consensus == "average" and self.wire_format != "float32"
-        return self.consensus == "factors" or self.steps_outside or coded
+        """Whether parameters are averaged through their displacements."""
+        quantized = self.consensus == "average" and self.wire_format != "float32"
+        return self.consensus == "factors" or self.has_outer_step or quantized
 
     @property
     def dtype_of_residuals(self) -> torch.dtype:
-        """``residual_dtype`` as torch has it."""
+        """``residual_dtype`` as a ``torch.dtype``."""
         return _RESIDUAL_DTYPES[self.residual_dtype]

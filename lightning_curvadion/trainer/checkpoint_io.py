@@ -1,4 +1,4 @@
-"""WholeCheckpointIO: a checkpoint file is complete, or not there."""
+"""AtomicCheckpointIO: a checkpoint file is complete, or not there."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, moved into place only once they are written.
 
     A local file is written beside its place, under its name with a dot before and ``.part`` behind, reaches the disk,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 
-class ConsensusFirst(Callback):
+class ConsensusCallback(Callback):
     """Stands before all other callbacks, so that whoever looks at the module from there finds the consensus.
 
     The strategy's own hooks come after everybody else's, when a callback may have saved, evaluated or replaced the

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 STOP, REQUEUE = 0.5, 0.75
 
 
-class SharedSignals:
+class StopRequests:
     """Takes the place of Lightning's handlers of SIGTERM and of SLURM's requeue signal while a Trainer fits.
 
     Args:
@@ -56,21 +56,21 @@ class SharedSignals:
     def _note_stop(self, signum: int, _: FrameType | None) -> None:
         log.info(f"rank {self._sync.rank}: SIGTERM; all replicas stop after their next step")
         launcher = self._trainer.strategy.launcher
-        if not self._sync.wish and launcher is not None:
+        if not self._sync.agreement.stop_request and launcher is not None:
             launcher.kill(signal.Signals(signum))
-        self._sync.wish = max(self._sync.wish, STOP)
+        self._sync.agreement.stop_request = max(self._sync.agreement.stop_request, STOP)
 
     def _note_requeue(self, signum: int, _: FrameType | None) -> None:
         log.info(f"rank {self._sync.rank}: requeue; all replicas save their consensus after their next step")
         self._requeue_signal = signum
-        self._sync.wish = REQUEUE
+        self._sync.agreement.stop_request = REQUEUE
 
     def heed(self) -> None:
         """Do what some replica was told; every rank calls it after every batch."""
-        if self._sync.heard == REQUEUE:
-            self._sync.wish = self._sync.heard = 0.0
+        if self._sync.agreement.agreed_request == REQUEUE:
+            self._sync.agreement.stop_request = self._sync.agreement.agreed_request = 0.0
             self._connector._slurm_sigusr_handler_fn(self._requeue_signal, None)  # type: ignore[arg-type]
-        elif self._sync.heard == STOP:
+        elif self._sync.agreement.agreed_request == STOP:
             self.stopping = True
             # The loop ends with this batch.
             self._connector.received_sigterm = True

@@ -22,13 +22,13 @@ from torch.profiler import record_function
 from typing_extensions import override
 
 from ..optim.curvadion import CurvaDion
-from ..sync.errors import meeting
+from ..sync.errors import explain_failure
 from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormat
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
-from .checkpoint_io import WholeCheckpointIO
-from .consensus_callback import ConsensusFirst, moving_averages
-from .signals import SharedSignals
+from .checkpoint_io import AtomicCheckpointIO
+from .consensus_callback import ConsensusCallback, moving_averages
+from .signals import StopRequests
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class CurvaDionStrategy(DDPStrategy):
         }
         self.sync = self._new_sync()
         self._callbacks: list[pl.Callback] = []
-        self._signals: SharedSignals | None = None
+        self._signals: StopRequests | None = None
         self._training = False
 
     def _new_sync(self, codable: bool = True) -> ProcessGroupSync:
@@ -183,10 +183,10 @@ class CurvaDionStrategy(DDPStrategy):
             self.sync.include_module(self.lightning_module)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._signals = SharedSignals(trainer, self.sync)
+        self._signals = StopRequests(trainer, self.sync)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, ConsensusFirst) for callback in self._callbacks):
-            self._callbacks.insert(0, ConsensusFirst(self.meet, self._heed_signals))
+        if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
+            self._callbacks.insert(0, ConsensusCallback(self.meet, self._heed_signals))
 
     def _share_overflows(self) -> None:
         """A scaler of which every replica has the same scale: where one overflows, all skip the step."""
@@ -279,9 +279,9 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def checkpoint_io(self) -> CheckpointIO:
         if self._checkpoint_io is None:
-            self._checkpoint_io = WholeCheckpointIO()
+            self._checkpoint_io = AtomicCheckpointIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = WholeCheckpointIO()
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -301,21 +301,21 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def barrier(self, *args: Any, **options: Any) -> None:
         if not self._alone:
-            with meeting(f"the barrier {args[0]!r}" if args else "a barrier"):
+            with explain_failure(f"the barrier {args[0]!r}" if args else "a barrier"):
                 super().barrier(*args, **options)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         if self._alone:
             return obj
-        with meeting("a broadcast"):
+        with explain_failure("a broadcast"):
             return super().broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
         if self._alone:
             return tensor
-        with meeting("a reduction of metrics"):
+        with explain_failure("a reduction of metrics"):
             return super().reduce(tensor, *args, **options)
 
     @classmethod

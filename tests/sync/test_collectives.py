@@ -8,8 +8,8 @@ from replicas import counted_collectives
 from lightning_curvadion import EveryNSteps
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.chunks import MEAN_FORMAT
-from lightning_curvadion.sync.collectives import Exchange
-from lightning_curvadion.sync.payloads import Averaged, Displacement
+from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.payloads import DisplacementPayload, TensorPayload
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
 SIZES = [(3, 5), (1000,), (), (129,), (64, 7), (1,)]
@@ -24,12 +24,12 @@ def averaged(rank, world, chunk):
     """Each format by itself: what came out, the collectives, and what was counted."""
     answers = {}
     for wire_format in quantization.WIRE_FORMATS:
-        exchange = Exchange(chunk=chunk)
-        exchange.join()
+        collectives = Collectives(chunk=chunk)
+        collectives.join()
         tensors = values(rank)
         with counted_collectives() as calls:
-            exchange.average([Averaged("tensor", tensor, wire_format) for tensor in tensors])
-        answers[wire_format] = tensors, list(calls), exchange.bytes_sent
+            collectives.average([TensorPayload("tensor", tensor, wire_format) for tensor in tensors])
+        answers[wire_format] = tensors, list(calls), collectives.bytes_sent
     return answers
 
 
@@ -54,8 +54,8 @@ def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replica
             assert len(calls) == (1 if wire_format == "float32" or world <= 2 else 2) * chunks
             # Shards are filled up to whole blocks: at most one block for each replica and chunk.
             mean_format = MEAN_FORMAT.get(wire_format, wire_format) if world > 2 else wire_format
-            padding = world * quantization.encoded_bytes(quantization.block_of(wire_format), mean_format) * chunks
-            to_others, mean = (quantization.encoded_bytes(numel, name) for name in (wire_format, mean_format))
+            padding = world * quantization.quantized_bytes(quantization.block_of(wire_format), mean_format) * chunks
+            to_others, mean = (quantization.quantized_bytes(numel, name) for name in (wire_format, mean_format))
             payload = (to_others * (world - 1) + mean) / world
             assert 0.99 * payload <= sent <= payload + 2 * padding
             received = sum((world - 1) * size if name == "all_gather" else size for name, size in calls)
@@ -64,8 +64,8 @@ def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replica
 
 def moves(rank, world, steps, residual_dtype):
     """Random moves of one parameter for each format, all in one exchange: what arrived, what is kept, and the moves."""
-    exchange = Exchange()
-    exchange.join()
+    collectives = Collectives()
+    collectives.join()
     generator = torch.Generator().manual_seed(rank)
     parameters, anchors, residuals, moved = ({f: torch.zeros(40, 10) for f in CODED} for _ in range(4))
     residuals = {f: residual.to(residual_dtype) for f, residual in residuals.items()}
@@ -75,7 +75,7 @@ def moves(rank, world, steps, residual_dtype):
             before = parameter.clone()
             parameter += torch.randn(40, 10, generator=generator) * 0.01 * (1 + rank)
             moved[wire_format] += parameter.double() - before
-        exchange.average([Displacement(f, parameters[f], anchors[f], f, residuals[f], None) for f in CODED])
+        collectives.average([DisplacementPayload(f, parameters[f], anchors[f], f, residuals[f], None) for f in CODED])
     return {f: (parameters[f].double(), residuals[f].double(), moved[f]) for f in CODED}
 
 

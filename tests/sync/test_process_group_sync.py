@@ -256,19 +256,19 @@ def test_a_lost_peer_is_an_error_and_not_a_hang(replicas):
         replicas.run(2, lost_peer, timeout=50)
 
 
-def wishing(rank, world):
+def requesting(rank, world):
     model, optimizer = build(hook={}, trigger=EveryNSteps(3))
-    heard = []
-    for step, wish in enumerate((0.0, 0.5 if rank == 1 else 0.0, 0.0, 0.75 if rank == 0 else 0.5)):
-        optimizer.sync_hook.wish = wish
+    agreed = []
+    for step, request in enumerate((0.0, 0.5 if rank == 1 else 0.0, 0.0, 0.75 if rank == 0 else 0.5)):
+        optimizer.sync_hook.agreement.stop_request = request
         train_step(model, optimizer, step, shard=rank)
-        heard.append(optimizer.sync_hook.heard)
+        agreed.append(optimizer.sync_hook.agreement.agreed_request)
     model.head.weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         train_step(model, optimizer, 4, shard=rank)
-    return heard
+    return agreed
 
 
-def test_a_wish_of_one_rank_is_heard_by_all_in_the_next_step_and_a_fault_is_louder(replicas):
-    for heard in replicas.run(2, wishing):
-        assert heard == [0.0, 0.5, 0.0, 0.75]
+def test_all_ranks_agree_on_a_stop_request_of_one_in_the_next_step_and_a_bad_gradient_outranks_it(replicas):
+    for agreed in replicas.run(2, requesting):
+        assert agreed == [0.0, 0.5, 0.0, 0.75]

@@ -14,23 +14,23 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2, "sign": 
 
 
 def there_and_back(tensor, wire_format):
-    return quantization.decode(quantization.encode(tensor, wire_format), wire_format, tensor.numel())
+    return quantization.dequantize(quantization.quantize(tensor, wire_format), wire_format, tensor.numel())
 
 
 @pytest.mark.parametrize("wire_format", quantization.WIRE_FORMATS)
 @pytest.mark.parametrize("numel", [0, 1, 2, 7, 63, 64, 65, 127, 128, 129, 1000, 2**17 + 1, 3 * 2**17])
 def test_sizes(wire_format, numel):
     tensor = torch.randn(numel)
-    payload = quantization.encode(tensor, wire_format)
+    payload = quantization.quantize(tensor, wire_format)
     block = quantization.block_of(wire_format)
     steps = 2 * math.ceil(numel / block) if block > 1 else 0
     assert payload.dtype == torch.uint8
     assert payload.shape == (math.ceil(numel * BITS[wire_format] / 8) + steps,)
-    assert payload.numel() == quantization.encoded_bytes(numel, wire_format)
-    decoded = quantization.decode(payload, wire_format, numel)
+    assert payload.numel() == quantization.quantized_bytes(numel, wire_format)
+    decoded = quantization.dequantize(payload, wire_format, numel)
     assert decoded.shape == (numel,) and decoded.dtype == torch.float32
     out = torch.empty(numel)
-    assert quantization.decode(payload, wire_format, numel, out=out) is out and torch.equal(out, decoded)
+    assert quantization.dequantize(payload, wire_format, numel, out=out) is out and torch.equal(out, decoded)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_very_small_and_very_large_numbers_stay_finite(wire_format, size):
 def test_a_number_that_is_not_finite_is_refused_by_name(wire_format, bad, position):
     tensor = torch.randn(3, 100)
     tensor.view(-1)[position] = bad
-    with pytest.raises(ValueError, match=r"layer\.weight cannot be coded: it holds NaN"):
-        quantization.encode(tensor, wire_format, name="layer.weight")
+    with pytest.raises(ValueError, match=r"layer\.weight holds NaN.* cannot be quantized"):
+        quantization.quantize(tensor, wire_format, name="layer.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -145,7 +145,7 @@ def test_down_to_four_bits_the_step_stays_close(wire_format):
 @pytest.mark.parametrize("wire_format", CODED)
 def test_a_gpu_codes_like_a_cpu(wire_format):
     tensor = torch.randn(100_003)
-    coded = quantization.encode(tensor.cuda(), wire_format)
-    decoded = quantization.decode(coded, wire_format, tensor.numel())
+    coded = quantization.quantize(tensor.cuda(), wire_format)
+    decoded = quantization.dequantize(coded, wire_format, tensor.numel())
     torch.testing.assert_close(decoded.cpu(), there_and_back(tensor, wire_format), rtol=2**-7, atol=0.02)
-    assert torch.equal(quantization.decode(coded.cpu(), wire_format, tensor.numel()), decoded.cpu())
+    assert torch.equal(quantization.dequantize(coded.cpu(), wire_format, tensor.numel()), decoded.cpu())

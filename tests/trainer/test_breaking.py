@@ -4,7 +4,7 @@ import breaking
 import pytest
 import torch
 
-from lightning_curvadion.trainer.checkpoint_io import WholeCheckpointIO
+from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
 
 
 @pytest.mark.parametrize(("world", "where"), [(2, "forward"), (3, "exchange"), (2, "agreement")])
@@ -48,7 +48,7 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(Exception, match=r"pickle|local"):
-        WholeCheckpointIO().save_checkpoint({"x": lambda: None}, tmp_path / "a.ckpt")
+        AtomicCheckpointIO().save_checkpoint({"x": lambda: None}, tmp_path / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
-    WholeCheckpointIO().save_checkpoint({"x": torch.ones(2)}, tmp_path / "deep" / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"x": torch.ones(2)}, tmp_path / "deep" / "a.ckpt")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.ckpt"]

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from ...sync.chunks import chunks_of, joined, write
+from ...sync.chunks import flatten, split_into_chunks, write_back
 from ...sync.collectives import Collectives
-from ...sync.payloads import Averaged, Displacement
+from ...sync.payloads import DisplacementPayload, TensorPayload
 from .run_setup import PlanError, PlanningCLI, one_line_errors, quiet_trainer
 
 _WARM_UP, _STEPS = 2, 8
@@ -30,7 +30,7 @@ class _Echo(Collectives):
         self.world_size = 2
 
     @override
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         return own.repeat(2, 1)
 
 
@@ -56,11 +56,11 @@ def coding_seconds(wire_format: str, device: torch.device, numel: int = 2**20) -
         _settle(device)
         start = time.perf_counter()
         if wire_format == "float32":
-            whole = Averaged("speed", parameter)
-            for pieces in chunks_of([whole], numel):
-                write(pieces, joined(pieces, torch.float32).div_(2), None)
+            whole = TensorPayload("speed", parameter)
+            for slices in split_into_chunks([whole], numel):
+                write_back(slices, flatten(slices, torch.float32).div_(2), None)
         else:
-            _Echo(numel).average([Displacement("speed", parameter, anchor, wire_format, residual, None)])
+            _Echo(numel).average([DisplacementPayload("speed", parameter, anchor, wire_format, residual, None)])
         _settle(device)
         spent.append(time.perf_counter() - start)
     return statistics.median(spent[1:]) / numel

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ...optim.curvadion import CurvaDion
 from ...optim.triggers import EveryNSteps, LocalStepCap
-from ...sync.chunks import Piece, Section, sections_of
+from ...sync.chunks import Bucket, PayloadSlice, buckets_of
 from ...sync.collectives import Collectives
-from ...sync.payloads import Factor, Parcel
+from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.settings import SyncSettings
 from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
@@ -62,46 +63,46 @@ class Tally(Collectives):
         self.world_size = replicas
         self.traffic = Traffic()
 
-    def maximum(self, signal: Tensor) -> None:  # noqa: D102
+    def all_reduce_max(self, signal: Tensor) -> None:  # noqa: D102
         self._note(ALL_REDUCE, signal.nbytes, counted=signal.nbytes)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         """Nobody's tensors: shape (0, elements)."""
         return own.new_empty(0, own.numel())
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:  # noqa: D102
         pass
 
-    def average(self, parcels: Sequence[Parcel]) -> None:  # noqa: D102
-        factors = sum(parcel.numel for parcel in parcels if isinstance(parcel, Factor))
-        buffered = min(self._chunk, sum(parcel.numel for parcel in parcels))
+    def average(self, payloads: Sequence[Payload]) -> None:  # noqa: D102
+        factors = sum(payload.numel for payload in payloads if isinstance(payload, FactorPayload))
+        buffered = min(self._chunk, sum(payload.numel for payload in payloads))
         needed = 4 * (2 * factors + _COPIES_OF_A_CHUNK * buffered)
         self.traffic.temporaries = max(self.traffic.temporaries, needed)
-        super().average(parcels)
+        super().average(payloads)
 
-    def reduce(self, pieces: Sequence[Piece]) -> None:  # noqa: D102
-        width = 8 if any(parcel.wire_format == "float64" for parcel, _, _ in pieces) else 4
-        numel = sum(stop - start for _, start, stop in pieces)
+    def average_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
+        width = 8 if any(payload.wire_format == "float64" for payload, _, _ in slices) else 4
+        numel = sum(stop - start for _, start, stop in slices)
         self.traffic.numbers["float32"] += numel
         self._note(ALL_REDUCE, width * numel, counted=width * numel)
 
-    def exchange_directly(self, pieces: Sequence[Piece]) -> None:  # noqa: D102
-        sections = self._coded(pieces, shards=1)
-        own = sum(section.width for section in sections)
+    def average_by_all_gather(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
+        wire_buckets = self._coded(slices, shards=1)
+        own = sum(bucket.width for bucket in wire_buckets)
         self._note(ALL_GATHER, own, counted=own)
 
-    def exchange_shards(self, pieces: Sequence[Piece]) -> None:  # noqa: D102
-        sections = self._coded(pieces, shards=self.world_size)
-        outgoing = self.world_size * sum(section.width for section in sections)
-        mean = sum(section.mean_width for section in sections)
+    def average_by_all_to_all(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
+        wire_buckets = self._coded(slices, shards=self.world_size)
+        outgoing = self.world_size * sum(bucket.width for bucket in wire_buckets)
+        mean = sum(bucket.mean_width for bucket in wire_buckets)
         self._note(ALL_TO_ALL, outgoing, counted=outgoing // self.world_size * (self.world_size - 1))
         self._note(ALL_GATHER, mean, counted=mean)
 
-    def _coded(self, pieces: Sequence[Piece], shards: int) -> list[Section]:
-        sections = sections_of(pieces, shards)
-        for section in sections:
-            self.traffic.numbers[section.wire_format] += section.values.numel()
-        return sections
+    def _coded(self, slices: Sequence[PayloadSlice], shards: int) -> list[Bucket]:
+        wire_buckets = buckets_of(slices, shards)
+        for bucket in wire_buckets:
+            self.traffic.numbers[bucket.wire_format] += bucket.values.numel()
+        return wire_buckets
 
     def _note(self, kind: str, nbytes: int, counted: int) -> None:
         self.traffic.collectives.append(Collective(kind, nbytes))
@@ -117,22 +118,19 @@ class Rehearsal(ProcessGroupSync):
     """
 
     def __init__(self, settings: SyncSettings, replicas: int) -> None:
-        super().__init__(group=None, **vars(settings))
         self.tally = Tally(replicas, settings.chunk)
-        self._collectives = self.tally
+        super().__init__(group=None, **vars(settings))
+
+    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
+        return self.tally
 
     def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
         optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer))
 
     def agree(self, signal: Tensor) -> tuple[float, float]:
         """No fault anywhere, and no RMMC to speak of."""
-        self.tally.maximum(signal)
+        self.tally.all_reduce_max(signal)
         return 0.0, 0.0
-
-    @property
-    def anchor_bytes(self) -> int:
-        """Memory of the last consensus, if one is kept."""
-        return sum(anchor.nbytes for anchor in self._anchors._anchor.values())
 
 
 @dataclass(frozen=True)

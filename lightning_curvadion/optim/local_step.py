@@ -1,0 +1,75 @@
+"""The local step: every parameter steps with this replica's own gradient and momentum. Nothing is sent."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import adamw_lion, dion
+from .matrix_stacks import MatrixStack
+from .optimizer_state import StackedOptimizer
+
+
+def local_step(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], force_dion: bool = False) -> bool:
+    """Step every parameter of one replica.
+
+    Args:
+        optimizer: Holds the groups and their state.
+        stacks: Its matrices.
+        force_dion: Take Dion's step also where ``local_update="sgd"``, as a sync step does.
+
+    Returns:
+        Whether a right factor Q has changed, which then differs between replicas.
+    """
+    changed_Q = False
+    for stack in stacks:
+        stack.accumulate()
+        if stack.group["local_update"] == "sgd" and not force_dion:
+            sgd_step(stack)
+        else:
+            dion_step(stack)
+            changed_Q = True
+    step_vector_groups(optimizer)
+    return changed_Q
+
+
+def dion_step(stack: MatrixStack) -> None:
+    """Dion's update from this replica's B: ``P = orth(B Q)``, ``R = B^T P``, and a step along ``P R^T``."""
+    P = dion.orthonormalize(dion.left_factor(stack.B, stack.Q))
+    R = dion.right_factor(stack.B, P)
+    stack.descend(P, R)
+
+
+def sgd_step(stack: MatrixStack) -> None:
+    """The paper's cheap local step: ``X -= local_lr G``. The momentum, with the gradient in it, decays by mu."""
+    pairs = [(p, p.grad) for p in stack.parameters if p.grad is not None]
+    if pairs:
+        parameters, gradients = zip(*pairs, strict=True)
+        torch._foreach_add_(parameters, gradients, alpha=-stack.group["local_lr"])
+    stack.momentum.mul_(stack.group["mu"])
+
+
+def step_vector_groups(optimizer: StackedOptimizer, mean_gradients: Mapping[Tensor, Tensor] | None = None) -> None:
+    """Step the AdamW and Lion groups.
+
+    Args:
+        optimizer: Holds the groups and their state.
+        mean_gradients: Gradients to step with; by default the parameters' own. Parameters without one are left alone.
+    """
+    for group, parameters in optimizer.vector_groups():
+        gradient_of = mean_gradients or {p: p.grad for p in parameters if p.grad is not None}
+        members = [p for p in parameters if p in gradient_of]
+        if not members:
+            continue
+        states = [optimizer.state[p] for p in members]
+        for state in states:
+            state["step"] += 1
+        gradients = [gradient_of[p] for p in members]
+        first_moments = [state["exp_avg"] for state in states]
+        common = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+        if group["algorithm"] == "lion":
+            adamw_lion.lion_(members, gradients, first_moments, **common)
+        else:
+            second_moments = [state["exp_avg_sq"] for state in states]
+            steps = [state["step"] for state in states]
+            adamw_lion.adamw_(members, gradients, first_moments, second_moments, steps, **common, eps=group["eps"])

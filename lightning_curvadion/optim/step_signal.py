@@ -1,0 +1,78 @@
+"""The signal of a step: the two numbers that the replicas agree on, measured before anything is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import gradient_checks
+from .matrix_stacks import MatrixStack
+from .optimizer_state import StackedOptimizer
+from .rmmc import gradient_norms, momentum_norms, relative_change
+
+
+@dataclass(frozen=True)
+class StepSignal:
+    """What a replica has measured of its step.
+
+    Attributes:
+        numbers: RMMC, and the code of an unusable gradient or 0; float64, shape (2,), on the device.
+        norms: ``||B||_F`` of the matrices, one tensor a stack; empty where a gradient has an unusable layout.
+        parameters: The matrices, in the order of the stacks.
+        changes: Relative change of each matrix's norm; empty where there are no norms.
+    """
+
+    numbers: Tensor
+    norms: list[Tensor]
+    parameters: list[Tensor]
+    changes: Tensor
+
+
+class SignalMeter:
+    """Measures the signal of each step of an optimizer, without a wait for the device."""
+
+    def __init__(self) -> None:
+        self._codes: tuple[list[int], Tensor] | None = None
+
+    def measure(self, optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], rank: int) -> StepSignal:
+        """Measure RMMC, and look for a gradient that is not finite, sparse or complex.
+
+        Args:
+            optimizer: Holds the parameters.
+            stacks: Its matrices.
+            rank: This replica, for the code of an unusable gradient.
+        """
+        parameters = [parameter for _, parameter in optimizer.members()]
+        number_of = {parameter: number for number, parameter in enumerate(parameters)}
+
+        def code(kind: int, parameter: Tensor) -> int:
+            return gradient_checks.encode(kind, number_of[parameter], len(parameters), rank)
+
+        numbers = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
+        matrices = [parameter for stack in stacks for parameter in stack.parameters]
+        changes = numbers.new_empty(0)
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.grad is not None:
+                kind = gradient_checks.unusable_layout(parameter.grad)
+                if kind is not None:
+                    numbers[1] = code(kind, parameter)
+                    return StepSignal(numbers, [], [], changes)
+
+        norms = [momentum_norms(stack.momenta, stack.gradients) for stack in stacks]
+        if norms:
+            changes = relative_change(torch.cat(norms), torch.cat([stack.norm for stack in stacks]))
+            numbers[0] = changes.max()
+        vectors = [p for _, members in optimizer.vector_groups() for p in members if p.grad is not None]
+        checked_norms = norms + ([gradient_norms([cast(Tensor, p.grad) for p in vectors])] if vectors else [])
+        if checked_norms:
+            codes = [code(gradient_checks.NOT_FINITE, parameter) for parameter in [*matrices, *vectors]]
+            numbers[1] = (self._on_device(codes, numbers) * ~torch.isfinite(torch.cat(checked_norms))).max()
+        return StepSignal(numbers, norms, matrices, changes)
+
+    def _on_device(self, codes: list[int], like: Tensor) -> Tensor:
+        """The codes as a tensor, copied to the device only when they have changed: a copy makes the host wait."""
+        if self._codes is None or self._codes[0] != codes or self._codes[1].device != like.device:
+            self._codes = codes, torch.tensor(codes, dtype=like.dtype, device=like.device)
+        return self._codes[1]

@@ -1,0 +1,124 @@
+r"""The sync step: what the optimizer does where the trigger fired, for each ``momentum`` of the hook.
+
+``"factors"`` and ``"dion"`` are the Dion factor collectives (arXiv:2504.05295). With :math:`B_i` the momentum of
+replica i, gradient included,
+
+.. math:: P = \mathrm{orth}(\mathrm{mean}_i B_i Q_i), \quad R = \mathrm{mean}_i B_i^\top P,
+
+and all replicas step along :math:`P R^\top`. With ``"average"`` the momenta themselves become their mean. With
+``"local"`` each replica takes its own step. The hook sends all of it, and synchronises the parameters too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dion
+from .local_step import dion_step, local_step, step_vector_groups
+from .matrix_stacks import MatrixStack
+from .optimizer_state import StackedOptimizer
+from .sync_hook import SyncHook
+
+
+def sync_step(
+    optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], hook: SyncHook, replicas_share_Q: bool
+) -> bool:
+    """Step every parameter together with the other replicas.
+
+    Args:
+        optimizer: Holds the groups and their state.
+        stacks: Its matrices.
+        hook: Communicates.
+        replicas_share_Q: Whether all replicas hold the same right factors now.
+
+    Returns:
+        Whether they do afterwards.
+    """
+    if hook.momentum == "local":
+        local_step(optimizer, stacks, force_dion=True)
+        hook.mean_left(optimizer, [], [])
+        hook.mean_right(optimizer, [], [])
+        return False
+    if hook.momentum == "average":
+        _average_momenta(optimizer, stacks, hook)
+        return True
+    if hook.sync_rank_fraction is not None:
+        local_step(optimizer, stacks, force_dion=True)
+        _share_leading_columns(optimizer, stacks, hook, hook.sync_rank_fraction)
+        return False
+    _step_along_mean_factors(optimizer, stacks, hook, replicas_share_Q)
+    return True
+
+
+def _average_momenta(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], hook: SyncHook) -> None:
+    """The momenta become their mean, and every replica computes the same factors from it."""
+    for stack in stacks:
+        stack.accumulate()
+    hook.mean_left(optimizer, [], [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)])
+    for stack in stacks:
+        dion_step(stack)
+    step_vector_groups(optimizer)
+    hook.mean_right(optimizer, [], [])
+
+
+def _share_leading_columns(
+    optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], hook: SyncHook, rank_fraction: float
+) -> None:
+    """After a step of its own, each replica's momentum takes over the mean's part in the span of a few columns.
+
+    The first columns of Q are the dominant ones: every step orthonormalises them from left to right.
+    """
+    leading = [stack.Q[..., : dion.rank_of(stack.parameters[0].shape, rank_fraction)] for stack in stacks]
+    left = [dion.left_factor(stack.B, Q) for stack, Q in zip(stacks, leading, strict=True)]
+    shared_P = [dion.orthonormalize(mean) for mean in hook.mean_left(optimizer, left, [])]
+    own_R = [dion.right_factor(stack.B, P) for stack, P in zip(stacks, shared_P, strict=True)]
+    for stack, P, sent, R in zip(stacks, shared_P, own_R, hook.mean_right(optimizer, own_R, []), strict=True):
+        dion.feed_back_error_(stack.B, P, sent - R, share=1.0)
+
+
+def _step_along_mean_factors(
+    optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], hook: SyncHook, replicas_share_Q: bool
+) -> None:
+    """The Dion factor collectives: P and R are means over the replicas, one mean each for the whole model."""
+    for stack in stacks:
+        stack.accumulate()
+    dense_B = _dense_momenta(stacks, hook, replicas_share_Q)
+    factored = [stack for stack in stacks if stack not in dense_B]
+    left = iter(hook.mean_left(optimizer, [dion.left_factor(s.B, s.Q) for s in factored], list(dense_B.values())))
+    P, own_R = {}, {}
+    for stack in stacks:
+        B = stack.oriented(dense_B[stack]) if stack in dense_B else stack.B
+        P[stack] = dion.orthonormalize(dion.left_factor(B, stack.Q) if stack in dense_B else next(left))
+        own_R[stack] = dion.right_factor(B, P[stack])
+
+    gradients: dict[Tensor, Tensor] = {}
+    if hook.averages_vector_gradients:
+        gradients = _vector_gradients(optimizer)
+    else:
+        # Before the parameters are averaged, so that they end the step equal.
+        step_vector_groups(optimizer)
+    right = iter(hook.mean_right(optimizer, [own_R[stack] for stack in factored], list(gradients.values())))
+    for stack in stacks:
+        if stack in dense_B:
+            stack.descend(P[stack], own_R[stack])
+        else:
+            stack.descend(P[stack], next(right), own_R[stack] if hook.momentum == "factors" else None)
+    if gradients:
+        step_vector_groups(optimizer, gradients)
+
+
+def _dense_momenta(stacks: Sequence[MatrixStack], hook: SyncHook, replicas_share_Q: bool) -> dict[MatrixStack, Tensor]:
+    """Stacks whose whole B is sent, since its two factors would be larger, with the tensor that becomes the mean.
+
+    Both factors then follow from the mean, on every replica alike if all start from one Q.
+    """
+    dense = [stack for stack in stacks if stack.averaging_is_cheaper and replicas_share_Q]
+    # Where replicas keep their own momentum, the mean is formed beside it.
+    return {stack: stack.momentum if hook.momentum == "factors" else stack.momentum.clone() for stack in dense}
+
+
+def _vector_gradients(optimizer: StackedOptimizer) -> dict[Tensor, Tensor]:
+    """A copy of the gradients of the AdamW and Lion groups; a missing one is zero, so that all ranks send the same."""
+    parameters = [parameter for _, members in optimizer.vector_groups() for parameter in members]
+    return {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters}

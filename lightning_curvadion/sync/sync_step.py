@@ -1,0 +1,112 @@
+"""The communication of a sync step: at most two means, each of everything at once, whatever the depth of the model.
+
+A mean is one collective at full width or between two replicas, and two where more replicas send quantized numbers
+(``collectives.py``).
+
+===================  =============================  ================================
+momentum             first mean                     second mean
+===================  =============================  ================================
+``"factors"``        P, or B where smaller          R
+``"dion"``           P, or B where smaller          R
+``"average"``        B and Q
+``"local"``
+===================  =============================  ================================
+
+===================  =============================  ================================
+consensus            first mean                     second mean
+===================  =============================  ================================
+``"average"``                                       all parameters, buffers
+``"factors"``        left displacement factors      right displacement factors, other parameters, buffers
+``"none"``                                          gradients of the AdamW and Lion groups
+===================  =============================  ================================
+
+Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``), the parameters are averaged just
+before it. The result is the same, and it saves a collective.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..optim import dion
+from ..optim.curvadion import CurvaDion
+from ..optim.optimizer_state import trainable_parameters
+from .collectives import Collectives
+from .module_buffers import ModuleBuffers
+from .parameter_payloads import ParameterPayloads
+from .payloads import FactorPayload, Payload, TensorPayload, full_width_payloads
+from .settings import SyncSettings
+
+
+class SyncStep:
+    """The two means of a sync step.
+
+    Args:
+        settings: Of the hook.
+        collectives: Of the process group.
+        parameters: Makes the payloads of parameters.
+        buffers: Of the module.
+    """
+
+    def __init__(
+        self, settings: SyncSettings, collectives: Collectives, parameters: ParameterPayloads, buffers: ModuleBuffers
+    ) -> None:
+        self._settings = settings
+        self._collectives = collectives
+        self._parameters = parameters
+        self._buffers = buffers
+        # Left displacement factors, computed in the first mean and used in the second.
+        self._displacement_P: list[Tensor] = []
+
+    def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+        """The first mean; see :meth:`SyncHook.mean_left <lightning_curvadion.optim.sync_hook.SyncHook.mean_left>`."""
+        payloads = [self._factor("left factors of the momentum", factor) for factor in factors]
+        sketches = []
+        if self._settings.consensus == "factors":
+            sketches = [
+                # Local Dion steps are sums of P Q^T, so the momentum's Q is a good sketch of the displacement too.
+                self._factor(
+                    "left factors of the displacement", dion.left_factor(displacement, stack.Q.to(displacement.dtype))
+                )
+                for stack in optimizer.matrix_stacks()
+                for displacement in [self._parameters.anchors.stacked_displacement(stack)]
+            ]
+        self._collectives.average([*payloads, *self._whole(whole), *sketches])
+        self._displacement_P = [dion.orthonormalize(sketch.mean) for sketch in sketches]
+        return [payload.mean for payload in payloads]
+
+    def mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+        """The second mean, parameters and buffers included."""
+        anchors = self._parameters.anchors
+        payloads = [self._factor("right factors of the momentum", factor) for factor in factors]
+        stacks = optimizer.matrix_stacks() if self._settings.consensus == "factors" else []
+        own = [
+            dion.right_factor(anchors.stacked_displacement(stack), P)
+            for stack, P in zip(stacks, self._displacement_P, strict=True)
+        ]
+        displacements = [self._factor("right factors of the displacement", R) for R in own]
+        self._collectives.average(
+            [*payloads, *self._whole(whole), *displacements, *self._consensus_payloads(optimizer)]
+        )
+        for stack, P, own_R, displacement in zip(stacks, self._displacement_P, own, displacements, strict=True):
+            anchors.move_through_factors(stack, P, own_R, displacement.mean)
+        self._displacement_P = []
+        return [payload.mean for payload in payloads]
+
+    def _factor(self, name: str, factor: Tensor) -> FactorPayload:
+        return FactorPayload(f"{name}, {tuple(factor.shape)},", factor, self._settings.factor_format)
+
+    def _whole(self, tensors: Sequence[Tensor]) -> list[Payload]:
+        factor_format = self._settings.factor_format
+        return [TensorPayload(f"momentum {tuple(tensor.shape)}", tensor, factor_format) for tensor in tensors]
+
+    def _consensus_payloads(self, optimizer: CurvaDion) -> list[Payload]:
+        """Parameters and buffers, where the consensus averages them."""
+        if self._settings.consensus == "none":
+            return []
+        parameters = trainable_parameters(optimizer)
+        if self._settings.consensus == "factors":
+            factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
+            parameters = {name: p for name, p in parameters.items() if p not in factored}
+        buffers = full_width_payloads(self._buffers.synchronize(), self._collectives.rank, self._collectives.world_size)
+        return [*self._parameters.of(optimizer, parameters, self._settings.wire_format), *buffers]
