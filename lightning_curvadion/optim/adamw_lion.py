@@ -1,7 +1,6 @@
-"""Updates of the parameters that are no matrices: AdamW and Lion as pure functions on lists of tensors.
+"""AdamW and Lion, the updates of parameters that are no matrices: pure functions on lists of tensors.
 
-Embeddings, the output head, norms and biases take these. Everything is local to a replica; what brings the replicas
-together is the consensus, not the update.
+Embeddings, the output head, norms and biases take them. They are local to a replica; the consensus synchronises.
 """
 
 import torch

@@ -10,11 +10,11 @@ For a momentum :math:`B = M + G` of shape (m, n), m >= n, and a right factor Q o
     X \leftarrow (1 - \eta \lambda) X - \eta \sqrt{m / n}\, P Q^\top .
 
 Every function takes stacks, shape (k, m, n), so that k layers of one shape cost one call. A wide matrix (m < n) enters
-as its transpose; only the factor :math:`\sqrt{m/n}` remembers which side was the output (fan-out over fan-in).
+as its transpose; only the factor :math:`\sqrt{m/n}` depends on which side is the output (fan-out over fan-in).
 
-On decoupled momentum (several replicas, each with its own B) P and R are means over replicas; the mean of
-:math:`B_i Q_i` makes sense only while the columns of the replicas' :math:`Q_i` keep their signs, which is why
-:func:`orthonormalize` never flips one (local power iterations need the same: Li et al., 2021, arXiv:2002.05660).
+With decoupled momentum (several replicas, each with its own B) P and R are means over the replicas. Columns of
+:math:`B_i Q_i` with opposite signs would cancel in that mean, so :func:`orthonormalize` never flips a column's sign
+(local power iterations need the same: Li et al., 2021, arXiv:2002.05660).
 """
 
 import math

@@ -13,7 +13,7 @@ NOT_FINITE, SPARSE, COMPLEX = range(len(_REMEDIES))
 
 
 def unusable_layout(gradient: Tensor) -> int | None:
-    """SPARSE or COMPLEX where the gradient is one. Whether it is finite, only the device can say."""
+    """SPARSE or COMPLEX where the gradient is one. Whether it is finite, only the device knows."""
     if gradient.is_complex():
         return COMPLEX
     return SPARSE if gradient.is_sparse or gradient.is_sparse_csr else None

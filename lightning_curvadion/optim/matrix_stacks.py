@@ -1,4 +1,4 @@
-"""Matrices of one shape side by side in memory, so that one call serves them all."""
+"""Matrices of one shape, stacked in memory so that one call serves them all."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import dion
 
-# 16 MiB of float32: enough work a call to hide what a call costs, small enough that the temporaries of a step stay in a
-# CPU's cache and are no memory to speak of on a GPU. Larger matrices have a stack of their own.
+# 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
+# has a stack of its own.
 _STACK_ELEMENTS = 2**22
 
 Group = dict[str, Any]
@@ -75,7 +75,7 @@ class MatrixStack:
         return [parameter.grad for parameter in self.parameters]
 
     def mirrors(self, states: Sequence[State]) -> bool:
-        """Whether ``state[p]`` still holds this stack's views and not tensors that somebody put there since."""
+        """Whether ``state[p]`` still holds this stack's views and not tensors that were put there since."""
         return all(
             state.get("momentum") is momentum and state.get("Q") is Q and state.get("norm") is norm
             for state, momentum, Q, norm in zip(states, *self._views, strict=True)
@@ -118,11 +118,11 @@ def new_matrix_state(parameter: Tensor, rank_fraction: float, seed: int) -> Stat
 
 def batches(parameters: Sequence[Tensor], state: dict[Tensor, State]) -> Iterator[list[Tensor]]:
     """Split parameters into runs that can be stacked: equal shape, rank, dtype and device, of bounded size."""
-    alike: dict[tuple[Any, ...], list[Tensor]] = {}
+    by_layout: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
         key = (parameter.shape, state[parameter]["Q"].shape, parameter.dtype, parameter.device)
-        alike.setdefault(key, []).append(parameter)
-    for members in alike.values():
+        by_layout.setdefault(key, []).append(parameter)
+    for members in by_layout.values():
         most = max(1, _STACK_ELEMENTS // max(1, members[0].numel()))
         for start in range(0, len(members), most):
             yield members[start : start + most]

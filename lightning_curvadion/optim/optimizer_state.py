@@ -15,7 +15,7 @@ STEP_COUNTS = "step counts"
 
 
 class StackedOptimizer(Optimizer):
-    """A ``torch.optim.Optimizer`` whose matrices of one shape lie side by side; subclasses say how to step.
+    """A ``torch.optim.Optimizer`` that stacks its matrices of one shape; subclasses implement the step.
 
     Args:
         params: Parameters or groups.
@@ -80,7 +80,7 @@ class StackedOptimizer(Optimizer):
                 yield group, parameter
 
     def matrix_stacks(self) -> list[MatrixStack]:
-        """The trainable matrices in stacks of one shape; built anew where somebody replaced state or (un)froze one."""
+        """The trainable matrices in stacks of one shape; rebuilt where state was replaced or a matrix (un)frozen."""
         self.init_state()
         trainable = {
             index: [parameter for parameter in group["params"] if parameter.requires_grad]

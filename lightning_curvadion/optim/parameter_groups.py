@@ -1,4 +1,4 @@
-"""What a parameter group may say, and the error for each thing it may not."""
+"""Parameter groups: their options, and an error for each bad one."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-r"""RMMC, the Relative Maximum Momentum Change: one number that says how much the loss surface bends.
+r"""RMMC, the Relative Maximum Momentum Change: one number for how much the loss surface bends.
 
 CurvaDion (arXiv:2512.13728) watches, for each matrix parameter l with momentum :math:`B_t = M_t + G_t`,
 
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# On a CPU the sum M + G is formed piece by piece in half a megabyte that never leaves the cache: fresh memory for whole
-# matrices costs more than the norm itself.
-_PIECE = 2**17
+# On a CPU the sum M + G is formed in half a megabyte that stays in the cache. Fresh memory for whole matrices would
+# cost more than the norm itself.
+_BUFFER_ELEMENTS = 2**17
 
 
 def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
@@ -33,22 +33,22 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
         tensor([4., 2.])
     """
     if momenta[0].device.type == "cpu":
-        piece = torch.empty(min(_PIECE, momenta[0].numel()), dtype=_accumulator(momenta[0]))
-        return torch.stack([_norm_of_sum(m, g, piece) for m, g in zip(momenta, gradients, strict=True)]).float()
+        buffer = torch.empty(min(_BUFFER_ELEMENTS, momenta[0].numel()), dtype=_accumulator(momenta[0]))
+        return torch.stack([_norm_of_sum(m, g, buffer) for m, g in zip(momenta, gradients, strict=True)]).float()
     sums = [m if g is None else m + g for m, g in zip(momenta, gradients, strict=True)]
     return torch.stack(torch._foreach_norm(sums, dtype=_accumulator(momenta[0]))).float()
 
 
-def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, piece: Tensor) -> Tensor:
+def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, buffer: Tensor) -> Tensor:
     squares = []
-    ours = momentum.view(-1).split(piece.numel())
-    theirs = [None] * len(ours) if gradient is None else gradient.reshape(-1).split(piece.numel())
-    for mine, other in zip(ours, theirs, strict=True):
-        total = piece[: mine.numel()]
-        if other is None:
-            total.copy_(mine)
+    momenta = momentum.view(-1).split(buffer.numel())
+    gradients = [None] * len(momenta) if gradient is None else gradient.reshape(-1).split(buffer.numel())
+    for m, g in zip(momenta, gradients, strict=True):
+        total = buffer[: m.numel()]
+        if g is None:
+            total.copy_(m)
         else:
-            torch.add(mine, other, out=total)
+            torch.add(m, g, out=total)
         squares.append(torch.dot(total, total))
     return torch.stack(squares).sum().sqrt()
 

@@ -158,7 +158,7 @@ def _roles(module: nn.Module) -> dict[str, str]:
     for _, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
             role = _role(owner, name, parameter, is_head=owner is head)
-            # Tied weights are met once for each owner; an embedding or head outranks a plain matrix.
+            # A tied weight occurs once for each owner; an embedding or head outranks a plain matrix.
             if roles.get(id(parameter), _MATRIX) == _MATRIX:
                 roles[id(parameter)] = role
     return {name: roles[id(parameter)] for name, parameter in module.named_parameters()}

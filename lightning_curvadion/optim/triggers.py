@@ -1,7 +1,7 @@
-"""When to synchronise: small objects that are told the RMMC of every step and answer yes or no.
+"""Triggers: small objects that receive the RMMC of every step and decide whether to synchronise.
 
-All replicas tell their triggers the same number, so all get the same answer; a trigger must therefore depend on nothing
-else. Its state travels in the optimizer's ``state_dict``.
+All replicas give their triggers the same number, so all decide alike. A trigger must therefore depend on nothing else.
+Its state is part of the optimizer's ``state_dict``.
 """
 
 import math
@@ -27,7 +27,7 @@ class Trigger(ABC):
         """
 
     def stepped(self, synced: bool) -> None:  # noqa: B027
-        """Told after :meth:`wants_sync` what happened: a cap can force a sync that the trigger did not ask for."""
+        """Called after :meth:`wants_sync` with the decision, since a cap can force a sync."""
 
     def state_dict(self) -> State:
         """Plain numbers, under the name of the class."""
@@ -109,7 +109,7 @@ class IntegratedRMMC(Trigger):
 
 
 class EveryNSteps(Trigger):
-    """Synchronise at every n-th step, whatever RMMC says: the schedule of local SGD and DiLoCo. ``n=1`` is Dion.
+    """Synchronise at every n-th step, whatever the RMMC: the schedule of local SGD and DiLoCo. ``n=1`` is Dion.
 
     Args:
         n: Period in steps, >= 1.
@@ -146,7 +146,7 @@ class CommunicationBudget(Trigger):
     r"""Move the threshold so that a chosen share of the steps synchronises.
 
     After every step :math:`\log\tau \leftarrow \log\tau + g\,([\mathrm{synced}] - f)`, the Robbins-Monro estimate of
-    the (1 - f)-quantile of RMMC. Summed over T steps this says that the share of sync steps differs from f by
+    the (1 - f)-quantile of RMMC. Summed over T steps, the share of sync steps differs from f by
     :math:`|\log(\tau_T / \tau_1)| / (g T)`: however RMMC drifts, the budget is kept in the long run.
 
     Args:

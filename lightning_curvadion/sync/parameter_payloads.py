@@ -21,7 +21,7 @@ class ParameterPayloads:
 
     Attributes:
         anchors: The last consensus, where the settings need it.
-        meter: Measures the drift, if somebody asked for it.
+        meter: Measures the drift; ``None`` until it is asked for.
     """
 
     def __init__(self, settings: SyncSettings) -> None:

@@ -1,4 +1,4 @@
-"""When the settings of a run defeat its purpose: what to say, in plain words, and what to do instead."""
+"""Advice: warnings for settings that defeat the purpose of a run, each with what to do instead."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from statistics import median
 
 from torch import nn
 
-# Before so many steps shares mean little.
+# Shares of fewer steps mean little.
 _STEPS_TO_JUDGE = 100
 _TOO_OFTEN = 0.8
 # Of the norm of the parameters: the main job peaks at 6 % and falls, the paper's literal method ends 35 % apart.
 _FAR = 0.1
-_MEETINGS_TO_JUDGE = 4
+_SYNCS_TO_JUDGE = 4
 
 
 @dataclass(frozen=True)
 class RunSoFar:
-    """What advice is given on.
+    """The counts of a run so far.
 
     Attributes:
         steps: Optimizer steps.
@@ -93,13 +93,13 @@ def advice_on_run(run: RunSoFar) -> Iterator[tuple[str, str]]:
                 f" the steps with {run.step_bytes / 1e6:.1f} MB. Validate and save less often: val_check_interval,"
                 " ModelCheckpoint(every_n_train_steps=...).",
             )
-    if len(run.drifts) >= _MEETINGS_TO_JUDGE:
+    if len(run.drifts) >= _SYNCS_TO_JUDGE:
         half = len(run.drifts) // 2
         early, late = median(run.drifts[:half]), median(run.drifts[half:])
         if late > _FAR and late > 1.5 * early:
             yield (
                 "drift",
-                f"Replicas drift apart: {100 * late:.1f} % of the parameters' norm before the later meetings,"
+                f"Replicas drift apart: {100 * late:.1f} % of the parameters' norm before the later syncs,"
                 f" {100 * early:.1f} % before the earlier ones."
                 ' Synchronise more often, lower the learning rate, or use consensus="average".',
             )

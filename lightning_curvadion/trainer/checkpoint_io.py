@@ -1,4 +1,4 @@
-"""AtomicCheckpointIO: a checkpoint file is complete, or not there."""
+"""AtomicCheckpointIO: a checkpoint file is complete, or it does not exist."""
 
 import os
 from pathlib import Path
@@ -12,12 +12,11 @@ from typing_extensions import override
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, moved into place only once they are written.
+    """Lightning's checkpoint files, written atomically.
 
-    A local file is written beside its place, under its name with a dot before and ``.part`` behind, reaches the disk,
-    and takes its place in one step. (Lightning's own goes through the folder for temporary files, and is copied where
-    that is another disk.) A process killed on the way leaves the checkpoint before as it was. Remote files are left to
-    Lightning.
+    A local file is written beside its place, as ``.NAME.part``, flushed to the disk, and renamed. A process that is
+    killed meanwhile leaves the previous checkpoint intact. (Lightning itself writes to the folder for temporary files
+    and copies from there where that is another disk.) Remote files are left to Lightning.
     """
 
     @override

@@ -1,13 +1,13 @@
 """What a run communicates, as torchmetrics: for any loop that steps a :class:`~lightning_curvadion.CurvaDion`.
 
-:class:`~lightning_curvadion.CommunicationMonitor` keeps them for a Trainer. In a loop of your own::
+:class:`~lightning_curvadion.CommunicationMonitor` updates them for a Trainer. In a loop of your own::
 
     rate = SyncRate()
     ...
     optimizer.step()
     rate.update(optimizer.last_step.synced)
 
-In a process group ``compute()`` of any torchmetric communicates; ``sync_on_compute=False`` keeps it on its replica,
+In a process group ``compute()`` of any torchmetric communicates; ``sync_on_compute=False`` computes on this replica,
 where all but bytes, drift and the groups of RMMC are the same on every replica anyway.
 """
 
@@ -129,7 +129,7 @@ class BytesSent(Metric):
 
 
 class BytesSaved(Metric):
-    """Bytes that DistributedDataParallel would have sent and we did not: every gradient at every step, less our own.
+    """Bytes that DistributedDataParallel would send, every gradient at every step, less the bytes that were sent.
 
     Args:
         **options: Of ``torchmetrics.Metric``.
@@ -164,7 +164,7 @@ class BytesSaved(Metric):
 
 
 class Drift(Metric):
-    r"""Mean distance of a replica to the consensus just before it met it, relative to the norm of the consensus.
+    r"""Mean distance of a replica to the consensus just before it took it over, relative to the consensus's norm.
 
     :math:`\|x_i - \bar x\| / \|\bar x\|` over all parameters. After :meth:`ProcessGroupSync.measure_drift
     <lightning_curvadion.ProcessGroupSync.measure_drift>` the hook's ``drift`` has it at every sync step.
@@ -183,26 +183,26 @@ class Drift(Metric):
 
     full_state_update = False
     total: Tensor
-    meetings: Tensor
+    syncs: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("meetings", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("syncs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, drift: float | None) -> None:
-        """Add a meeting.
+        """Add a sync.
 
         Args:
-            drift: The relative distance; ``None`` where replicas did not meet.
+            drift: The relative distance; ``None`` where the replicas did not synchronise.
         """
         if drift is not None:
             self.total += drift
-            self.meetings += 1
+            self.syncs += 1
 
     def compute(self) -> Tensor:
-        """The mean; 0 before the first meeting."""
-        return self.total / self.meetings.clamp_min(1)
+        """The mean; 0 before the first sync."""
+        return self.total / self.syncs.clamp_min(1)
 
 
 class RMMC(Metric):
@@ -211,7 +211,7 @@ class RMMC(Metric):
     First steps, whose change counts as infinite, are left out.
 
     Args:
-        groups: Names of what to tell apart, such as parameter groups or layers.
+        groups: Names of the groups, such as parameter groups or layers.
         **options: Of ``torchmetrics.Metric``.
 
     Example:
@@ -235,7 +235,7 @@ class RMMC(Metric):
 
         Args:
             rmmc: Of all matrices, ``optimizer.last_step.rmmc``.
-            by_group: Of each group; one that is missing had no matrix that was trained.
+            by_group: Of each group; a missing one had no trained matrix.
         """
         by_group = by_group or {}
         values = [rmmc, *(by_group.get(name, 0.0) for name in self.groups)]

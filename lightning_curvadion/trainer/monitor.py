@@ -1,4 +1,4 @@
-"""CommunicationMonitor: what a run saves, while it runs and at its end."""
+"""CommunicationMonitor: logs and sums up what a run communicates, and warns where its settings defeat the purpose."""
 
 import re
 import time
@@ -14,35 +14,36 @@ from typing_extensions import override
 from ..optim.curvadion import CurvaDion
 from ..sync.process_group_sync import ProcessGroupSync
 from .advice import RunSoFar, advice_on_model, advice_on_run
+from .lightning_internals import is_logging_step, optimizer_steps
 from .metrics import RMMC, BytesSaved, BytesSent, Drift, StepsSinceSync, SyncRate
 
 
 class CommunicationMonitor(Callback):
-    """Logs what a run communicates, shows it in the progress bar, sums it up at the end, and says what is amiss.
+    """Logs what a run communicates, shows it in the progress bar, prints a table at the end, and warns of bad settings.
 
-    Logged at the Trainer's ``log_every_n_steps``, with whatever logger it has:
+    Logged at the Trainer's ``log_every_n_steps``, through its loggers:
 
     - ``curvadion/rmmc``: of the last step, the largest of all matrices and replicas;
       ``curvadion/rmmc_group/...`` and ``curvadion/rmmc_layer/...``: of each parameter group and layer on this replica,
     - ``curvadion/sync_rate``: share of all steps so far that synchronised, ``curvadion/steps_since_sync``,
-    - ``curvadion/bytes_sent``: payload of this replica so far, ``curvadion/bytes_saved``: what DDP would have sent less
-      that, both in bytes,
+    - ``curvadion/bytes_sent``: payload of this replica so far, ``curvadion/bytes_saved``: DDP's payload less this one,
+      both in bytes,
     - ``curvadion/seconds``: since training began.
 
-    And, once for every sync step since, under the step's own number: ``curvadion/drift``, the distance of this replica
-    to the consensus relative to its norm just before it met it, and ``curvadion/local_steps``, the local steps before.
-    A validation after a local step has a drift of its own.
+    Logged once for every sync step since, under the step's own number: ``curvadion/drift``, the distance of this
+    replica to the consensus relative to its norm, just before it took it over, and ``curvadion/local_steps``, the local
+    steps before. A validation after a local step has a drift of its own.
 
     The progress bar shows the sync rate and the megabytes saved. Each warning comes once: where nearly every step
     synchronises, or none; where drift grows; where one embedding dominates what is sent; where validations and
     checkpoints send more than the steps. Under ``strategy="ddp"`` the same callback reports what DDP sends, so that two
-    runs compare. All of it sends nothing.
+    runs compare. The callback itself sends nothing.
 
-    Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n). What DDP would have sent
+    Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n). What DDP would send
     is the size of all gradients times the number of optimizer steps.
 
     Attributes:
-        sync_rate, steps_since_sync, bytes_sent, bytes_saved, drift: The torchmetrics behind the figures.
+        sync_rate, steps_since_sync, bytes_sent, bytes_saved, drift: The torchmetrics behind the values.
 
     Example:
         >>> monitor = CommunicationMonitor()
@@ -52,55 +53,55 @@ class CommunicationMonitor(Callback):
     """
 
     def __init__(self) -> None:
-        # They stay on their replica: a hidden collective would be the last thing to want here.
+        # Without sync_on_compute: a metric must not start a collective here.
         self.sync_rate = SyncRate(sync_on_compute=False)
         self.steps_since_sync = StepsSinceSync(sync_on_compute=False)
         self.bytes_sent = BytesSent(sync_on_compute=False)
         self.bytes_saved = BytesSaved(sync_on_compute=False)
         self.drift = Drift(sync_on_compute=False)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         for metric in (self.sync_rate, self.steps_since_sync, self.bytes_sent, self.bytes_saved, self.drift):
             metric.reset()
-        self._removers: list[Any] = []
+        self._hook_handles: list[Any] = []
         self._hooks: list[ProcessGroupSync] = []
         self._step_bytes = 0
         self._sent_before_training = 0
-        # (step of the Trainer, what to log) of sync steps that are not logged yet.
-        self._meetings: list[tuple[int, dict[str, float]]] = []
+        # (step of the Trainer, values) of sync steps that are not logged yet.
+        self._unlogged_syncs: list[tuple[int, dict[str, float]]] = []
         self._drifts: list[float] = []
-        self._met_in_last_step = False
-        self._said: set[str] = set()
+        self._synced_in_last_step = False
+        self._warned: set[str] = set()
         self._start = time.perf_counter()
 
     # -- counting ----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._forget()
+        self._reset()
         attached = {optimizer.sync_hook for optimizer in trainer.optimizers if isinstance(optimizer, CurvaDion)}
         self._hooks = [hook for hook in attached if isinstance(hook, ProcessGroupSync)]
         for hook in self._hooks:
             hook.measure_drift()
-        self._removers = [
+        self._hook_handles = [
             optimizer.register_step_post_hook(lambda stepped, *_: self._count(trainer, stepped))
             for optimizer in trainer.optimizers
         ]
-        self._settle()
+        self._count_between_steps()
         self._sent_before_training = int(self.bytes_sent.sent)
         if self._several_replicas(trainer):
-            self._say(dict(advice_on_model(pl_module)))
+            self._warn_once(dict(advice_on_model(pl_module)))
 
     def _count(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
         ddp = sum(p.nbytes for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
         hook = optimizer.sync_hook if isinstance(optimizer, CurvaDion) else None
         if isinstance(optimizer, CurvaDion) and isinstance(hook, ProcessGroupSync) and optimizer.last_step is not None:
             synced, sent = optimizer.last_step.synced, optimizer.last_step.bytes_sent
-            self._met_in_last_step = hook.drift is not None
+            self._synced_in_last_step = hook.drift is not None
             if synced:
                 gap = float(self.steps_since_sync.steps)
-                self._note_meeting(trainer.fit_loop.epoch_loop._batches_that_stepped, hook.drift, local_steps=gap)
+                self._record_sync(optimizer_steps(trainer), hook.drift, local_steps=gap)
         else:
             # Without a hook the replicas communicate through DDP's reducer, at every step.
             synced, sent = True, ddp
@@ -110,28 +111,28 @@ class CommunicationMonitor(Callback):
         self.bytes_sent.update(sent)
         self.bytes_saved.update(sent, ddp)
 
-    def _note_meeting(self, step: int, drift: float | None, **more: float) -> None:
+    def _record_sync(self, step: int, drift: float | None, **more: float) -> None:
         self.drift.update(drift)
         if drift is not None:
             self._drifts.append(drift)
             more["drift"] = drift
         if more:
-            self._meetings.append((step, {f"curvadion/{name}": value for name, value in more.items()}))
+            self._unlogged_syncs.append((step, {f"curvadion/{name}": value for name, value in more.items()}))
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        # After a sync step there was nothing left to bring together, and its drift is noted.
-        if not self._met_in_last_step:
+        # After a sync step there was nothing left to average, and its drift is recorded.
+        if not self._synced_in_last_step:
             for hook in self._hooks:
-                self._note_meeting(trainer.fit_loop.epoch_loop._batches_that_stepped, hook.drift)
+                self._record_sync(optimizer_steps(trainer), hook.drift)
 
-    def _settle(self) -> None:
-        """Count what was sent between steps too."""
+    def _count_between_steps(self) -> None:
+        """Count what was sent between steps, for validations and checkpoints."""
         between = sum(hook.bytes_sent for hook in self._hooks) - int(self.bytes_sent.sent) if self._hooks else 0
         self.bytes_sent.update(between)
         self.bytes_saved.update(between, ddp=0)
 
-    # -- telling -----------------------------------------------------------------------------------------------------
+    # -- logging -----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_end(
@@ -139,16 +140,16 @@ class CommunicationMonitor(Callback):
     ) -> None:
         if not int(self.sync_rate.steps):
             return
-        self._settle()
+        self._count_between_steps()
         saved = {"sync_rate": self.sync_rate.compute(), "saved_MB": self.bytes_saved.saved / 1e6}
         pl_module.log_dict(saved, prog_bar=True, logger=False)
-        if trainer._logger_connector.should_update_logs:
-            pl_module.log_dict({f"curvadion/{name}": value for name, value in self._figures(trainer).items()})
-            self._log_meetings(trainer)
+        if is_logging_step(trainer):
+            pl_module.log_dict({f"curvadion/{name}": value for name, value in self._values(trainer).items()})
+            self._log_syncs(trainer)
             self._advise(trainer)
 
-    def _figures(self, trainer: "pl.Trainer") -> dict[str, float]:
-        figures = {
+    def _values(self, trainer: "pl.Trainer") -> dict[str, float]:
+        values = {
             "sync_rate": float(self.sync_rate.compute()),
             "steps_since_sync": float(self.steps_since_sync.compute()),
             "bytes_sent": float(self.bytes_sent.compute()),
@@ -157,16 +158,16 @@ class CommunicationMonitor(Callback):
         }
         stepped = [o for o in trainer.optimizers if isinstance(o, CurvaDion) and o.last_step is not None]
         if stepped:
-            figures["rmmc"] = max(optimizer.last_step.rmmc for optimizer in stepped if optimizer.last_step is not None)
+            values["rmmc"] = max(optimizer.last_step.rmmc for optimizer in stepped if optimizer.last_step is not None)
         for optimizer in stepped:
-            figures.update(rmmc_by_group(optimizer))
-        return figures
+            values.update(rmmc_by_group(optimizer))
+        return values
 
-    def _log_meetings(self, trainer: "pl.Trainer") -> None:
-        meetings, self._meetings = self._meetings, []
-        for step, noted in meetings:
+    def _log_syncs(self, trainer: "pl.Trainer") -> None:
+        unlogged, self._unlogged_syncs = self._unlogged_syncs, []
+        for step, values in unlogged:
             for logger in trainer.loggers:
-                logger.log_metrics(noted, step=step)
+                logger.log_metrics(values, step=step)
 
     def _several_replicas(self, trainer: "pl.Trainer") -> bool:
         return bool(self._hooks) and trainer.world_size > 1
@@ -175,24 +176,24 @@ class CommunicationMonitor(Callback):
         if self._several_replicas(trainer):
             steps, sync_steps = int(self.sync_rate.steps), int(self.sync_rate.sync_steps)
             between = int(self.bytes_sent.sent) - self._step_bytes - self._sent_before_training
-            self._say(dict(advice_on_run(RunSoFar(steps, sync_steps, self._step_bytes, between, self._drifts))))
+            self._warn_once(dict(advice_on_run(RunSoFar(steps, sync_steps, self._step_bytes, between, self._drifts))))
 
-    def _say(self, advice: Mapping[str, str]) -> None:
+    def _warn_once(self, advice: Mapping[str, str]) -> None:
         for key, sentence in advice.items():
-            if key not in self._said:
-                self._said.add(key)
+            if key not in self._warned:
+                self._warned.add(key)
                 rank_zero_warn(f"CommunicationMonitor: {sentence}")
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        for remover in self._removers:
-            remover.remove()
-        self._log_meetings(trainer)
+        for handle in self._hook_handles:
+            handle.remove()
+        self._log_syncs(trainer)
         self._advise(trainer)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._settle()
+        self._count_between_steps()
         if trainer.is_global_zero and int(self.sync_rate.steps):
             print(self.summary(trainer))
 

@@ -1,0 +1,62 @@
+"""Checks of what a user configured, before training: each error names what to write instead."""
+
+from collections.abc import Iterable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from ..optim.curvadion import CurvaDion
+
+
+def require_curvadion(optimizers: Iterable[Optimizer]) -> list[CurvaDion]:
+    """The optimizers, if there are any and all are CurvaDion.
+
+    Raises:
+        MisconfigurationException: Otherwise.
+    """
+    optimizers = list(optimizers)
+    curvadion = [optimizer for optimizer in optimizers if isinstance(optimizer, CurvaDion)]
+    others = [type(optimizer).__name__ for optimizer in optimizers if not isinstance(optimizer, CurvaDion)]
+    if others or not curvadion:
+        raise MisconfigurationException(
+            f"The curvadion strategy needs CurvaDion optimizers, but configure_optimizers returned"
+            f" {', '.join(others) or 'none'}. Write there:"
+            " return CurvaDion(split_parameters(self), lr=0.01)"
+            "  # from lightning_curvadion import CurvaDion, split_parameters;"
+            " groups with algorithm='adamw' train as under AdamW"
+        )
+    return curvadion
+
+
+def refuse_sparse_embeddings(module: nn.Module) -> None:
+    """Check that no embedding has sparse gradients.
+
+    Raises:
+        MisconfigurationException: One has.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise MisconfigurationException(
+                f"{name} is a {type(part).__name__} with sparse=True, whose gradients CurvaDion cannot step with; build"
+                " it with sparse=False"
+            )
+
+
+def refuse_ddp_arguments(arguments: Iterable[str]) -> None:
+    """Check that no argument of ``DistributedDataParallel`` or of sharded strategies was given.
+
+    Raises:
+        MisconfigurationException: One was.
+    """
+    arguments = list(arguments)
+    if "state_dict_type" in arguments:
+        raise MisconfigurationException(
+            "state_dict_type: CurvaDionStrategy, like DDPStrategy, has no sharded checkpoints, since every replica"
+            " holds the whole model; leave it out, and a checkpoint is one file of the consensus"
+        )
+    if arguments:
+        raise MisconfigurationException(
+            f"{', '.join(arguments)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel, whose"
+            " arguments and communication hooks have no meaning here; leave it out, or use strategy='ddp'"
+        )
