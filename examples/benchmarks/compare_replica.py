@@ -1,4 +1,4 @@
-"""One replica of ``compare.py``, started by torchrun on every host of the lab: trains one run after another.
+"""One replica of ``compare.py``: torchrun starts it on every host of the lab, and it trains one run after another.
 
     python compare_replica.py RUNS_JSON CSV
 
@@ -32,19 +32,19 @@ CONTEXT, LAYERS, WIDTH, HEADS = 64, 2, 64, 4
 
 @dataclass(frozen=True)
 class Run:
-    """What to train.
+    """Settings of a run: the first columns of the CSV.
 
     Attributes:
         method: Name in ``methods.METHODS``.
-        replicas: One to a host.
-        sequences: Per replica and step.
-        steps: Length of the run and of its schedule.
-        seed: Of the model and the order of the data.
+        replicas: Number of replicas, one per host.
+        sequences: Sequences per replica and step.
+        steps: Length of the run and of its learning-rate schedule.
+        seed: Seed of the model and of the order of the data.
         lr: Learning rate of the matrices.
-        vector_lr: Of embeddings, head and norms.
-        rate: Speed of the links; empty for no limit.
-        disturbance: What happens in the middle of the run: ``""``, ``"lr"`` or ``"data"``.
-        stop: End after so many steps, for timing; 0 trains to the end.
+        vector_lr: Learning rate of embeddings, output head and norms.
+        rate: Speed of the links. Empty for no limit.
+        disturbance: What changes in the middle of the run: ``""``, ``"lr"`` or ``"data"``.
+        stop: Steps after which a timed run ends. 0 trains to the end.
     """
 
     method: str
@@ -60,25 +60,25 @@ class Run:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """As the CSV has it."""
+        """The values as the CSV has them."""
         return tuple(str(getattr(self, field.name)) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. Bytes are of one replica, the mean over all.
+    """Results of a run: the other columns of the CSV. Bytes are per replica, the mean over all.
 
     Attributes:
-        val_loss: Of the mean of the replicas' parameters, nats a byte.
-        sync_steps: Steps that synchronised.
-        payload: Bytes that the hook counted in steps.
-        kernel_steps: Bytes that the kernel counted in steps; -1 over loopback.
-        kernel_total: The same with the consensus at the end of fit.
-        seconds: Of the steps.
-        peak_mib: How much the resident memory rose above what it was before the model was built.
-        spread: Norm of the replicas' distance from their mean over the norm of the mean, before the last consensus; -1
-            where it was not measured.
-        curve: ``step:loss:kernel bytes:seconds:sync steps`` of every evaluation, joined by blanks.
+        val_loss: Validation loss of the mean of the replicas' parameters, in nats per byte.
+        sync_steps: Number of sync steps.
+        payload: Bytes that the sync hook counted in steps.
+        kernel_steps: Bytes that the kernel counted in steps. -1 over loopback.
+        kernel_total: The same, with the consensus at the end of fit.
+        seconds: Seconds of the steps.
+        peak_mib: Peak of the resident memory less its value before the model was built.
+        spread: Relative drift before the last consensus: norm of the replicas' distance from their mean over the norm
+            of the mean. -1 if it was not measured.
+        curve: ``step:loss:kernel bytes:seconds:sync steps`` of every evaluation, separated by blanks.
     """
 
     val_loss: float
@@ -93,7 +93,7 @@ class Outcome:
 
 
 class Reversed(Dataset[Tensor]):
-    """Text read backwards: the change of data of the disturbed runs."""
+    """Text read backwards: the change of the data in disturbed runs."""
 
     def __init__(self, windows: Windows) -> None:
         self.windows = windows
@@ -106,7 +106,10 @@ class Reversed(Dataset[Tensor]):
 
 
 class Disturbance(pl.Callback):
-    """From the middle of a run on the text runs backwards, or a tenth of the run has three times the learning rate."""
+    """Changes a run in its middle.
+
+    ``"data"``: the text runs backwards from there on. ``"lr"``: a tenth of the run has three times the learning rate.
+    """
 
     def __init__(self, kind: str, steps: int) -> None:
         self.kind, self.start, self.end = kind, steps // 2, steps // 2 + steps // 10
@@ -114,26 +117,26 @@ class Disturbance(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the forward pass."""
+        """Change the batch or the learning rate before the forward pass."""
         if self.kind == "data" and batch_idx >= self.start:
             batch.copy_(batch.flip(1))
         if self.kind == "lr" and self.start <= batch_idx < self.end:
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
-                    # The schedule sets it anew at every step.
+                    # The schedule sets the rate at every step.
                     group["lr"] = 3 * group["lr"]
 
 
 def kernel_sent() -> int:
-    """Bytes this host has sent; -1 where hosts share an interface."""
+    """Bytes that this host has sent. -1 if the hosts share the loopback interface."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     if interface == "lo":
         return -1
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
-def resident(field: str) -> float:
-    """A line of this process's status in MiB: ``VmRSS`` or, since the last reset, ``VmHWM``."""
+def resident_mib(field: str) -> float:
+    """Resident memory of this process in MiB: ``VmRSS`` now, ``VmHWM`` the peak since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
@@ -141,35 +144,35 @@ def resident(field: str) -> float:
 
 
 class Meter(pl.Callback):
-    """Counts, and evaluates the mean of the replicas on the side: no replica is changed by being looked at."""
+    """Counts time and bytes of the steps, and evaluates the mean of the replicas without changing a replica."""
 
     def __init__(self, run: Run, evaluations: int, validation: Dataset[Tensor]) -> None:
-        self.dense = METHODS[run.method].ddp
+        self.every_step_syncs = METHODS[run.method].ddp
         self.last = run.stop or run.steps
         self.at = {round(run.steps * (number + 1) / evaluations) for number in range(evaluations)} - {self.last}
         self.validation = validation
-        self.seconds, self.kernel, self.kernel_at_end, self.payload, self.sync_steps, self.spread = 0.0, 0, 0, 0, 0, 0.0
+        self.seconds, self.kernel, self.kernel_at_end, self.payload, self.sync_steps = 0.0, 0, 0, 0, 0
+        self.loss, self.spread = float("nan"), 0.0
         self.curve: list[str] = []
-        self.loss = float("nan")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything is built and the first broadcast is over."""
+        """Start to count, after the first broadcast."""
         self._resume()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count, and evaluate where it is due."""
+        """Count, and evaluate at the chosen steps."""
         optimizer = trainer.optimizers[0]
         report = optimizer.last_step if isinstance(optimizer, CurvaDion) and optimizer.sync_hook else None
-        self.sync_steps += report.synced if report else self.dense
+        self.sync_steps += report.synced if report else self.every_step_syncs
         self.payload += report.bytes_sent if report else 0
         if trainer.global_step in self.at:
-            self._look(trainer.global_step, cast(ByteGPT, pl_module))
+            self._evaluate(trainer.global_step, cast(ByteGPT, pl_module))
             self._resume()
         elif trainer.global_step == self.last:
-            # Not at the end of training, where the strategy's consensus comes before all callbacks.
-            self._look(trainer.global_step, cast(ByteGPT, pl_module))
+            # Not in on_train_end: the strategy's consensus comes before it.
+            self._evaluate(trainer.global_step, cast(ByteGPT, pl_module))
             dist.barrier()
             self.kernel_at_end = kernel_sent()
 
@@ -177,8 +180,8 @@ class Meter(pl.Callback):
         dist.barrier()
         self._kernel, self._start = kernel_sent(), time.perf_counter()
 
-    def _look(self, step: int, module: ByteGPT) -> None:
-        # The replicas may be at different steps in time; the slowest one's time counts.
+    def _evaluate(self, step: int, module: ByteGPT) -> None:
+        # The time of the slowest replica counts.
         dist.barrier()
         self.seconds += time.perf_counter() - self._start
         self.kernel += kernel_sent() - self._kernel
@@ -188,7 +191,7 @@ class Meter(pl.Callback):
 
 @torch.no_grad()
 def consensus_loss(module: ByteGPT, validation: Dataset[Tensor]) -> tuple[float, float]:
-    """Loss of the mean of the replicas' parameters, each replica taking its share of the windows; and their spread."""
+    """Loss of the mean of the replicas' parameters, and the relative drift. Each replica evaluates some windows."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parameters = list(module.parameters())
     own = torch.nn.utils.parameters_to_vector(parameters)
@@ -206,17 +209,16 @@ def consensus_loss(module: ByteGPT, validation: Dataset[Tensor]) -> tuple[float,
     return float(totals[0] / totals[1]), float((totals[2] / world).sqrt() / mean.norm())
 
 
-def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
-    """One run; every replica calls it."""
+def validation_windows(run: Run, path: Path, count: int) -> Dataset[Tensor]:
+    """About ``count`` windows of the validation file, evenly spread."""
+    windows = Windows(path, CONTEXT + 1, max(CONTEXT, path.stat().st_size // (count + 1)))
+    return Reversed(windows) if run.disturbance == "data" else windows
+
+
+def build_trainer(run: Run, meter: Meter) -> pl.Trainer:
+    """A Trainer for one replica of the run."""
     method = METHODS[run.method]
-    pl.seed_everything(run.seed, verbose=False)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    data = StandardLibrary(context=CONTEXT, batch_size=run.sequences)
-    size = (data.cache / "val.bin").stat().st_size
-    windows = Windows(data.cache / "val.bin", CONTEXT + 1, max(CONTEXT, size // (val_sequences + 1)))
-    meter = Meter(run, evaluations, Reversed(windows) if run.disturbance == "data" else windows)
-    trainer = pl.Trainer(
+    return pl.Trainer(
         accelerator="cpu",
         devices=1,
         num_nodes=run.replicas,
@@ -229,14 +231,24 @@ def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    optimizer = partial(method.optimizer, lr=run.lr, vector_lr=run.vector_lr)
+
+
+def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
+    """Train one run. Every replica calls it."""
+    pl.seed_everything(run.seed, verbose=False)
+    memory_before = resident_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    data = StandardLibrary(context=CONTEXT, batch_size=run.sequences)
+    meter = Meter(run, evaluations, validation_windows(run, data.cache / "val.bin", val_sequences))
+    trainer = build_trainer(run, meter)
+    optimizer = partial(METHODS[run.method].optimizer, lr=run.lr, vector_lr=run.vector_lr)
     module = ByteGPT(optimizer, LAYERS, WIDTH, HEADS, CONTEXT, run.vector_lr)
     trainer.fit(module, data.train_dataloader())
     dist.barrier()
     total = meter.kernel + kernel_sent() - meter.kernel_at_end
-    counted = torch.tensor([meter.payload, meter.kernel, total], dtype=torch.float64)
-    dist.all_reduce(counted)
-    payload, kernel, total = (counted / run.replicas).round().long().tolist()
+    sums = torch.tensor([meter.payload, meter.kernel, total], dtype=torch.float64)
+    dist.all_reduce(sums)
+    payload, kernel, total = (sums / run.replicas).round().long().tolist()
     return Outcome(
         val_loss=round(meter.loss, 5),
         sync_steps=meter.sync_steps,
@@ -244,14 +256,14 @@ def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
         kernel_steps=kernel,
         kernel_total=total,
         seconds=round(meter.seconds, 3),
-        peak_mib=round(resident("VmHWM") - before, 1),
+        peak_mib=round(resident_mib("VmHWM") - memory_before, 1),
         spread=round(meter.spread, 5),
         curve=" ".join(meter.curve),
     )
 
 
 def append(path: Path, run: Run, outcome: Outcome) -> None:
-    """Add a row to the CSV, with what made it."""
+    """Add a row to the CSV, with the commit that made it."""
     row = {**asdict(run), **asdict(outcome), "commit": os.environ.get("COMPARE_COMMIT", "")}
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -262,15 +274,15 @@ def append(path: Path, run: Run, outcome: Outcome) -> None:
 
 
 def main() -> None:
-    """Train the runs of the JSON in turn."""
+    """Train the runs of the JSON, one after another."""
     torch.set_num_threads(1)
-    # Or every run of many tells which devices there are.
+    # Or Lightning would list the devices at every run.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # Once for all runs: a Trainer takes the group that it finds.
+    # One group for all runs: a Trainer uses an initialised group.
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))
     job = json.loads(sys.argv[1])
-    for words in job["runs"]:
-        run = Run(**words)
+    for settings in job["runs"]:
+        run = Run(**settings)
         outcome = train(run, job["evaluations"], job["val_sequences"])
         if dist.get_rank() == 0:
             append(Path(sys.argv[2]), run, outcome)

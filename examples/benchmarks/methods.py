@@ -1,4 +1,4 @@
-"""The methods of the comparison: what steps, what communicates, and when."""
+"""The methods of the comparison: which optimizer, which communication, and when."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,12 +30,12 @@ class Method:
     """One way to train on several replicas.
 
     Attributes:
-        inner: The optimizer: ``"dion"``, ``"adamw"`` or ``"muon"``; the last with AdamW for what is no matrix.
-        ddp: Whether gradients are averaged by DistributedDataParallel, at every step.
-        trigger: When replicas synchronise otherwise; ``None`` is the default trigger.
+        inner: The optimizer: ``"dion"``, ``"adamw"`` or ``"muon"``. Dion and Muon take the matrices, AdamW the rest.
+        ddp: Whether DistributedDataParallel averages the gradients at every step.
+        trigger: When replicas synchronise without DDP. ``None`` is the default trigger.
         hook: Arguments of ``CurvaDionStrategy``.
         options: Arguments of ``CurvaDion``.
-        alone: Whether no replica ever hears of another, not even of the RMMC.
+        alone: Whether replicas never communicate, not even the RMMC.
         power_sgd: Whether DDP's gradients go through torch's ``powerSGD_hook``.
         sweep: Name of the method whose learning-rate sweep this one uses.
     """
@@ -50,7 +50,7 @@ class Method:
     sweep: str = ""
 
     def optimizer(self, groups: Iterable[Group], lr: float, vector_lr: float) -> Optimizer:
-        """The optimizer, for the groups of ``split_parameters``."""
+        """An optimizer for the groups of ``split_parameters``."""
         groups = list(groups)
         matrices = [group for group in groups if group["algorithm"] == "dion"]
         for group in groups:
@@ -58,7 +58,7 @@ class Method:
         if self.inner == "muon":
             rest = [group for group in groups if group["algorithm"] != "dion"]
             muon = Muon(_plain(matrices), lr=lr, weight_decay=WEIGHT_DECAY)
-            return Both(muon, AdamW(_plain(rest), lr=vector_lr, betas=BETAS, weight_decay=WEIGHT_DECAY))
+            return OptimizerPair(muon, AdamW(_plain(rest), lr=vector_lr, betas=BETAS, weight_decay=WEIGHT_DECAY))
         if self.inner == "adamw" and self.ddp:
             return AdamW(_plain(groups), lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
         if self.inner == "adamw":
@@ -69,31 +69,31 @@ class Method:
     def strategy(self) -> Strategy:
         """A new strategy for a Trainer."""
         if self.alone:
-            return Alone()
+            return NoCommunication()
         return DDPStrategy() if self.ddp else CurvaDionStrategy(**self.hook)
 
     def callbacks(self) -> list[pl.Callback]:
-        """What the Trainer needs besides."""
+        """Callbacks that the method needs."""
         return [PowerSGD()] if self.power_sgd else []
 
 
 def _plain(groups: list[Group]) -> list[Group]:
-    """Groups as torch.optim wants them."""
+    """Groups in the form of ``torch.optim``."""
     return [{"params": group["params"], "lr": group["lr"]} for group in groups]
 
 
-class Both(Optimizer):
-    """Two optimizers as one, since Lightning's automatic optimization takes one."""
+class OptimizerPair(Optimizer):
+    """Two optimizers as one: Lightning's automatic optimization takes one."""
 
     def __init__(self, first: Optimizer, second: Optimizer) -> None:
         groups = [*first.param_groups, *second.param_groups]
         super().__init__([parameter for group in groups for parameter in group["params"]], {})
         self.parts = (first, second)
-        # The very groups of the two, so that a schedule reaches them.
+        # The same group objects, so that a schedule changes both optimizers.
         self.param_groups = groups
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """Both step."""
+        """Step both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -103,31 +103,31 @@ class Both(Optimizer):
         return loss
 
 
-class Alone(DDPStrategy):
-    """Processes as under DDP, each with a shard of the data, and nothing sent while they train."""
+class NoCommunication(DDPStrategy):
+    """Processes as under DDP, each with its shard of the data, but without communication in training."""
 
     def configure_ddp(self) -> None:
-        """Nothing is wrapped, so nothing is reduced."""
+        """Do not wrap the module, so that nothing is reduced."""
 
 
 class PowerSGD(pl.Callback):
-    """Registers torch's hook on the DDP module itself: Lightning passes hooks on for CUDA only.
+    """Registers torch's hook on the DDP module itself: Lightning registers hooks on CUDA only.
 
     Rank 4 from step 10 on, with error feedback.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the first backward."""
+        """Register the hook before the first backward pass."""
         state = powerSGD_hook.PowerSGDState(
             process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=10, min_compression_rate=2
         )
         cast(DistributedDataParallel, trainer.strategy.model).register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-# What the literature does: parameters at full width, momentum not at all.
+# As in the literature: parameters at full width, no momentum.
 PLAIN: dict[str, Any] = {"momentum": "local", "wire_format": "float32"}
 OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
-# Muon and Dion inside want a gentler outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
+# Muon and Dion as inner optimizers need less outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT = "ours: defaults"
 PERIODS = (4, 5)
@@ -138,7 +138,7 @@ def _ddp(inner: str, **other: Any) -> Method:
 
 
 def _every(n: int, inner: str = "dion", sweep: str = "local SGD, H=30", **hook: Any) -> Method:
-    """Local SGD (Stich, 2019, arXiv:1805.09767), or DiLoCo (arXiv:2311.08105) where the hook steps outside."""
+    """Local SGD (Stich, 2019, arXiv:1805.09767), or DiLoCo (arXiv:2311.08105) with an outer step in ``hook``."""
     return Method(inner, trigger=EveryNSteps(n), hook={**PLAIN, **hook}, options={"max_local_steps": None}, sweep=sweep)
 
 
@@ -149,18 +149,18 @@ def _diloco(n: int, inner: str, **hook: Any) -> Method:
 
 
 def _published(tau: float, **options: Any) -> Method:
-    """CurvaDion by the letter of its paper: factors and the mean gradient of vectors, and no consensus."""
+    """CurvaDion as its paper has it: factors and the mean gradient of the AdamW groups, without consensus."""
     options = {"max_local_steps": None, **options}
     return Method(trigger=RMMCThreshold(tau), hook={"consensus": "none"}, options=options, sweep="local SGD, H=30")
 
 
 def _ours(trigger: Trigger | None = None, **hook: Any) -> Method:
-    """CurvaDion with everything at its default that is not named."""
+    """CurvaDion with its defaults, but for the arguments."""
     return Method(trigger=trigger, hook=hook, sweep=DEFAULT)
 
 
 def _thin(rank_fraction: float) -> dict[str, Any]:
-    """Momenta meet in the span of a few common columns, coded in 4 bits."""
+    """Momentum through a few common columns in 4 bits."""
     return {"momentum": "factors", "factor_format": "int4", "sync_rank_fraction": rank_fraction}
 
 
@@ -188,13 +188,13 @@ METHODS: dict[str, Method] = {
     "ours: tau=0.07": _ours(RMMCThreshold(0.07)),
     "ours: 15 % of steps": _ours(CommunicationBudget(0.15)),
     **{f"ours: {name}": _ours(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
-    # What the distance to DDP consists of: momenta of one replica each, and then local steps.
+    # The parts of the distance to DDP: a momentum per replica, and local steps.
     "ours: every step, float32": _ours(EveryNSteps(1), wire_format="float32"),
     "ours: every step, float32, momentum average": _ours(
         EveryNSteps(1), wire_format="float32", momentum="average", factor_format="float32"
     ),
     "ours: H=4, float32": _ours(EveryNSteps(4), wire_format="float32"),
-    # The bytes of a budget of 0.3 in fewer syncs with factors.
+    # As many bytes as a budget of 0.3, in fewer syncs with factors.
     "ours: thin factors 1/16, budget 0.37": _ours(IntegratedRMMC(0.37), **_thin(1 / 16)),
     "ours: thin factors 1/8, budget 0.44": _ours(IntegratedRMMC(0.44), **_thin(1 / 8)),
     "ours: thin factors 1/8": _ours(**_thin(1 / 8)),

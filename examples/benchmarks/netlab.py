@@ -1,13 +1,14 @@
-"""Several hosts on one Linux machine, joined by links of a speed you choose; runs a training script on all of them.
+"""A network lab: several hosts on one Linux machine, with links of a chosen speed. Runs a training script on all.
 
     python examples/benchmarks/netlab.py --hosts 2 --rate 30mbit -- train.py --max_steps 100
     python examples/benchmarks/netlab.py --hosts 2 --loopback -- train.py    # no root: neither a rate nor a byte count
 
-Every host is a network namespace with an address of its own, a cable (veth) to one switch (a bridge), and a rate
-limit (tc tbf) on both ends of the cable. The script starts on every host through torchrun as on a cluster, with its own
-``--node-rank``: a Lightning script says ``Trainer(num_nodes=HOSTS, devices=1, ...)``. Host 0 prints to the terminal; of
-a host that fails, the end of its output is shown. Then follow the bytes that the kernel counted on every host.
-Nothing is left behind, whether the run ends, fails or is interrupted.
+A host is a network namespace with its own address. A link (veth) joins it to one switch (a bridge); a rate limit (tc
+tbf) is on both ends of the link. torchrun starts the script on every host as on a cluster, each with its own
+``--node-rank``: a Lightning script takes ``Trainer(num_nodes=HOSTS, devices=1, ...)``.
+
+Host 0 prints to the terminal. If a host fails, the end of its output is shown. At the end the lab prints the bytes that
+the kernel counted on every host. No namespace or process is left, whether the run ends, fails or is interrupted.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class LabError(RuntimeError):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that the kernel counted on one host's interface, with every header."""
+    """Bytes that the kernel counted on one host's interface, headers included."""
 
     sent: int
     received: int
@@ -47,26 +48,26 @@ class Traffic:
 
 
 def missing() -> list[str]:
-    """What this machine lacks for namespaces with limited links; empty where nothing is missing."""
-    lacks = []
+    """What this machine lacks for a lab. Empty if it lacks nothing."""
+    requirements = []
     if sys.platform != "linux":
-        lacks.append("Linux (network namespaces)")
+        requirements.append("Linux (network namespaces)")
     elif os.geteuid() != 0:
-        lacks.append("root (run with sudo)")
-    lacks += [f"{tool} (apt-get install iproute2)" for tool in ("ip", "tc") if shutil.which(tool) is None]
-    return lacks
+        requirements.append("root (run with sudo)")
+    requirements += [f"{tool} (apt-get install iproute2)" for tool in ("ip", "tc") if shutil.which(tool) is None]
+    return requirements
 
 
 class Lab:
-    """A context manager: N hosts while it is open.
+    """Context manager with a number of hosts.
 
     Args:
-        hosts: How many.
-        rate: Speed of each cable in both directions, as ``tc`` writes it (``"30mbit"``); ``None`` sets no limit.
-        loopback: Run all "hosts" on this machine's loopback instead: no root needed, no rate, no byte count.
+        hosts: Number of hosts.
+        rate: Speed of each link in both directions, in the notation of ``tc`` (``"30mbit"``). ``None`` sets no limit.
+        loopback: Run all hosts on the loopback interface instead. Needs no root, but has no rate and no byte count.
 
     Raises:
-        LabError: Something is missing, or the kernel refused.
+        LabError: The machine lacks something, or an ``ip`` or ``tc`` command failed.
     """
 
     def __init__(self, hosts: int, rate: str | None = None, loopback: bool = False) -> None:
@@ -75,38 +76,38 @@ class Lab:
         if rate is not None:
             bits_per_second(rate)
         if loopback and rate is not None:
-            raise LabError("loopback has no rate limit: leave out the rate, or the loopback")
+            raise LabError("loopback has no rate limit: leave out either the rate or loopback")
         self.hosts, self.rate, self.loopback = hosts, rate, loopback
-        self._mark = f"netlab{os.getpid()}"
+        self._prefix = f"netlab{os.getpid()}"
 
     def __enter__(self) -> "Lab":
         if self.loopback:
             return self
-        if lacks := missing():
+        if requirements := missing():
             raise LabError(
-                f"missing for a network lab: {', '.join(lacks)}. The same run over loopback, without a rate limit and"
-                " without the kernel's count, needs none of it: --loopback"
+                f"a network lab needs {', '.join(requirements)}. Without them use --loopback, which has neither a rate"
+                " limit nor a byte count."
             )
-        _remove_leftovers()
+        _remove_namespaces_of_ended_labs()
         try:
             self._build()
         except BaseException:
-            self._demolish()
+            self._remove()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._demolish()
+        self._remove()
 
     def _namespace(self, host: int | str) -> str:
-        return f"{self._mark}-{host}"
+        return f"{self._prefix}-{host}"
 
     def address(self, host: int) -> str:
         """IP address of a host."""
         return "127.0.0.1" if self.loopback else f"10.99.0.{host + 1}"
 
     def _build(self) -> None:
-        # The switch has a namespace too, so that nothing of the machine's own network is touched.
+        # The switch has a namespace too: the machine's own network stays as it is.
         switch = self._namespace("switch")
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
@@ -123,26 +124,26 @@ class Lab:
             self.set_rate(self.rate)
 
     def set_rate(self, rate: str | None) -> None:
-        """Give all cables another speed."""
+        """Set the speed of all links; ``None`` removes the limit."""
         self.rate = rate
         for host in range(self.hosts):
             for name, device in ((self._namespace(host), INTERFACE), (self._namespace("switch"), f"port{host}")):
                 if rate is None:
                     subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", device, "root"], capture_output=True)
                     continue
-                # The bucket holds what passes in 4 ms, a timer's tick, or high rates would not be reached; the queue is
-                # long enough that nothing is dropped and TCP stays out of the picture.
+                # The token bucket holds 4 ms of traffic, a timer's tick, or high rates would not be reached. The queue
+                # is so long that it drops nothing and TCP does not slow down.
                 burst = max(32_000, bits_per_second(rate) // 8 // 250)
                 words = f"qdisc replace dev {device} root tbf rate {rate} burst {burst} limit {burst + 8_000_000}"
                 _call("tc", "-n", name, *words.split())
 
-    def _demolish(self) -> None:
+    def _remove(self) -> None:
         if not self.loopback:
             for host in [*range(self.hosts), "switch"]:
                 _remove_namespace(self._namespace(host))
 
     def traffic(self) -> list[Traffic]:
-        """What each host sent and received since the lab was built; empty over loopback."""
+        """Bytes of each host since the lab was built. Empty over loopback."""
         return [] if self.loopback else [self._traffic(host) for host in range(self.hosts)]
 
     def _traffic(self, host: int) -> Traffic:
@@ -158,42 +159,39 @@ class Lab:
         timeout: float | None = None,
         quiet: bool = False,
     ) -> None:
-        """Run a script on every host through torchrun and wait for all of them.
+        """Run a script on every host through torchrun and wait for all hosts.
 
         Args:
             script: The script and its arguments, or ``-m`` and a module.
             nproc_per_node: Processes on each host.
-            environment: Variables beside this process's own.
-            timeout: Seconds after which the run counts as failed.
-            quiet: Keep host 0's output to itself as well.
+            environment: Environment variables to add.
+            timeout: Seconds after which the run fails.
+            quiet: Do not print host 0's output either.
 
         Raises:
-            LabError: A host failed or time ran out; no process is left.
+            LabError: A host failed or the time is over. No process is left.
         """
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            processes, outputs = [], []
+            processes: list[subprocess.Popen[bytes]] = []
+            outputs = [Path(folder, f"host{host}") for host in range(self.hosts)]
             try:
-                for host in range(self.hosts):
-                    output = Path(folder, f"host{host}")
-                    outputs.append(output)
-                    shown = host == 0 and not quiet
-                    file = None if shown else stack.enter_context(output.open("wb"))
-                    processes.append(
-                        subprocess.Popen(
-                            self._command(host, script, nproc_per_node),
-                            env={**os.environ, **self._environment(), **(environment or {})},
-                            stdout=file,
-                            stderr=subprocess.STDOUT if file else None,
-                            start_new_session=True,
-                        )
+                for host, output in enumerate(outputs):
+                    file = None if host == 0 and not quiet else stack.enter_context(output.open("wb"))
+                    process = subprocess.Popen(
+                        self._command(host, script, nproc_per_node),
+                        env={**os.environ, **self._environment(), **(environment or {})},
+                        stdout=file,
+                        stderr=subprocess.STDOUT if file else None,
+                        start_new_session=True,
                     )
-                failed = _wait(processes, timeout)
+                    processes.append(process)
+                failure = _wait(processes, timeout)
             finally:
                 _stop(processes)
-            if failed is not None:
-                host, why = failed
-                told = outputs[host].read_text(errors="replace")[-4000:] if outputs[host].exists() else ""
-                raise LabError(f"host {host} {why}\n{told}".rstrip())
+            if failure is not None:
+                host, reason = failure
+                printed = outputs[host].read_text(errors="replace")[-4000:] if outputs[host].exists() else ""
+                raise LabError(f"host {host} {reason}\n{printed}".rstrip())
 
     def _environment(self) -> dict[str, str]:
         interface = "lo" if self.loopback else INTERFACE
@@ -209,10 +207,10 @@ class Lab:
 
 
 def bits_per_second(rate: str) -> int:
-    """The number behind ``"30mbit"``.
+    """Bits per second of a rate such as ``"30mbit"``.
 
     Raises:
-        LabError: It is no such rate.
+        LabError: The rate is written differently.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", rate.lower())
     if found is None:
@@ -241,8 +239,8 @@ def _remove_namespace(name: str) -> None:
     subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def _remove_leftovers() -> None:
-    """Namespaces of labs that were killed and could not clean up themselves."""
+def _remove_namespaces_of_ended_labs() -> None:
+    """A lab whose process was killed could not remove its own."""
     for path in Path("/run/netns").glob("netlab*-*"):
         owner = path.name.removeprefix("netlab").partition("-")[0]
         if owner.isdigit() and not Path("/proc", owner).exists():
@@ -250,7 +248,7 @@ def _remove_leftovers() -> None:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float | None) -> tuple[int, str] | None:
-    """Wait for all; the first host that failed and how, if any did."""
+    """Wait for all processes. If one fails, return its host and the reason at once."""
     end = time.monotonic() + timeout if timeout is not None else float("inf")
     while True:
         codes = [process.poll() for process in processes]
@@ -265,7 +263,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float | None) -
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what still runs: torchrun passes SIGTERM on to its workers; whoever ignores it is killed with its session."""
+    """Terminate processes that still run: torchrun forwards SIGTERM to its workers. Then kill their sessions."""
     for process in processes:
         if process.poll() is None:
             process.terminate()
@@ -280,7 +278,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP end the program as Ctrl-C does, through every ``finally``."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, so that every ``finally`` runs."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -294,13 +292,13 @@ def interruptible() -> Iterator[None]:
 
 
 def main() -> int:
-    """The command line; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts")
-    parser.add_argument("--rate", help="speed of every link, such as 30mbit; without it there is no limit")
+    parser.add_argument("--rate", help="speed of every link, such as 30mbit; by default unlimited")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes on each host")
-    parser.add_argument("--timeout", type=float, help="seconds after which the run counts as failed")
-    parser.add_argument("--loopback", action="store_true", help="no namespaces: needs no root, counts no bytes")
+    parser.add_argument("--timeout", type=float, help="seconds after which the run fails")
+    parser.add_argument("--loopback", action="store_true", help="no namespaces: needs no root, but counts no bytes")
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments, or -m and a module")
     options = parser.parse_args()
     try:
@@ -309,14 +307,14 @@ def main() -> int:
             lab.run(options.script, options.nproc_per_node, timeout=options.timeout)
             seconds = time.perf_counter() - start
             print(f"\n{seconds:.1f} s, {lab.rate or 'no'} rate limit")
-            for host, counted in enumerate(lab.traffic()):
-                sent, received = counted.sent / 1e6, counted.received / 1e6
+            for host, traffic in enumerate(lab.traffic()):
+                sent, received = traffic.sent / 1e6, traffic.received / 1e6
                 print(f"host {host} ({lab.address(host)}): sent {sent:.3f} MB, received {received:.3f} MB")
     except LabError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; hosts and processes are gone", file=sys.stderr)
+        print("interrupted; all hosts and processes are removed", file=sys.stderr)
         return 130
     return 0
 

@@ -1,25 +1,19 @@
-"""The comparison of methods: its bookkeeping, and that its methods are what they are called."""
+"""Tables and plans of the comparison, and a smoke run of it."""
 
-import copy
-import os
-import subprocess
+import contextlib
+import io
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
-from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
 
 from examples.benchmarks import compare
-from examples.benchmarks.compare_plan import BASE, QUOTED, STAGES, SWEEPS, best_rates, plan, read, with_rates
+from examples.benchmarks.compare_plan import BASE, STAGES, SWEEPS, best_rates, plan, read, with_rates
 from examples.benchmarks.compare_replica import Outcome, append
 from examples.benchmarks.compare_report import gap, kernel_share, of, pace, points, reached
 from examples.benchmarks.methods import DEFAULT, METHODS
-from lightning_curvadion import CurvaDion, CurvaDionStrategy, split_parameters
+from examples.benchmarks.netlab import missing
 
-ROOT = Path(__file__).parents[2]
 OUTCOME = Outcome(
     val_loss=2.0,
     sync_steps=3,
@@ -71,13 +65,13 @@ def test_every_method_takes_the_best_rate_of_its_sweep(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_names_methods_that_there_are(stage):
+def test_a_stage_has_distinct_runs_of_known_methods(stage):
     runs = plan(stage, [])
     assert runs and {run.method for run in runs} <= set(METHODS)
     assert len(set(runs)) == len(runs)
 
 
-def test_figures_of_a_row(tmp_path):
+def test_figures_of_the_tables(tmp_path):
     rates = SWEEPS["DDP, Dion"][1]
     run = with_rates(replace(BASE, method="DDP, Dion"), rates)
     rows = rows_of(
@@ -98,72 +92,36 @@ def test_figures_of_a_row(tmp_path):
     assert kernel_share(half, mine[:1]) == pytest.approx(50)
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(8, 6, bias=False)
-        self.norm = nn.LayerNorm(6)
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name in QUOTED or "outer" in name])
-def test_methods_step_with_the_rates_they_are_given(name):
-    torch.manual_seed(0)
-    net = Net()
-    before = copy.deepcopy(net)
-    inner = METHODS[name].inner
-    optimizer = METHODS[name].optimizer(split_parameters(net), lr=0.5, vector_lr=0.25)
-    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates[net.body.weight] == 0.5
-    assert rates[net.norm.weight] == 0.25
-    for parameter in net.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
-    optimizer.step()
-    # AdamW's first step is the rate in every coordinate; Dion's three (rank 1/2)
-    # unit columns, Muon's singular values of about one.
-    torch.testing.assert_close((net.norm.weight - before.norm.weight).abs(), torch.full((6,), rates[net.norm.weight]))
-    moved = (net.body.weight - before.body.weight).norm().item()
-    expected = {"adamw": 48**0.5, "muon": 6**0.5, "dion": (6 / 8 * 3) ** 0.5}[inner]
-    assert moved == pytest.approx(0.5 * expected, rel=0.2 if inner == "muon" else 1e-3)
-
-
-def test_methods_are_what_they_are_called():
-    for name, method in METHODS.items():
-        assert isinstance(method.strategy(), DDPStrategy)
-        others = name.startswith("DDP") or name == "no communication"
-        assert isinstance(method.strategy(), CurvaDionStrategy) != others
-    assert METHODS[DEFAULT].hook == {} and METHODS[DEFAULT].options == {}
-    optimizer = METHODS["local SGD, H=30"].optimizer(split_parameters(Net()), lr=0.1, vector_lr=0.1)
-    assert isinstance(optimizer, CurvaDion)
-    assert [optimizer._cap.decide(1.0) for _ in range(60)].count(True) == 2
-
-
 @pytest.fixture(scope="module")
-def smoked(tmp_path_factory):
-    """The smoke run's folder and what it printed."""
+def smoke_run(tmp_path_factory):
+    """The folder of ``compare.py --smoke`` and what it printed. Its replicas are processes, the rest runs here."""
     folder = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, ROOT / "examples/benchmarks/compare.py", "--smoke", folder]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it draws
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=230)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(compare.ROOT)
+        patch.setattr(sys, "argv", ["compare.py", "--smoke", str(folder)])
+        assert compare.main() == 0
+    return folder, printed.getvalue()
 
 
-def test_the_smoke_run_trains_times_tells_and_draws(smoked):
-    folder, told = smoked
-    assert "| ours: defaults | " in told
+def test_the_smoke_run_trains_and_prints_and_draws(smoke_run):
+    folder, printed = smoke_run
+    assert "| ours: defaults | " in printed
     assert {path.name for path in folder.iterdir()} >= {"loss_against_bytes.png", "loss_against_seconds.png"}
 
 
-def test_a_run_does_not_notice_how_often_it_is_looked_at(smoked, tmp_path):
-    (twice,) = [row for row in read(smoked[0] / "compare.csv") if row.run.method == DEFAULT and not row.run.rate]
-    compare.run([twice.run], tmp_path / "often.csv", 5, val_sequences=64)
-    (five_times,) = read(tmp_path / "often.csv")
-    once, often = twice.outcome, five_times.outcome
-    assert len(points(twice)) == 2 and len(points(five_times)) == 5 and points(five_times)[-1][1] == often.val_loss
+def test_evaluations_change_neither_a_run_nor_its_count(smoke_run, tmp_path):
+    rows = {row.run.rate: row for row in read(smoke_run[0] / "compare.csv") if row.run.method == DEFAULT}
+    twice = rows[""]
+    if missing():
+        compare.run([twice.run], tmp_path / "three.csv", 3, val_sequences=64)
+        (three_times,) = read(tmp_path / "three.csv")
+    else:
+        three_times = rows[compare.RATES[-1]]
+    once, often = twice.outcome, three_times.outcome
+    assert len(points(twice)) == 2 and len(points(three_times)) == 3 and points(three_times)[-1][1] == often.val_loss
     assert (once.val_loss, once.sync_steps, once.payload) == (often.val_loss, often.sync_steps, often.payload)
-    if once.kernel_steps >= 0:
+    if not missing():
         assert often.kernel_steps == pytest.approx(once.kernel_steps, rel=0.05)
         # The consensus at the end carries the optimizer's state: more than the parameters' 0.5 MB.
         assert once.payload < once.kernel_steps < once.kernel_total - 500_000
