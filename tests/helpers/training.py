@@ -1,11 +1,12 @@
 """A module, its data, and a Trainer on a rank of the pool: what the tests of the strategy share."""
 
+import hashlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import preloaded
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from models import Net, parameters_of
@@ -105,15 +106,28 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def fingerprint(tensors):
+    """A digest of the bits of tensors, in place of tensors that are compared and nothing else."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def python_path(*folders):
     """Where the processes that a test starts look for modules first; with the folder that makes their start quick."""
     return os.pathsep.join([*map(str, folders), os.environ["PYTHONPATH"]])
 
 
-def run_script(code, folder, timeout=120):
-    script = folder / "script.py"
-    script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": python_path(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+def run_script(script, *arguments, folder, timeout=120):
+    """Run a script as a user would, in a folder; its status and what it prints."""
+    output, errors = folder / "output", folder / "errors"
+    process = preloaded.start(
+        script, *arguments, folder=folder, output=output, errors=errors, PYTHONPATH=python_path(ROOT)
     )
+    try:
+        status = process.wait(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess([script, *arguments], status, output.read_text(), errors.read_text())
