@@ -1,4 +1,4 @@
-"""Which settings the wire formats are trained under, and the tables that come of it; ``wire.py --train`` runs them."""
+"""Which settings the wire formats are trained under, and the tables that come of it; ``quantization.py --train`` runs them."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,10 +1,10 @@
 """What coding costs, what it saves, and what it does to the loss.
 
-python examples/benchmarks/wire.py             # speed of coding, bytes, share of a sync step: about two minutes
-python examples/benchmarks/wire.py --blocks    # error against block size, on displacements from training
-python examples/benchmarks/wire.py --train     # four replicas, 1500 steps, every format and period: about two hours
-python examples/benchmarks/wire.py --tables    # the tables of the last --train, from results/wire.csv
-python examples/benchmarks/wire.py --smoke     # a little of everything, to see that it runs
+python examples/benchmarks/quantization.py             # speed of coding, bytes, share of a sync step: about two minutes
+python examples/benchmarks/quantization.py --blocks    # error against block size, on displacements from training
+python examples/benchmarks/quantization.py --train     # four replicas, 1500 steps, every format and period: about two hours
+python examples/benchmarks/quantization.py --tables    # the tables of the last --train, from results/wire.csv
+python examples/benchmarks/quantization.py --smoke     # a little of everything, to see that it runs
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import spawn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lightning_curvadion.sync.collectives
-from examples.benchmarks import wire_training
+from examples.benchmarks import quantization_training
 from examples.benchmarks.replica_training import CONTEXT, LR, VECTOR_LR, loss
 from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
@@ -200,16 +200,16 @@ def main() -> None:
     if arguments.blocks:
         blocks(steps=400)
     elif arguments.train:
-        wire_training.train()
-        wire_training.tables()
+        quantization_training.train()
+        quantization_training.tables()
     elif arguments.tables:
-        wire_training.tables()
+        quantization_training.tables()
     elif arguments.smoke:
         speed(2**18, rounds=1)
         on_replicas(2, ("two_ways", 2**18, 1), ("share", 1, 1))
         blocks(steps=8)
         with tempfile.TemporaryDirectory() as folder:
-            wire_training.smoke(Path(folder) / "wire.csv")
+            quantization_training.smoke(Path(folder) / "wire.csv")
     else:
         speed(25_000_000, rounds=7)
         on_replicas(2, ("two_ways", 25_000_000, 5), ("share", 10, 5))
