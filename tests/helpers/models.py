@@ -65,3 +65,15 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(
         torch.equal(a[key], b[key]) if isinstance(a[key], Tensor) else a[key] == b[key] for key in a
     )
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape or (6, 4)))
+
+
+def with_gradients(*parameters: nn.Parameter, seed: int = 0) -> tuple[nn.Parameter, ...]:
+    """Give parameters random gradients that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    return parameters

@@ -1,11 +1,9 @@
-"""Means of coded tensors over real replicas: the same bits everywhere, and nothing lost."""
+"""Means of quantized tensors over real replicas: the same bits everywhere, and nothing lost."""
 
 import pytest
 import torch
-from models import build, equal, parameters_of, state_of, train_step
 from replicas import counted_collectives
 
-from lightning_curvadion import EveryNSteps
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.chunks import MEAN_FORMAT
 from lightning_curvadion.sync.collectives import Collectives
@@ -101,46 +99,3 @@ def test_residuals_of_sixteen_bits_lose_what_their_rounding_loses(replicas):
         kept = sum(answer[wire_format][1] for answer in everyone) / 2
         moved = sum(answer[wire_format][2] for answer in everyone) / 2
         assert 1e-6 * moved.norm() < (sent + kept - moved).norm() < 0.02 * moved.norm()
-
-
-def after_each_step(rank, world, hooks, steps):
-    histories = []
-    for hook in hooks:
-        model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
-        history = []
-        for step in range(steps):
-            with counted_collectives() as calls:
-                train_step(model, optimizer, step, shard=rank)
-            history.append((optimizer.last_step, parameters_of(model), list(calls)))
-        histories.append((history, state_of(optimizer)))
-    return histories
-
-
-MOMENTA = [{"momentum": "factors"}, {"momentum": "dion"}, {"momentum": "average"}, {"momentum": "local"}]
-MOMENTA += [{"momentum": "factors", "sync_rank_fraction": 0.125}]
-
-
-@pytest.mark.parametrize("momentum", MOMENTA, ids=str)
-@pytest.mark.parametrize("world", [2, 4])
-def test_after_every_sync_step_parameters_are_bit_identical_in_every_format(replicas, momentum, world):
-    everyone = replicas.run(
-        world, after_each_step, [{"wire_format": wire_format, **momentum} for wire_format in CODED], 4
-    )
-    for number, _ in enumerate(CODED):
-        histories = [answer[number][0] for answer in everyone]
-        for step, (report, reference, _) in enumerate(histories[0]):
-            assert report.synced == (step % 2 == 1)
-            for other in histories[1:]:
-                same = [torch.equal(a, b) for a, b in zip(reference, other[step][1], strict=True)]
-                assert all(same) if report.synced else not any(same)
-            for history in histories:
-                report, _, calls = history[step]
-                assert report.bytes_sent == sum(size for _, size in calls)
-                assert len(calls) <= 6 if report.synced else [size for _, size in calls] == [16]
-
-
-def test_two_runs_repeat_bit_for_bit(replicas):
-    hooks = [{"wire_format": f, "consensus": c} for f in ("int2", "bfloat16") for c in ("average", "factors", "none")]
-    first, second = (replicas.run(3, after_each_step, hooks, 6) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert all(equal(one, other) for (_, one), (_, other) in zip(a, b, strict=True))

@@ -1,0 +1,104 @@
+"""Error feedback of parameters: residuals are stored, sent later, flushed and resumed."""
+
+import pytest
+import torch
+from models import build, equal, state_of, train_step
+from torch import nn
+
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion.sync import quantization
+
+CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
+SHAPES = {"tall": (40, 24), "wide": (24, 40), "vector": (50,)}
+
+
+def with_given_gradients(rank, world, hook, steps, settle=True):
+    """Train on gradients that do not depend on where the parameters are."""
+    start = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=start)) for shape in SHAPES.values()]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "algorithm": "adamw"}]
+    optimizer = CurvaDion(groups, weight_decay=0.0, trigger=EveryNSteps(3))
+    optimizer.register_sync_hook(ProcessGroupSync(momentum="local", **hook))
+    generator = torch.Generator().manual_seed(1 + rank)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    kept = ["residual" in optimizer.state[p] for p in parameters]
+    before = [p.detach().clone() for p in parameters]
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=settle)
+    left = ["residual" in optimizer.state[p] for p in parameters]
+    return [p.detach().clone() for p in parameters], before, kept, left
+
+
+@pytest.mark.parametrize("wire_format", CODED)
+@pytest.mark.parametrize(("world", "steps"), [(2, 12), (3, 13)])
+def test_settled_parameters_are_those_of_a_run_in_float32(replicas, wire_format, world, steps):
+    hook = {"wire_format": wire_format}
+    answers = replicas.run(world, with_given_gradients, hook, steps)
+    expected = replicas.run(world, with_given_gradients, {}, steps)[0][0]
+    for settled, before, kept, left in answers:
+        assert all(kept) and not any(left)
+        torch.testing.assert_close(settled, expected, rtol=0, atol=2e-6)
+        assert all(torch.equal(a, b) for a, b in zip(settled, answers[0][0], strict=True))
+        assert not any(torch.allclose(a, b, rtol=0, atol=2e-6) for a, b in zip(before, expected, strict=True))
+
+
+def test_a_consensus_for_validation_leaves_residuals_for_the_next_sync_step(replicas):
+    for _, _, kept, left in replicas.run(2, with_given_gradients, {"wire_format": "int2"}, 13, False):
+        assert all(kept) and all(left)
+
+
+def frozen_since(rank, world):
+    model, optimizer = build(hook={"wire_format": "int2", "momentum": "local"}, trigger=EveryNSteps(2))
+    for step in range(4):
+        train_step(model, optimizer, step, shard=rank)
+    weight = model.up[0].weight
+    kept = optimizer.state[weight]["residual"].clone()
+    before = weight.detach().clone()
+    weight.requires_grad_(False)
+    train_step(model, optimizer, 4, shard=rank)
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    return before, kept, weight.detach().clone(), "residual" in optimizer.state[weight]
+
+
+def test_what_was_kept_of_a_parameter_frozen_since_is_settled_too(replicas):
+    answers = replicas.run(2, frozen_since)
+    kept = sum(kept for _, kept, *_ in answers) / 2
+    for before, _, settled, left in answers:
+        assert not left and kept.abs().max() > 0
+        torch.testing.assert_close(settled, before + kept, rtol=0, atol=1e-6)
+
+
+def resumed(rank, world, hook, settle, path):
+    """Save right after a sync step, go on, and go on again from what was saved."""
+    model, optimizer = build(hook=hook, trigger=EveryNSteps(3))
+
+    def train(steps):
+        for step in steps:
+            train_step(model, optimizer, step, shard=rank)
+        return state_of(optimizer)
+
+    train(range(6))
+    if settle:
+        optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{path}{rank}")
+    once = train(range(6, 13))
+    saved = torch.load(f"{path}{rank}", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    residuals = ["residual" in state for state in saved["optimizer"]["state"].values()]
+    return equal(once, train(range(6, 13))), residuals
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("wire_format", ["bfloat16", "int2"])
+@pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settle", [False, True])
+def test_a_resumed_run_is_the_run_bit_for_bit(replicas, world, wire_format, residual_dtype, settle, tmp_path):
+    hook = {"wire_format": wire_format, "residual_dtype": residual_dtype, "momentum": "local"}
+    if not settle:
+        hook["momentum"] = "average"  # the state of one rank is the state of all, residuals apart
+    for same, residuals in replicas.run(world, resumed, hook, settle, str(tmp_path / "saved")):
+        assert same
+        assert not any(residuals) if settle else all(residuals)

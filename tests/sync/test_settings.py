@@ -1,0 +1,45 @@
+"""Settings of the hook: bad ones, and one to warn of."""
+
+import warnings
+
+import pytest
+import torch
+
+from lightning_curvadion import ProcessGroupSync
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"consensus": "mean"}, "consensus must be one of 'average', 'factors', 'none', not 'mean'"),
+        ({"momentum": "all"}, "momentum must be one of"),
+        ({"wire_format": "fp8"}, "wire_format must be one of 'float32', .*'sign', not 'fp8'"),
+        ({"outer_lr": 0.0}, "outer_lr must be > 0"),
+        ({"outer_momentum": 1.0}, r"outer_momentum must be in \[0, 1\)"),
+        ({"consensus": "none", "outer_lr": 0.5}, 'an outer step needs consensus="average"'),
+        ({"consensus": "none", "momentum": "local"}, 'consensus="none" implies momentum="dion"'),
+        ({"factor_format": "int1"}, "factor_format must be one of 'float32', .*, not 'int1'"),
+        ({"residual_dtype": "float16"}, "residual_dtype must be one of 'float32', 'bfloat16', not 'float16'"),
+        ({"sync_rank_fraction": 0.0}, r"sync_rank_fraction must be in \(0, 1\]"),
+        ({"sync_rank_fraction": 0.1, "momentum": "local"}, 'is the rank of what momentum="factors" sends'),
+        ({"sync_rank_fraction": 0.1, "consensus": "none"}, 'is the rank of what momentum="factors" sends'),
+        ({"chunk": 0}, "chunk must be at least 1"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessGroupSync(**options)
+
+
+@pytest.mark.parametrize("factor_format", ["int2", "sign"])
+def test_a_whole_momentum_in_two_bits_is_warned_of(factor_format):
+    with pytest.warns(UserWarning, match=f"a whole momentum in {factor_format} is known to hurt"):
+        ProcessGroupSync(momentum="average", wire_format="int2", factor_format=factor_format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ProcessGroupSync(momentum="average", wire_format="int2")
+        ProcessGroupSync(momentum="factors", wire_format="int2", factor_format=factor_format)
+
+
+def test_residual_dtype_is_a_name_or_a_dtype():
+    assert ProcessGroupSync(residual_dtype=torch.bfloat16).settings.residual_dtype == "bfloat16"
