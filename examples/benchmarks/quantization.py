@@ -1,10 +1,10 @@
-"""What coding costs, what it saves, and what it does to the loss.
+"""What quantization costs in time, what it saves in bytes, and its effect on the loss.
 
-python examples/benchmarks/quantization.py             # speed of coding, bytes, share of a sync step: about two minutes
+python examples/benchmarks/quantization.py             # speed, and share of a sync step: about two minutes
 python examples/benchmarks/quantization.py --blocks    # error against block size, on displacements from training
-python examples/benchmarks/quantization.py --train     # four replicas, 1500 steps, every format and period: about two hours
+python examples/benchmarks/quantization.py --train     # four replicas, 1500 steps, every format and period: two hours
 python examples/benchmarks/quantization.py --tables    # the tables of the last --train, from results/wire.csv
-python examples/benchmarks/quantization.py --smoke     # a little of everything, to see that it runs
+python examples/benchmarks/quantization.py --smoke     # a little of everything
 """
 
 import argparse
@@ -21,14 +21,13 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
-# Run as a script, this file's folder is on the path and the root of the clone is not.
+# A script has its own folder on the path, not the root of the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lightning_curvadion.sync.collectives
 from examples.benchmarks import quantization_training
-from examples.benchmarks.replica_training import CONTEXT, LR, VECTOR_LR, loss
+from examples.benchmarks.replica_training import CONTEXT, cross_entropy, on_replicas, parameter_groups
 from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import quantization
@@ -38,18 +37,18 @@ from lightning_curvadion.sync.payloads import TensorPayload
 
 
 def median_seconds(functions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median time of each function, called in turn."""
+    """Median time of each function. The functions take turns; the first round is not counted."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
-        for function, seen in zip(functions, times, strict=True):
+        for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
-            seen.append(time.perf_counter() - start)
-    return [statistics.median(seen[1:]) for seen in times]
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds[1:]) for seconds in times]
 
 
-def speed(numel: int, rounds: int) -> None:
-    """Encode and decode on one thread, beside a copy."""
+def print_speed(numel: int, rounds: int) -> None:
+    """Print how fast one thread quantizes and dequantizes, beside a copy."""
     torch.set_num_threads(1)
     numbers, out = torch.randn(numel), torch.empty(numel)
     payloads = {name: quantization.quantize_unchecked(numbers, name) for name in quantization.WIRE_FORMATS[1:]}
@@ -60,29 +59,15 @@ def speed(numel: int, rounds: int) -> None:
     copy, *times = median_seconds(functions, rounds)
     size = numbers.nbytes / 1e9
     print(f"\n{numel / 1e6:g} M numbers, one thread, GB/s of float32 (a copy: {size / copy:.2f})\n")
-    print("| format | encode | decode | both | bits a number |\n| --- | --- | --- | --- | --- |")
+    print("| format | quantize | dequantize | both | bits per number |\n| --- | --- | --- | --- | --- |")
     for number, name in enumerate(payloads):
-        encode, decode = times[2 * number : 2 * number + 2]
+        forth, back = times[2 * number : 2 * number + 2]
         bits = 8 * quantization.quantized_bytes(numel, name) / numel
-        print(f"| {name} | {size / encode:.2f} | {size / decode:.2f} | {size / (encode + decode):.2f} | {bits:.3f} |")
-
-
-def _replica(rank: int, world: int, store: str, calls: tuple[tuple[str, int, int], ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    for function, size, rounds in calls:
-        {"share": _share, "two_ways": _two_ways}[function](size, rounds)
-    dist.destroy_process_group()
-
-
-def on_replicas(world: int, *calls: tuple[str, int, int]) -> None:
-    """Call functions below in ``world`` processes, each with its size and rounds."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_replica, (world, f"{folder}/store", calls), nprocs=world)
+        print(f"| {name} | {size / forth:.2f} | {size / back:.2f} | {size / (forth + back):.2f} | {bits:.3f} |")
 
 
 class Stopwatch:
-    """Stands in for ``record_function`` and adds up the seconds of each range."""
+    """Replaces ``record_function`` and sums the seconds of each range."""
 
     seconds: ClassVar[Counter[str]] = Counter()
 
@@ -96,124 +81,145 @@ class Stopwatch:
         self.seconds[self.name] += time.perf_counter() - self.start  # type: ignore[assignment, operator]
 
 
-def _share(layers: int, rounds: int) -> None:
-    """Seconds of a sync step by what it does, in the ranges that a profiler would show."""
+def print_sync_step_shares(layers: int, width: int, rounds: int) -> None:
+    """Print the seconds of a sync step, of its quantization and of its collectives. Every replica calls it."""
     vars(lightning_curvadion.sync.collectives)["record_function"] = Stopwatch
     if dist.get_rank() == 0:
-        print("\nA sync step, seconds (momentum=local, gloo over loopback, one thread a replica)\n")
-        print("| replicas | matrices | format | step | coding | share | collectives |\n|" + " --- |" * 7)
+        print("\nA sync step, seconds (momentum=local, gloo over loopback, one thread per replica)\n")
+        print("| replicas | matrices | format | step | quantization | share | collectives |\n|" + " --- |" * 7)
     for wire_format in quantization.WIRE_FORMATS:
-        torch.manual_seed(0)
-        model = nn.ModuleList(nn.Linear(768, 3072, bias=False) for _ in range(layers))
-        optimizer = CurvaDion(split_parameters(model), trigger=EveryNSteps(1))
-        optimizer.register_sync_hook(ProcessGroupSync(momentum="local", wire_format=wire_format))
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        steps, coding_times, sending_times = [], [], []
-        for _ in range(rounds + 1):
-            dist.barrier()
-            Stopwatch.seconds.clear()
-            start = time.perf_counter()
-            optimizer.step()
-            steps.append(time.perf_counter() - start)
-            coding_times.append(Stopwatch.seconds["curvadion::quantize"] + Stopwatch.seconds["curvadion::dequantize"])
-            sending_times.append(Stopwatch.seconds["curvadion::collective"])
-        step, coding, sending = (statistics.median(times[1:]) for times in (steps, coding_times, sending_times))
+        step, quantizing, sending = sync_step_seconds(wire_format, layers, width, rounds)
         if dist.get_rank() == 0:
-            row = f"{dist.get_world_size()} | {layers} of 768 x 3072 | {wire_format} | {step:.2f} | {coding:.2f}"
-            print(f"| {row} | {100 * coding / step:.0f} % | {sending:.2f} |", flush=True)
+            matrices = f"{layers} of {width} x {4 * width}"
+            row = f"{dist.get_world_size()} | {matrices} | {wire_format} | {step:.2f} | {quantizing:.2f}"
+            print(f"| {row} | {100 * quantizing / step:.0f} % | {sending:.2f} |", flush=True)
 
 
-def _two_ways(numel: int, rounds: int) -> None:
-    """Between two replicas: one all-gather, or an all-to-all of shards and an all-gather of their means."""
+def sync_step_seconds(wire_format: str, layers: int, width: int, rounds: int) -> tuple[float, ...]:
+    """Median seconds of a sync step, of its quantization and of its collectives."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(layers))
+    optimizer = CurvaDion(split_parameters(model), trigger=EveryNSteps(1))
+    optimizer.register_sync_hook(ProcessGroupSync(momentum="local", wire_format=wire_format))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    times = []
+    for _ in range(rounds + 1):
+        dist.barrier()
+        Stopwatch.seconds.clear()
+        start = time.perf_counter()
+        optimizer.step()
+        seconds = time.perf_counter() - start
+        quantizing = Stopwatch.seconds["curvadion::quantize"] + Stopwatch.seconds["curvadion::dequantize"]
+        times.append((seconds, quantizing, Stopwatch.seconds["curvadion::collective"]))
+    return tuple(map(statistics.median, zip(*times[1:], strict=True)))
+
+
+def print_collective_seconds(numel: int, rounds: int) -> None:
+    """Print the time of one all-gather beside an all-to-all and an all-gather. Both replicas call it."""
     collectives = Collectives()
     collectives.join()
     for wire_format in ("int8", "int2"):
         slices = [PayloadSlice(TensorPayload("numbers", torch.randn(numel), wire_format), 0, numel)]
 
-        def directly(slices: list[PayloadSlice] = slices) -> None:
+        def all_gather(slices: list[PayloadSlice] = slices) -> None:
             dist.barrier()
             collectives.average_by_all_gather(slices)
 
-        def in_shards(slices: list[PayloadSlice] = slices) -> None:
+        def all_to_all(slices: list[PayloadSlice] = slices) -> None:
             dist.barrier()
             collectives.average_by_all_to_all(slices)
 
-        times = median_seconds([directly, in_shards], rounds)
+        times = median_seconds([all_gather, all_to_all], rounds)
         if dist.get_rank() == 0:
             print(
-                f"\n{numel / 1e6:g} M numbers in {wire_format} between two replicas: {times[0]:.3f} s directly,"
-                f" {times[1]:.3f} s in shards",
+                f"\n{numel / 1e6:g} M numbers in {wire_format} between two replicas: {times[0]:.3f} s by all-gather,"
+                f" {times[1]:.3f} s by all-to-all and all-gather",
                 flush=True,
             )
 
 
-def displacements(steps: int) -> Tensor:
-    """What one replica's parameters move in the last six of some steps of training."""
+def displacement(steps: int) -> Tensor:
+    """Displacement of one replica's parameters in the last six steps of training."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = StandardLibrary()
     data.prepare_data()
     windows = Windows(data.cache / "train.bin", CONTEXT + 1, CONTEXT)
     model = GPT(layers=4, width=96, heads=4, context=CONTEXT)
-    groups = split_parameters(model)
-    for group in groups:
-        group["lr"] = LR if group["algorithm"] == "dion" else VECTOR_LR
-    optimizer = CurvaDion(groups)
+    optimizer = CurvaDion(parameter_groups(model))
     before: list[Tensor] = []
     for step in range(steps):
         if step == steps - 6:
             before = [parameter.detach().clone() for parameter in model.parameters()]
-        chosen = torch.randint(len(windows), (8,))
+        batch = torch.stack([windows[int(i)] for i in torch.randint(len(windows), (8,))])
         optimizer.zero_grad()
-        loss(model, torch.stack([windows[int(i)] for i in chosen])).backward()
+        cross_entropy(model, batch).backward()
         optimizer.step()
     return torch.cat([(p.detach() - b).view(-1) for p, b in zip(model.parameters(), before, strict=True)])
 
 
-def blocks(steps: int) -> None:
-    """Error of one coding against the size of a block."""
-    numbers = displacements(steps)
+def print_block_errors(steps: int) -> None:
+    """Print the error of each format against the size of a block."""
+    numbers = displacement(steps)
     sizes = (32, 64, 128, 256, 512)
-    print(f"\nRelative error of the displacement over 6 steps after {steps} steps, and bits a number, by block\n")
+    print(
+        f"\nRelative error of the displacement over 6 steps after {steps} steps, and bits per number, by block size\n"
+    )
     print("| format | " + " | ".join(map(str, sizes)) + " |\n| --- |" + " --- |" * len(sizes))
-    chosen = dict(quantization.BLOCK_FORMATS)
-    for name, coding in chosen.items():
+    defaults = dict(quantization.BLOCK_FORMATS)
+    for name, block_format in defaults.items():
         cells = []
         for size in sizes:
-            quantization.BLOCK_FORMATS[name] = replace(coding, block=size)
-            decoded = quantization.dequantize(quantization.quantize(numbers, name), name, numbers.numel())
+            quantization.BLOCK_FORMATS[name] = replace(block_format, block=size)
+            restored = quantization.dequantize(quantization.quantize(numbers, name), name, numbers.numel())
             bits = 8 * quantization.quantized_bytes(numbers.numel(), name) / numbers.numel()
-            mark = "**" if size == coding.block else ""
-            cells.append(f"{mark}{(decoded - numbers).norm() / numbers.norm():.4f}{mark} ({bits:.2f})")
+            mark = "**" if size == block_format.block else ""
+            cells.append(f"{mark}{(restored - numbers).norm() / numbers.norm():.4f}{mark} ({bits:.2f})")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    quantization.BLOCK_FORMATS.update(chosen)
+    quantization.BLOCK_FORMATS.update(defaults)
+
+
+def smoke() -> None:
+    """A little of everything."""
+    print_speed(2**18, rounds=1)
+    print_block_errors(steps=8)
+    with tempfile.TemporaryDirectory() as folder:
+        on_replicas(2, smoke_replica, Path(folder) / "wire.csv")
+
+
+def smoke_replica(csv_path: Path) -> None:
+    """What needs two replicas, in the same two processes."""
+    print_collective_seconds(2**18, rounds=1)
+    print_sync_step_shares(layers=1, width=96, rounds=1)
+    quantization_training.smoke(csv_path)
+
+
+def measure_replica() -> None:
+    """The full measurements of two replicas."""
+    print_collective_seconds(25_000_000, rounds=5)
+    print_sync_step_shares(layers=10, width=768, rounds=5)
 
 
 def main() -> None:
-    """Print what was asked for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group()
+    modes = parser.add_mutually_exclusive_group()
     for name in ("blocks", "train", "tables", "smoke"):
-        what.add_argument(f"--{name}", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.blocks:
-        blocks(steps=400)
-    elif arguments.train:
-        quantization_training.train()
+        modes.add_argument(f"--{name}", action="store_true")
+    options = parser.parse_args()
+    if options.blocks:
+        print_block_errors(steps=400)
+    elif options.train or options.tables:
+        if options.train:
+            quantization_training.train()
         quantization_training.tables()
-    elif arguments.tables:
-        quantization_training.tables()
-    elif arguments.smoke:
-        speed(2**18, rounds=1)
-        on_replicas(2, ("two_ways", 2**18, 1), ("share", 1, 1))
-        blocks(steps=8)
-        with tempfile.TemporaryDirectory() as folder:
-            quantization_training.smoke(Path(folder) / "wire.csv")
+    elif options.smoke:
+        smoke()
     else:
-        speed(25_000_000, rounds=7)
-        on_replicas(2, ("two_ways", 25_000_000, 5), ("share", 10, 5))
-        on_replicas(4, ("share", 10, 5))
+        print_speed(25_000_000, rounds=7)
+        on_replicas(2, measure_replica)
+        on_replicas(4, print_sync_step_shares, 10, 768, 5)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Which settings the wire formats are trained under, and the tables that come of it; ``quantization.py --train`` runs them."""
+"""The training runs of ``quantization.py --train``, and their tables."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.benchmarks.replica_training import Setting, read, run
+from examples.benchmarks.replica_training import Setting, on_replicas, read, train_missing
+from examples.byte_gpt import StandardLibrary
 from lightning_curvadion.sync.quantization import WIRE_FORMATS
 
 PERIODS = (3, 6, 12, 50)
@@ -12,7 +13,7 @@ RESULTS = Path(__file__).parent / "results" / "wire.csv"
 
 EVERY_STEP = Setting({"momentum": "local", "wire_format": "float32"})
 
-# How momentum meets, every six steps: format of the displacement, of the momentum, and rank of the factors that travel.
+# Ways to synchronise momentum every six steps: formats of displacement and momentum, and rank of the factors sent.
 MOMENTUM: dict[str, dict[str, Any]] = {
     "local, float32": {"momentum": "local", "wire_format": "float32"},
     "local, int2": {"momentum": "local", "wire_format": "int2"},
@@ -45,13 +46,13 @@ SEEDS = (0, 1, 2)
 
 
 def settings() -> list[Setting]:
-    """All runs, those first that others wait for."""
+    """All runs. A periodic run comes before the triggered one that takes its budget."""
     by_momentum = [Setting(hook, 6) for hook in MOMENTUM.values()]
     by_format = {
         wire_format: [
-            Setting({"momentum": "local", "wire_format": wire_format}, period, gated)
+            Setting({"momentum": "local", "wire_format": wire_format}, period, triggered)
             for period in PERIODS
-            for gated in (False, True)
+            for triggered in (False, True)
         ]
         for wire_format in WIRE_FORMATS
     }
@@ -64,19 +65,20 @@ def settings() -> list[Setting]:
 
 
 def train(steps: int = 1500, replicas: int = 4) -> None:
-    """Run what the CSV lacks."""
-    run(settings(), replicas, steps, RESULTS)
+    """Train the runs that the CSV lacks."""
+    StandardLibrary().prepare_data()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    on_replicas(replicas, train_missing, settings(), steps, RESULTS)
 
 
 def smoke(csv_path: Path) -> None:
-    """Two replicas and a few steps of one periodic and one gated run."""
+    """A few steps of a periodic and of a triggered run. Every replica calls it."""
     periodic = Setting(MOMENTUM["local, int2"], 3)
-    for row in run([periodic, replace(periodic, gated=True)], 2, 9, csv_path):
-        print(f"{row['setting']}: {row['val_loss']}")
+    train_missing([periodic, replace(periodic, triggered=True)], 9, csv_path, val_sequences=64)
 
 
 def tables() -> None:
-    """Print what the CSV says, as Markdown."""
+    """Print the CSV as Markdown tables."""
     rows = {row["setting"]: row for row in read(RESULTS)}
 
     def cell(setting: Setting) -> str:
@@ -87,10 +89,10 @@ def tables() -> None:
         return 100 * int(row["bytes_sent"]) / int(row["ddp_bytes"])
 
     print(f"\nEvery step in float32: {cell(EVERY_STEP)}\n\n| format | " + " | ".join(f"{p}" for p in PERIODS), end="")
-    print(" | " + " | ".join(f"{p}, gated" for p in PERIODS) + " |\n|" + " --- |" * (1 + 2 * len(PERIODS)))
+    print(" | " + " | ".join(f"{p}, triggered" for p in PERIODS) + " |\n|" + " --- |" * (1 + 2 * len(PERIODS)))
     for wire_format in WIRE_FORMATS:
         hook = {"momentum": "local", "wire_format": wire_format}
-        cells = [cell(Setting(hook, period, gated)) for gated in (False, True) for period in PERIODS]
+        cells = [cell(Setting(hook, period, triggered)) for triggered in (False, True) for period in PERIODS]
         print(f"| {wire_format} | " + " | ".join(cells) + " |")
 
     print(
