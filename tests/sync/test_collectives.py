@@ -32,7 +32,7 @@ def averaged(rank, world, chunk):
 
 
 @pytest.mark.parametrize(
-    ("world", "chunk"), [(1, 10**6), (2, 10**6), (2, 100), (3, 10**6), (4, 97), (5, 10**6), (5, 400)]
+    ("world", "chunk"), [(1, 10**6), (2, 10**6), (2, 100), (3, 10**6), (4, 300), (5, 400)]
 )
 def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replicas, world, chunk):
     everyone = replicas.run(world, averaged, chunk)
@@ -77,7 +77,7 @@ def moves(rank, world, steps, residual_dtype):
     return {f: (parameters[f].double(), residuals[f].double(), moved[f]) for f in CODED}
 
 
-@pytest.mark.parametrize(("world", "steps"), [(2, 300), (3, 300)])
+@pytest.mark.parametrize(("world", "steps"), [(2, 300), (3, 120)])
 def test_everything_sent_and_everything_kept_are_all_that_was_moved(replicas, world, steps):
     everyone = replicas.run(world, moves, steps, torch.float32, timeout=180)
     for wire_format in CODED:
