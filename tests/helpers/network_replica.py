@@ -1,4 +1,4 @@
-"""One replica of test_network.py, on its own host of the lab: counts what the kernel sent beside ``bytes_sent``.
+"""One replica of ``test_network.py``, on its own host of the lab. Measures the kernel's bytes beside ``bytes_sent``.
 
 python network_replica.py FOLDER SETTINGS_BY_MODEL_JSON
 """
@@ -16,6 +16,9 @@ from torch import nn
 from examples.benchmarks.compare_replica import kernel_sent
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
+
+# Steps from one sync to the next. The sync steps of the GPT are compared with each other, so that few are enough there.
+PERIODS = {"small": 10, "gpt": 3}
 
 
 def build_gpt(hook: dict, trigger: EveryNSteps) -> tuple[GPT, CurvaDion]:
@@ -35,18 +38,19 @@ def train_gpt(model: nn.Module, optimizer: CurvaDion, step: int, shard: int) -> 
     optimizer.step()
 
 
-def count(rank: int, model_name: str, settings: dict) -> dict[str, tuple[int, int, int]]:
+def measure(rank: int, model_name: str, hook: dict) -> dict[str, tuple[int, int, int]]:
     """(kernel bytes, payload, steps) of each phase."""
-    trigger = EveryNSteps(10)
+    period = PERIODS[model_name]
+    trigger = EveryNSteps(period)
     if model_name == "gpt":
-        (model, optimizer), train = build_gpt(settings, trigger), train_gpt
+        (model, optimizer), train = build_gpt(hook, trigger), train_gpt
     else:
-        (model, optimizer), train = build(layers=24, hook=settings, trigger=trigger), train_step
+        (model, optimizer), train = build(layers=24, hook=hook, trigger=trigger), train_step
     sync = optimizer.sync_hook
     train(model, optimizer, 0, rank)  # the first collective opens connections
-    counted = {}
+    measured = {}
     step = 1
-    for phase, steps in (("local", 8), ("sync", 1), ("local again", 9), ("sync again", 1)):
+    for phase, steps in (("local", period - 2), ("sync", 1), ("local again", period - 1), ("sync again", 1)):
         dist.barrier()
         kernel, payload = kernel_sent(), sync.bytes_sent
         for _ in range(steps):
@@ -54,18 +58,20 @@ def count(rank: int, model_name: str, settings: dict) -> dict[str, tuple[int, in
             step += 1
             assert optimizer.last_step.synced == phase.startswith("sync")
         dist.barrier()
-        counted[phase] = (kernel_sent() - kernel, sync.bytes_sent - payload, steps)
-    return counted
+        measured[phase] = (kernel_sent() - kernel, sync.bytes_sent - payload, steps)
+    return measured
 
 
 def main() -> None:
-    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank = dist.get_rank()
-    counted = {model_name: [count(rank, model_name, hook) for hook in hooks] for model_name, hooks in jobs.items()}
+    measured = {
+        model_name: [measure(rank, model_name, hook) for hook in hooks] for model_name, hooks in settings.items()
+    }
     dist.destroy_process_group()
-    (folder / f"{rank}.json").write_text(json.dumps(counted))
+    (folder / f"{rank}.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``bytes_sent`` beside the bytes that the kernel counted, between two hosts of a network lab."""
+"""``bytes_sent`` beside the bytes that the kernel counts, between two hosts of a network lab."""
 
 import json
 
@@ -7,8 +7,7 @@ from training import ROOT, python_path
 
 from examples.benchmarks.netlab import Lab, missing
 
-# What a collective of gloo costs beside its payload: 660 to 750 bytes of frames and acknowledgements (pytest -s
-# prints them).
+# Frames and acknowledgements of one collective of gloo: 660 to 750 bytes (``pytest -s`` prints them).
 ALLOWANCE = 1000
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"missing for a network lab: {missing()}")
@@ -26,20 +25,20 @@ GPT = [LOCAL, {}, *[{**LOCAL, "wire_format": wire_format} for wire_format in MOS
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def measured(tmp_path_factory):
     """By model: for each of its settings and each replica, (kernel bytes, payload, steps) of each phase."""
-    folder = tmp_path_factory.mktemp("counted")
+    folder = tmp_path_factory.mktemp("measured")
     script = ROOT / "tests/helpers/network_replica.py"
     environment = {"PYTHONPATH": python_path(ROOT)}
     with Lab(hosts=2) as lab:
-        jobs = json.dumps({"small": SMALL, "gpt": GPT})
-        lab.run([str(script), str(folder), jobs], environment=environment, timeout=200)
+        settings = json.dumps({"small": SMALL, "gpt": GPT})
+        lab.run([str(script), str(folder), settings], environment=environment, timeout=200)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     return {model: list(zip(*[rank[model] for rank in ranks], strict=True)) for model in ("small", "gpt")}
 
 
-def test_the_kernel_counts_what_bytes_sent_says(counted):
-    for hook, replicas in zip(SMALL, counted["small"], strict=True):
+def test_bytes_sent_is_what_the_kernel_counts(measured):
+    for hook, replicas in zip(SMALL, measured["small"], strict=True):
         for phases in replicas:
             for phase, (kernel, payload, steps) in phases.items():
                 collectives = steps * (3 if phase.startswith("sync") else 1) + 2  # and two barriers
@@ -49,9 +48,9 @@ def test_the_kernel_counts_what_bytes_sent_says(counted):
             assert phases["sync"][1] > 1000 * phases["local"][1] / phases["local"][2]
 
 
-def test_a_sync_step_in_few_bits_beside_one_in_float32(counted):
-    # The whole sync step, agreement included, at the end that the kernel says sent more.
-    steps = [max(phases["sync again"][0] for phases in replicas) for replicas in counted["gpt"]]
+def test_a_quantized_sync_step_sends_a_fraction_of_one_in_float32(measured):
+    # The whole sync step, agreement included, of the host that sent more.
+    steps = [max(phases["sync again"][0] for phases in replicas) for replicas in measured["gpt"]]
     for (wire_format, bound), step in zip(MOST.items(), steps[2:-1], strict=True):
         print(f"momentum=local, {wire_format}: {step} bytes, 1/{steps[0] / step:.1f} of {steps[0]} in float32")
         assert step <= bound * steps[0]
