@@ -39,28 +39,24 @@ CHOICES = {
 }
 
 
-def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """Rows at the base settings but for what is named, each at the learning rates that its sweep chose."""
-    like = with_rates(replace(BASE, **wanted), best_rates(wanted["method"], rows, wanted.get("replicas", 2)))
+def rows_at(rows: Iterable[Row], **changes: Any) -> list[Row]:
+    """Rows at the base settings with some changes and the learning rates of the method's sweep, by seed."""
+    like = with_rates(replace(BASE, **changes), best_rates(changes["method"], rows, changes.get("replicas", 2)))
     return sorted((row for row in rows if replace(row.run, seed=0) == like), key=lambda row: row.run.seed)
 
 
-def final(rows: list[Row]) -> list[float]:
-    """Validation losses, one a seed."""
-    return [row.outcome.val_loss for row in rows]
-
-
-def told(losses: list[float], digits: int = 4) -> str:
-    """Mean and, of several seeds, half the distance between the best and the worst."""
+def mean_loss(rows: list[Row], digits: int = 4) -> str:
+    """Mean loss and, for several seeds, half the distance between the best and the worst."""
+    losses = [row.outcome.val_loss for row in rows]
     mean = f"{statistics.mean(losses):.{digits}f}"
     return mean if len(losses) == 1 else f"{mean} ± {(max(losses) - min(losses)) / 2:.{digits}f} ({len(losses)})"
 
 
 def gap(rows: list[Row], goal: list[Row]) -> float:
-    """How far above the goal, in percent, over the seeds that both have."""
+    """Percent by which the loss is above the goal's, over the seeds that both have."""
     goals = {row.run.seed: row.outcome.val_loss for row in goal}
     pairs = [(row.outcome.val_loss, goals[row.run.seed]) for row in rows if row.run.seed in goals]
-    return 100 * (sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1) if pairs else float("nan")
+    return 100 * (sum(loss for loss, _ in pairs) / sum(goal for _, goal in pairs) - 1) if pairs else float("nan")
 
 
 def points(row: Row) -> list[tuple[int, float, int, float, int]]:
@@ -70,7 +66,7 @@ def points(row: Row) -> list[tuple[int, float, int, float, int]]:
 
 
 def reached(row: Row, loss: float) -> tuple[float, float] | None:
-    """Steps and kernel bytes at which a run's loss came down to ``loss``, between evaluations on a straight line."""
+    """Steps and kernel bytes at which a run reached ``loss``, interpolated between evaluations."""
     before = None
     for step, value, sent, _, _ in points(row):
         if value <= loss:
@@ -83,7 +79,7 @@ def reached(row: Row, loss: float) -> tuple[float, float] | None:
 
 
 def pace(rows: Iterable[Row], method: str, rate: str, replicas: int = 2) -> float | None:
-    """Steps a second of a timed run, the median if there are several."""
+    """Steps per second of a timed run; the median of several."""
     found = [
         (row.run.stop or row.run.steps) / row.outcome.seconds
         for row in rows
@@ -93,14 +89,14 @@ def pace(rows: Iterable[Row], method: str, rate: str, replicas: int = 2) -> floa
 
 
 def kernel_share(row: Row, dense: list[Row], total: bool = True) -> float:
-    """Bytes on the wire as a share of DDP's with AdamW, in percent, at equal steps; the last consensus included."""
+    """Kernel bytes in percent of DDP's at equal steps, the last consensus included."""
     sent = row.outcome.kernel_total if total else row.outcome.kernel_steps
     each = statistics.mean(entry.outcome.kernel_total / entry.run.steps for entry in dense)
     return 100 * sent / row.run.steps / each
 
 
 def tables(results: Path, steps: int = STEPS) -> None:
-    """Print everything as Markdown."""
+    """Print all tables as Markdown."""
     rows = read(results)
     choice_table(rows, steps)
     sweep_table(rows)
@@ -110,7 +106,7 @@ def tables(results: Path, steps: int = STEPS) -> None:
     length_table(rows)
     race_table(rows)
     disturbed_table(rows)
-    where_table(rows)
+    sync_distribution_table(rows)
     links_table(rows)
 
 
@@ -128,18 +124,18 @@ def header(title: str, *cells: str) -> None:
 
 def choice_table(rows: list[Row], steps: int = STEPS) -> None:
     """The table of the README, with two replicas; steps a second are those of ``links_table``."""
-    dense, usual = of(rows, method=DENSE, steps=steps), of(rows, method=USUAL, steps=steps)
+    dense, usual = rows_at(rows, method=DENSE, steps=steps), rows_at(rows, method=USUAL, steps=steps)
     if not dense or not usual:
         return
     speed = f"steps/s at {RATES[-1].replace('mbit', ' Mbit/s')}"
     header("What a user would pick", "method", "loss (seeds)", f"above {CHOICES[USUAL]}", "of DDP's bytes", speed)
     for method, name in CHOICES.items():
-        if mine := of(rows, method=method, steps=steps):
+        if mine := rows_at(rows, method=method, steps=steps):
             above = gap(mine, usual)
             last = pace([row for row in rows if row.run.stop], method, RATES[-1])
             line(
                 name,
-                told(final(mine), digits=3),
+                mean_loss(mine, digits=3),
                 f"{above:+.1f} %" if method != USUAL else "-",
                 f"{statistics.mean(kernel_share(row, dense) for row in mine):.1f} %",
                 f"{last:.1f}" if last else "-",
@@ -157,10 +153,10 @@ def sweep_table(rows: list[Row]) -> None:
 
 
 def method_table(rows: list[Row], replicas: int, steps: int) -> None:
-    """What each method comes to at the base settings."""
-    dense = of(rows, method=DENSE, replicas=replicas, steps=steps)
-    goal = of(rows, method=GOAL, replicas=replicas, steps=steps)
-    usual = of(rows, method=USUAL, replicas=replicas, steps=steps)
+    """Every method at the base settings."""
+    dense = rows_at(rows, method=DENSE, replicas=replicas, steps=steps)
+    goal = rows_at(rows, method=GOAL, replicas=replicas, steps=steps)
+    usual = rows_at(rows, method=USUAL, replicas=replicas, steps=steps)
     if not dense or not goal:
         return
     header(
@@ -177,14 +173,14 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
         "MiB",
     )
     for method in METHODS:
-        mine = of(rows, method=method, replicas=replicas, steps=steps)
+        mine = rows_at(rows, method=method, replicas=replicas, steps=steps)
         if not mine:
             continue
         first = mine[0].outcome
         crossing = reached(mine[0], goal[0].outcome.val_loss)
         line(
             method,
-            told(final(mine)),
+            mean_loss(mine),
             f"{gap(mine, usual):+.2f} %",
             f"{gap(mine, goal):+.2f} %",
             f"{statistics.mean(100 * row.outcome.sync_steps / steps for row in mine):.1f} %",
@@ -197,20 +193,21 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
 
 
 def batch_table(rows: list[Row]) -> None:
-    """How the gap depends on the batch."""
+    """The gap by batch size."""
     header("Batch per replica", "method", *[f"{batch * 64} bytes" for batch in BATCHES])
     for method in QUOTED:
         cells = []
         for batch in BATCHES:
-            mine, goal = of(rows, method=method, sequences=batch)[:1], of(rows, method=GOAL, sequences=batch)[:1]
-            cells.append(f"{told(final(mine))} ({gap(mine, goal):+.2f} %)" if mine and goal else "not run")
+            mine = rows_at(rows, method=method, sequences=batch)[:1]
+            goal = rows_at(rows, method=GOAL, sequences=batch)[:1]
+            cells.append(f"{mean_loss(mine)} ({gap(mine, goal):+.2f} %)" if mine and goal else "not run")
         if cells.count("not run") < len(cells) - 1:
             line(method, *cells)
 
 
 def length_table(rows: list[Row]) -> None:
-    """Longer runs of ours against the goal's loss, in steps, bytes and seconds at the slowest link."""
-    goal, dense = of(rows, method=GOAL), of(rows, method=DENSE)
+    """Longer runs of the defaults against the goal's loss: steps, bytes, and seconds on the slowest link."""
+    goal, dense = rows_at(rows, method=GOAL), rows_at(rows, method=DENSE)
     if not goal or not dense:
         return
     header(
@@ -220,13 +217,13 @@ def length_table(rows: list[Row]) -> None:
     slow = pace(rows, GOAL, RATES[-1])
     lengths = sorted({row.run.steps for row in rows if row.run.method == DEFAULT and row.run.stop == 0})
     for method, length in [(GOAL, STEPS), *[(DEFAULT, length) for length in lengths]]:
-        mine, mine_pace = of(rows, method=method, steps=length), pace(rows, method, RATES[-1])
+        mine, mine_pace = rows_at(rows, method=method, steps=length), pace(rows, method, RATES[-1])
         if not mine:
             continue
         seconds = length / mine_pace if mine_pace else None
         line(
             f"{method}, {length} steps",
-            told(final(mine)),
+            mean_loss(mine),
             f"{gap(mine, goal):+.2f} %",
             f"{statistics.mean(kernel_share(row, dense) * length / STEPS for row in mine):.2f} %",
             f"{seconds:.0f}" if seconds else "not timed",
@@ -235,7 +232,7 @@ def length_table(rows: list[Row]) -> None:
 
 
 def race_table(rows: list[Row]) -> None:
-    """Whole runs on the slowest link, as they were timed."""
+    """Whole runs on the slowest link."""
     header(f"Whole runs on a link of {RATES[-1]}", "run", "loss", "seconds", "MB sent")
     for run in plan("races", rows):
         for row in (row for row in rows if row.run == run):
@@ -244,7 +241,7 @@ def race_table(rows: list[Row]) -> None:
 
 
 def disturbed_table(rows: list[Row]) -> None:
-    """Triggers at about equal bytes, with and without something happening in the middle."""
+    """Triggers at about equal bytes, with and without a change in the middle of the run."""
     header(
         "Triggers",
         "trigger",
@@ -255,26 +252,26 @@ def disturbed_table(rows: list[Row]) -> None:
     for method in DISTURBED:
         cells = []
         for kind in ("", "lr", "data"):
-            mine = of(rows, method=method, disturbance=kind)
+            mine = rows_at(rows, method=method, disturbance=kind)
             syncs = statistics.mean(row.outcome.sync_steps for row in mine) if mine else 0
-            cells.append(f"{told(final(mine))}, {syncs:.0f} syncs" if mine else "not run")
+            cells.append(f"{mean_loss(mine)}, {syncs:.0f} syncs" if mine else "not run")
         line(method, *cells)
 
 
-def where_table(rows: list[Row]) -> None:
-    """Where the sync steps of a run fall: their share of the steps in each eighth of it."""
+def sync_distribution_table(rows: list[Row]) -> None:
+    """Share of sync steps in each eighth of a run."""
     eighths = [f"{number}/8" for number in range(1, 9)]
     header("Sync steps, percent of the steps of each eighth of a run", "trigger", "disturbed", *eighths)
     for method in (DEFAULT, "as published, tau=0.1", "ours: tau=0.07", "ours: 15 % of steps"):
         for kind in ("", "lr", "data"):
-            for row in of(rows, method=method, disturbance=kind)[:1]:
+            for row in rows_at(rows, method=method, disturbance=kind)[:1]:
                 counts = [(0, 0), *[(step, syncs) for step, _, _, _, syncs in points(row)]]
                 pairs = itertools.pairwise(counts)
                 line(method, kind or "no", *[f"{100 * (b[1] - a[1]) / (b[0] - a[0]):.0f}" for a, b in pairs])
 
 
 def links_table(rows: list[Row]) -> None:
-    """Steps a second by link; what DDP spends communicating, and how near the methods come to never doing so."""
+    """Steps per second by link, beside DDP and beside no communication at all."""
     header("Steps a second, 2 replicas", "method", "no limit", *RATES, f"x {DENSE}", f"of {ALONE}")
     slow, most = pace(rows, DENSE, RATES[-1]), pace(rows, ALONE, RATES[-1])
     for method in METHODS:
@@ -291,7 +288,7 @@ def links_table(rows: list[Row]) -> None:
 
 
 def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
-    """Loss against bytes and against seconds at the slowest link, all methods, as PNG."""
+    """Draw loss against bytes, and against seconds on the slowest link, of all methods."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -301,7 +298,7 @@ def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
     for name, label in (("bytes", "MB sent by a replica (kernel)"), ("seconds", f"seconds at {RATES[-1]}")):
         figure, axes = pyplot.subplots(figsize=(9, 6))
         for number, method in enumerate(METHODS):
-            mine = of(rows, method=method, steps=steps)[:1]
+            mine = rows_at(rows, method=method, steps=steps)[:1]
             speed = pace(rows, method, RATES[-1])
             if not mine or (name == "seconds" and speed is None):
                 continue

@@ -10,7 +10,7 @@ import pytest
 from examples.benchmarks import compare
 from examples.benchmarks.compare_plan import BASE, STAGES, SWEEPS, best_rates, plan, read, with_rates
 from examples.benchmarks.compare_replica import Outcome, append
-from examples.benchmarks.compare_report import gap, kernel_share, of, pace, points, reached
+from examples.benchmarks.compare_report import gap, kernel_share, pace, points, reached, rows_at
 from examples.benchmarks.methods import DEFAULT, METHODS
 from examples.benchmarks.netlab import missing
 
@@ -80,7 +80,7 @@ def test_figures_of_the_tables(tmp_path):
         (replace(run, seed=1), replace(OUTCOME, val_loss=2.2)),
         (replace(run, rate="20mbit", stop=60), OUTCOME),
     )
-    mine = of(rows, method="DDP, Dion")
+    mine = rows_at(rows, method="DDP, Dion")
     assert [(row.run.seed, row.run.lr, row.run.vector_lr) for row in mine] == [(0, *rates), (1, *rates)]
     assert reached(mine[0], 2.25) == (300, 300)
     assert reached(mine[0], 3.5) == (100, 100)
