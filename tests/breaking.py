@@ -1,17 +1,15 @@
 """Breaks training runs for real, and reports what became of them.
 
     python tests/breaking.py              # everything, the long way: 20 kills, 20 000 steps; about 10 minutes alone
-    python tests/breaking.py kills        # one of: kills, restart, signals, stall, exception, memory
+    python tests/breaking.py kills        # one of: write, stall, exception, signals, restart, kills, memory
 
-``test_breaking.py`` runs the same functions, shorter. Only processes that were started here are ever killed.
+``tests/trainer/test_breaking.py`` runs the same functions, shorter. Only processes that were started here are killed.
 """
 
 import json
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +19,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "helpers")]
 
+import preloaded
+import torch
+import torch.distributed.run
 from failing import Job
+from launching import free_port
+from preloaded import Process
+
+from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
 
 HERE = Path(__file__).parent
 HELPERS = HERE / "helpers"
@@ -35,92 +40,82 @@ class End:
     Attributes:
         status: Exit status, negative for a signal.
         output: Both streams.
-        seconds: From what happened to its end.
-        told: What it wrote itself, if it could.
+        seconds: From the hit to its end.
+        report: What it wrote itself, if it could.
     """
 
     status: int
     output: str
     seconds: float
-    told: dict
+    report: dict
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, as training processes want it."""
+    """Variables of a training process, beside those of this one."""
     paths = os.pathsep.join([str(HELPERS), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **more}
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **more}
 
 
-def free_port() -> int:
-    """A port that nobody listens to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(job: Job, **more: str) -> list[subprocess.Popen]:
-    """One process a rank, none of which knows the others' fate, as on machines of their own.
+def start(job: Job, **more: str) -> list[Process]:
+    """Start one process for each rank, none of which knows how the others end, as on machines of their own.
 
     Args:
         job: What they run.
         **more: Environment variables; ``{rank}`` in them is the rank.
     """
-    port = str(free_port())
+    folder = Path(job.folder)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(job.devices)}
     processes = []
     for rank in range(job.devices):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-        log = (Path(job.folder) / f"rank{rank}.log").open("w")
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), json.dumps(asdict(job))],
-                env=environment(
-                    **place,
-                    WORLD_SIZE=str(job.devices),
-                    **{name: value.format(rank=rank) for name, value in more.items()},
-                ),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        )
+        own = {name: value.format(rank=rank) for name, value in more.items()}
+        variables = environment(**group, LOCAL_RANK=str(rank), NODE_RANK="0", **own)
+        log = folder / f"rank{rank}.log"
+        processes.append(preloaded.start(SCRIPT, json.dumps(asdict(job)), folder=folder, output=log, **variables))
     return processes
 
 
-def ends(job: Job, processes: list[subprocess.Popen], within: float, stopped: bool = False) -> list[End]:
-    """Wait for all of them, the victim of a SIGSTOP aside; whoever takes longer than ``within`` seconds is a failure.
+def wait_for_hit(job: Job, processes: list[Process]) -> float:
+    """Wait until the victim is hit; the time of it."""
+    hit = Path(job.folder) / "hit"
+    deadline = time.time() + 90
+    while not hit.exists():
+        if time.time() > deadline or all(process.poll() is not None for process in processes):
+            raise AssertionError(f"rank {job.victim} was not hit: {logs(Path(job.folder))}")
+        time.sleep(0.01)
+    return float(hit.read_text() or time.time())
+
+
+def ends(job: Job, processes: list[Process], within: float, stopped: bool = False) -> list[End]:
+    """Wait for all processes.
 
     Args:
         job: What they run.
-        processes: One a rank.
-        within: From what happened; 60 s are allowed until then.
-        stopped: Whether the victim stays for good, and is killed here.
+        processes: One for each rank.
+        within: Seconds from the hit, or from the start of a job without one.
+        stopped: Whether the victim stays stopped; it is not waited for, and killed here.
+
+    Raises:
+        AssertionError: The victim was not hit within 90 s, or another process took longer than ``within``.
     """
     folder = Path(job.folder)
-    happened = folder / "happened"
     try:
-        begin = time.time()
-        while job.what and not happened.exists():
-            if time.time() - begin > 90 or all(process.poll() is not None for process in processes):
-                raise AssertionError(f"nothing happened: {logs(folder)}")
-            time.sleep(0.01)
-        moment = float(happened.read_text() or time.time()) if job.what else time.time()
-        waiting = [p for rank, p in enumerate(processes) if not (stopped and rank == job.victim)]
+        moment = wait_for_hit(job, processes) if job.what else time.time()
+        waiting = [process for rank, process in enumerate(processes) if not (stopped and rank == job.victim)]
         seconds = {}
         while len(seconds) < len(waiting):
             for process in waiting:
                 if process.pid not in seconds and process.poll() is not None:
                     seconds[process.pid] = time.time() - moment
             if time.time() - moment > within:
-                late = [rank for rank, p in enumerate(processes) if p in waiting and p.poll() is None]
+                late = [rank for rank, process in enumerate(processes) if process in waiting and process.poll() is None]
                 raise AssertionError(f"ranks {late} still run after {within} s: {logs(folder)}")
             time.sleep(0.01)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
     return [
-        End(process.returncode, read(folder / f"rank{rank}.log"), seconds.get(process.pid, 0.0), told(folder, rank))
+        End(process.wait(), read(folder / f"rank{rank}.log"), seconds.get(process.pid, 0.0), report(folder, rank))
         for rank, process in enumerate(processes)
     ]
 
@@ -130,7 +125,7 @@ def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def told(folder: Path, rank: int) -> dict:
+def report(folder: Path, rank: int) -> dict:
     """What a rank wrote at its end."""
     return json.loads(read(folder / f"rank{rank}.json") or "{}")
 
@@ -140,24 +135,26 @@ def logs(folder: Path) -> str:
     return "\n".join(f"{path.name}: {path.read_text()[-1500:]}" for path in sorted(folder.glob("*.log")))
 
 
-def orphans(folder: Path) -> list[str]:
-    """Processes that still work in a folder."""
+def processes_in(folder: Path) -> list[int]:
+    """Processes whose working directory is a folder."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for entry in Path("/proc").glob("[0-9]*/cwd"):
         try:
-            command = entry.read_bytes().decode(errors="replace")
+            if entry.readlink() == folder.resolve():
+                found.append(int(entry.parent.name))
         except OSError:
             continue
-        if str(folder) in command and str(SCRIPT) in command:
-            found.append(command.replace("\0", " "))
     return found
 
 
 # -- what is broken ---------------------------------------------------------------------------------------------------
 
+# The collective in which the others wait for a rank that was hit in a place.
+COLLECTIVES = {"forward": "the RMMC all-reduce", "agreement": "the RMMC all-reduce", "sync": "an all-"}
+
 
 def kill_once(folder: Path, world: int, victim: int, step: int, where: str) -> float:
-    """``kill -9`` on a rank; the seconds until the last survivor has ended with an error that says so."""
+    """``kill -9`` on a rank; the seconds until the last survivor has ended with an error that names the loss."""
     job = Job(str(folder), steps=10**6, devices=world, victim=victim, step=step, what="kill", where=where)
     result = ends(job, start(job), within=30)
     for rank, end in enumerate(result):
@@ -165,9 +162,10 @@ def kill_once(folder: Path, world: int, victim: int, step: int, where: str) -> f
             assert end.status == -signal.SIGKILL
             continue
         assert end.status > 0, (rank, end)
-        assert "lost a peer during" in end.output, end.output[-3000:]
-        assert end.told["how"] == "ReplicaLostError", end.told
-    assert not orphans(folder)
+        lost = f"lost the connection to another rank during {COLLECTIVES[where]}"
+        assert lost in end.output, end.output[-3000:]
+        assert end.report["how"] == "ReplicaLostError", end.report
+    assert not processes_in(folder)
     return max(end.seconds for end in result)
 
 
@@ -177,11 +175,7 @@ def kills(folder: Path, count: int = 20, seed: int = 0) -> list[float]:
     seconds = []
     for number in range(count):
         world = choose.choice([2, 3, 4])
-        victim, step, where = (
-            choose.randrange(world),
-            choose.randrange(1, 40),
-            ("forward", "agreement", "exchange")[number % 3],
-        )
+        victim, step, where = choose.randrange(world), choose.randrange(1, 40), list(COLLECTIVES)[number % 3]
         place = folder / f"kill{number}"
         place.mkdir(parents=True)
         seconds.append(kill_once(place, world, victim, step, where))
@@ -201,36 +195,33 @@ def restart(folder: Path) -> None:
     job = Job(
         str(first), steps=20, victim=1, step=13, what="kill", where="agreement", every=5, resume="last", save=False
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), json.dumps(asdict(job))],
-        # Or workers read addresses of the run before from the agent's store (pytorch issue 135712).
-        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (first / "happened").exists()
+    words = ["--standalone", "--nproc-per-node=2", "--max-restarts=2", str(SCRIPT), json.dumps(asdict(job))]
+    # Or workers read addresses of the run before from the agent's store (pytorch issue 135712).
+    variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    log = first / "torchrun.log"
+    torchrun = preloaded.start(torch.distributed.run.__file__, *words, folder=first, output=log, **variables)
+    try:
+        assert torchrun.wait(timeout=180) == 0, logs(first)
+    finally:
+        torchrun.kill()
+    assert (first / "hit").exists()
     undisturbed = replace(job, folder=str(second), what="", victim=-1, resume=str(first / "step=10.ckpt"))
     result = ends(undisturbed, start(undisturbed), within=90)
     assert [end.status for end in result] == [0, 0], logs(second)
-    finals = [told(place, rank) for place in (first, second) for rank in (0, 1)]
-    assert all(final["how"] == "finished" and final["step"] == 20 for final in finals), finals
-    assert len({final["digest"] for final in finals}) == 1, finals
+    reports = [report(place, rank) for place in (first, second) for rank in (0, 1)]
+    assert all(final["how"] == "finished" and final["step"] == 20 for final in reports), reports
+    assert len({final["digest"] for final in reports}) == 1, reports
     print("killed at step 13 and restarted from step 10 by torchrun: the final parameters are those of a run resumed")
 
 
 def terminate(folder: Path, victim: int = 1, world: int = 2) -> float:
     """SIGTERM on one rank: all stop after the same step and have saved their consensus."""
-    import torch
-
     job = Job(str(folder), steps=10**6, devices=world, victim=victim, step=7, what="term")
     result = ends(job, start(job), within=30)
-    assert {end.told["how"] for end in result} == {"SIGTERMException"}, [end.output[-2000:] for end in result]
-    assert len({(end.told["step"], end.told["digest"]) for end in result}) == 1, [end.told for end in result]
+    assert {end.report["how"] for end in result} == {"SIGTERMException"}, [end.output[-2000:] for end in result]
+    assert len({(end.report["step"], end.report["digest"]) for end in result}) == 1, [end.report for end in result]
     saved = torch.load(folder / "on_exception.ckpt", weights_only=True)
-    assert saved["global_step"] == result[0].told["step"] and "momentum" in saved["optimizer_states"][0]["state"][0]
+    assert saved["global_step"] == result[0].report["step"] and "momentum" in saved["optimizer_states"][0]["state"][0]
     seconds = max(end.seconds for end in result)
     print(f"SIGTERM on rank {victim} of {world}: all stopped after step {saved['global_step']}, {seconds:.1f} s later")
     return seconds
@@ -238,8 +229,6 @@ def terminate(folder: Path, victim: int = 1, world: int = 2) -> float:
 
 def requeue(folder: Path) -> None:
     """SIGUSR1 on one task of a SLURM job: all save their consensus after the same step, requeue, and train on."""
-    import torch
-
     scontrol = folder / "scontrol"
     scontrol.write_text(f"#!/bin/sh\necho $@ >> {folder}/requeued\n")
     scontrol.chmod(0o755)
@@ -250,7 +239,7 @@ def requeue(folder: Path) -> None:
     result = ends(job, start(job, **slurm), within=60)
     assert [end.status for end in result] == [0, 0], logs(folder)
     assert (folder / "requeued").read_text() == "requeue 7\n"
-    assert [end.told["step"] for end in result] == [20, 20] and len({end.told["digest"] for end in result}) == 1
+    assert [end.report["step"] for end in result] == [20, 20] and len({end.report["digest"] for end in result}) == 1
     saved = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)
     assert saved["global_step"] == 8 and "momentum" in saved["optimizer_states"][0]["state"][0]
     print("SIGUSR1 on rank 1 of a SLURM job: all saved their consensus of step 8, requeued once, and finished")
@@ -258,16 +247,13 @@ def requeue(folder: Path) -> None:
 
 def interrupt(folder: Path) -> float:
     """Ctrl-C, which a terminal sends to every rank: a clean end and a checkpoint."""
-    import torch
-
     job = Job(str(folder), steps=10**6, victim=1, step=7, what="interrupt")
     processes = start(job)
-    while not (folder / "happened").exists() and all(process.poll() is None for process in processes):
-        time.sleep(0.01)
+    wait_for_hit(job, processes)
     processes[0].send_signal(signal.SIGINT)
     result = ends(job, processes, within=30)
     assert all(end.status == 1 for end in result), [(end.status, end.output[-2000:]) for end in result]
-    assert result[1].told["how"] == "KeyboardInterrupt", result[1].told
+    assert result[1].report["how"] == "KeyboardInterrupt", result[1].report
     assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] >= 7
     seconds = max(end.seconds for end in result)
     print(f"Ctrl-C: both ranks ended after {seconds:.1f} s, with a checkpoint")
@@ -275,27 +261,27 @@ def interrupt(folder: Path) -> float:
 
 
 def stall(folder: Path, timeout: float = 5.0) -> float:
-    """SIGSTOP on a rank: the others say which collective timed out, when the user's timeout is over."""
+    """SIGSTOP on a rank: the others name the collective that timed out, after the user's timeout."""
     job = Job(str(folder), steps=10**6, timeout=timeout, victim=1, step=7, what="stop", where="agreement")
     result = ends(job, start(job), within=timeout + 25, stopped=True)
     assert result[0].status > 0
-    assert "rank 0: the agreement of a step timed out" in result[0].output, result[0].output[-3000:]
+    assert "On rank 0 the RMMC all-reduce timed out" in result[0].output, result[0].output[-3000:]
     assert result[0].seconds >= timeout - 0.5
     print(f"SIGSTOP with a timeout of {timeout:.0f} s: the other rank ended after {result[0].seconds:.1f} s")
     return result[0].seconds
 
 
 def memory(folder: Path, steps: int = 20_000, settled: int = 2_000) -> tuple[float, int]:
-    """A long run on two ranks: MiB by which resident memory grew once it had settled, and files opened since."""
+    """A long run on two ranks: MiB by which resident memory grew since step ``settled``, and files opened since."""
     job = Job(str(folder), steps=steps, watch=settled // 2)
     result = ends(job, start(job), within=60 + steps * 0.05)
     assert [end.status for end in result] == [0, 0], logs(folder)
     growth, opened = 0.0, 0
     for end in result:
-        seen = {step: (resident, files) for step, resident, files in end.told["seen"]}
-        growth = max(growth, (seen[steps][0] - seen[settled][0]) / 2**20)
-        opened = max(opened, seen[steps][1] - seen[settled][1])
-        base = seen[settled][0] / 2**20
+        readings = {step: (resident, files) for step, resident, files in end.report["readings"]}
+        growth = max(growth, (readings[steps][0] - readings[settled][0]) / 2**20)
+        opened = max(opened, readings[steps][1] - readings[settled][1])
+        base = readings[settled][0] / 2**20
     print(
         f"{steps} steps: from step {settled} on, resident memory grew by {growth:.1f} MiB of {base:.0f},"
         f" open files by {opened}"
@@ -305,14 +291,13 @@ def memory(folder: Path, steps: int = 20_000, settled: int = 2_000) -> tuple[flo
 
 def exception(folder: Path) -> float:
     """An exception on one rank while the others are in a collective reaches the user from the rank that had it."""
-    import torch
-
     job = Job(str(folder), steps=10**6, victim=1, step=7, what="raise")
     result = ends(job, start(job), within=30)
     assert all(end.status == 1 for end in result)
     assert "ArithmeticError: the batch is broken" in result[1].output
-    assert "lost a peer during" in result[0].output and "ArithmeticError" not in result[0].output
-    assert [end.told["how"] for end in result] == ["ReplicaLostError", "ArithmeticError"]
+    assert "lost the connection to another rank during the RMMC all-reduce" in result[0].output
+    assert "ArithmeticError" not in result[0].output
+    assert [end.report["how"] for end in result] == ["ReplicaLostError", "ArithmeticError"]
     # Rank 0 alone writes, what it has.
     assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] == 7
     seconds = max(end.seconds for end in result)
@@ -321,26 +306,23 @@ def exception(folder: Path) -> float:
 
 
 def write(folder: Path, size: int = 2**28) -> None:
-    """``kill -9`` while a checkpoint is written over one that is there."""
-    import torch
-
-    from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
-
+    """``kill -9`` while a checkpoint is written over an earlier one."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"x": torch.arange(5)}}, place)
-    code = (
+    script = folder / "write.py"
+    script.write_text(
         "import sys, torch; from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO;"
         f"AtomicCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code, str(place)], env=environment())
+    writer = preloaded.start(script, str(place), folder=folder, output=folder / "write.log", **environment())
     part = folder / ".last.ckpt.part"
     deadline = time.time() + 60
     while not (part.exists() and part.stat().st_size > size // 10):
-        assert writer.poll() is None and time.time() < deadline, "it was written before it could be killed"
+        assert writer.poll() is None and time.time() < deadline, f"it ended before it was killed: {logs(folder)}"
         time.sleep(0.001)
     writer.kill()
-    writer.wait()
+    assert writer.wait() == -signal.SIGKILL
     written = part.stat().st_size
     assert 0 < written < size
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(place)["state_dict"]["x"], torch.arange(5))

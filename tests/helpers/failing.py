@@ -1,12 +1,11 @@
-"""A training script that something happens to: one replica, started by hand, by Lightning or by torchrun.
+"""A training script that breaks: one rank, started by hand, by Lightning or by torchrun.
 
     python failing.py JSON
 
-The JSON says what to train and what to break, see ``Job``. Each rank leaves ``rank<n>.json`` in the folder when it
-ends, and says there at which step, with which parameters (a digest) and when.
+The JSON is a ``Job``: what to train, and what to break. At its end each rank writes ``rank<n>.json`` into the folder:
+how it ended, at which step, and a digest of the parameters.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, O
 from models import Net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from training import fingerprint
 
 from lightning_curvadion import CurvaDion, CurvaDionStrategy, EveryNSteps, split_parameters
 
@@ -33,18 +33,19 @@ class Job:
 
     Attributes:
         folder: Where everything is written.
-        steps: How many.
+        steps: Optimizer steps.
         devices: Replicas on this node.
-        timeout: Of the process group, seconds.
-        victim: Rank that something happens to; -1 for none.
-        step: When.
+        timeout: Timeout of the process group, seconds.
+        victim: Rank that is hit; -1 for none.
+        step: First step at which it is hit.
         what: ``"kill"``, ``"raise"``, ``"stop"`` (SIGSTOP), ``"term"`` (SIGTERM), ``"interrupt"`` (SIGINT) or
             ``"requeue"`` (SIGUSR1, as SLURM sends it before the time is up).
-        where: ``"forward"``, ``"agreement"`` (of any step) or ``"exchange"`` (of a sync step).
+        where: ``"forward"``, ``"agreement"`` (the all-reduce of any step) or ``"sync"`` (the other collectives of a
+            sync step).
         every: Steps from one checkpoint to the next; 0 for none.
         save: Whether an exception leaves a checkpoint.
         resume: A checkpoint, or ``"last"``.
-        watch: Steps from one look at memory and open files to the next; 0 for none.
+        watch: Steps from one reading of memory and open files to the next; 0 for none.
     """
 
     folder: str
@@ -62,7 +63,7 @@ class Job:
 
 
 class Module(pl.LightningModule):
-    """Its data depend on the rank and the step alone, so that a run may be cut anywhere."""
+    """Its data depend on the rank and the step alone, so that a run can resume at any step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Module(pl.LightningModule):
 
 
 class Sabotage(Callback):
-    """Lets it happen, once."""
+    """Hits the victim, once."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -86,69 +87,68 @@ class Sabotage(Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self.trainer = trainer
-        collectives = {"agreement": ["all_reduce"], "exchange": ["all_gather", "all_to_all_single"]}
+        collectives = {"agreement": ["all_reduce"], "sync": ["all_gather", "all_to_all_single"]}
         for name in collectives.get(self.job.where, []):
             original = getattr(dist, name)
 
-            def with_accident(*args, original=original, **options):
-                self.happen()
+            def sabotaged(*args, original=original, **options):
+                self.hit()
                 return original(*args, **options)
 
-            setattr(dist, name, with_accident)
+            setattr(dist, name, sabotaged)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if self.job.where == "forward":
-            self.happen()
+            self.hit()
 
-    def happen(self) -> None:
+    def hit(self) -> None:
         job, trainer = self.job, self.trainer
         if not (self.armed and trainer.global_rank == job.victim and trainer.global_step >= job.step):
             return
         self.armed = False
-        (Path(job.folder) / "happened").write_text(str(time.time()))
+        (Path(job.folder) / "hit").write_text(str(time.time()))
         if job.what == "raise":
             raise ArithmeticError("the batch is broken")
         names = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "interrupt": "SIGINT", "requeue": "SIGUSR1"}
         os.kill(os.getpid(), signal.Signals[names[job.what]])
 
 
-class Told(Checkpoint):
-    """How a rank ended. A ``Checkpoint``, or the Trainer would move it before those."""
+class EndReport(Checkpoint):
+    """Reports how a rank ended. A ``Checkpoint``, or the Trainer would move it before those."""
 
     def __init__(self, folder: str, watch: int) -> None:
         self.folder, self.watch = folder, watch
-        self.seen: list[tuple[int, int, int]] = []
+        self.readings: list[tuple[int, int, int]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         if self.watch and trainer.global_step % self.watch == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             files = len(os.listdir("/proc/self/fd"))
-            self.seen.append((trainer.global_step, pages * os.sysconf("SC_PAGE_SIZE"), files))
+            self.readings.append((trainer.global_step, pages * os.sysconf("SC_PAGE_SIZE"), files))
 
-    def tell(self, trainer: pl.Trainer, module: pl.LightningModule, how: str) -> None:
-        numbers = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-        told = {
+    def report(self, trainer: pl.Trainer, module: pl.LightningModule, how: str) -> None:
+        report = {
             "how": how,
             "step": trainer.global_step,
-            "digest": hashlib.sha256(numbers.numpy().tobytes()).hexdigest(),
-            "seen": self.seen,
+            "digest": fingerprint(module.parameters()),
+            "readings": self.readings,
         }
-        (Path(self.folder) / f"rank{trainer.global_rank}.json").write_text(json.dumps(told))
+        (Path(self.folder) / f"rank{trainer.global_rank}.json").write_text(json.dumps(report))
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self.tell(trainer, module, type(exception).__name__)
+        self.report(trainer, module, type(exception).__name__)
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.tell(trainer, module, "finished")
+        self.report(trainer, module, "finished")
 
 
 def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
-    # Its checkpoint is written before Told looks.
+    # Before EndReport, which comes after its checkpoint is written.
     saved = [OnExceptionCheckpoint(job.folder)] if job.save else []
-    callbacks: list[Callback] = [Sabotage(job), *saved, Told(job.folder, job.watch)]
+    callbacks: list[Callback] = [Sabotage(job), *saved, EndReport(job.folder, job.watch)]
     if job.every:
         callbacks.append(
             ModelCheckpoint(job.folder, "{step}", every_n_train_steps=job.every, save_top_k=-1, save_last=True)

@@ -1,4 +1,4 @@
-"""Starts scripts in processes that have imported torch and Lightning already.
+"""Starts scripts in processes that have imported the package, torch and Lightning already.
 
     process = preloaded.start(script, *arguments, folder=folder, output=folder / "log")
 
@@ -8,6 +8,7 @@ own exit, with its status.
 """
 
 import gc
+import importlib
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 class Process:
@@ -59,8 +62,13 @@ class Server:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, __file__, str(theirs.fileno())]
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._server = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,
         )
         theirs.close()
         self._connection = Connection(ours.detach())
@@ -152,10 +160,11 @@ def become(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    import torchmetrics  # noqa: F401
-
+    for _name in ("lightning.pytorch", "torch.distributed.run", "lightning_curvadion"):
+        importlib.import_module(_name)
     # Or the first collection of every process would copy all of it.
     gc.freeze()
+    gc.set_threshold(700, 10, 10)
     become(serve(Connection(int(sys.argv[1]))))
     __file__ = sys.argv[0]
     # At the top level, so that it ends as the script does: exceptions, statuses and the interpreter's exit are its own.

@@ -1,4 +1,4 @@
-"""Failures, short: what ``python tests/breaking.py`` does at length."""
+"""What becomes of a run that fails: ``python tests/breaking.py`` breaks more of them, at length."""
 
 import breaking
 import pytest
@@ -7,17 +7,17 @@ import torch
 from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
 
 
-@pytest.mark.parametrize(("world", "where"), [(2, "forward"), (3, "exchange"), (2, "agreement")])
-def test_survivors_of_a_kill_end_and_say_that_a_peer_was_lost(tmp_path, world, where):
+@pytest.mark.parametrize(("world", "where"), [(2, "forward"), (3, "sync"), (2, "agreement")])
+def test_survivors_of_a_kill_end_with_an_error_that_names_the_loss(tmp_path, world, where):
     assert breaking.kill_once(tmp_path, world, victim=world - 1, step=5, where=where) < 30
 
 
-def test_a_killed_run_goes_on_where_torchrun_restarts_it(tmp_path):
+def test_torchrun_restarts_a_killed_run_from_its_newest_checkpoint(tmp_path):
     breaking.restart(tmp_path)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_sigterm_on_one_rank_stops_all_after_the_same_step_with_their_consensus_saved(tmp_path, victim):
+def test_sigterm_on_one_rank_stops_all_ranks_after_the_same_step_with_their_consensus_saved(tmp_path, victim):
     assert breaking.terminate(tmp_path, victim) < 30
 
 
@@ -29,7 +29,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint(tmp_path):
     assert breaking.interrupt(tmp_path) < 30
 
 
-def test_who_waits_for_a_stalled_rank_says_for_what_and_ends_in_time(tmp_path):
+def test_a_stalled_rank_ends_the_others_after_the_timeout(tmp_path):
     assert breaking.stall(tmp_path, timeout=3.0) < 28
 
 
@@ -38,8 +38,8 @@ def test_an_exception_reaches_the_user_from_the_rank_that_had_it(tmp_path):
 
 
 def test_memory_stays_flat_and_no_file_stays_open(tmp_path):
-    growth, opened = breaking.memory(tmp_path, steps=600, settled=300)
-    assert growth < 10 and opened <= 0
+    growth, opened = breaking.memory(tmp_path, steps=300, settled=150)
+    assert growth < 5 and opened <= 0
 
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
