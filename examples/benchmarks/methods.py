@@ -154,7 +154,7 @@ def _published(tau: float, **options: Any) -> Method:
     return Method(trigger=RMMCThreshold(tau), hook={"consensus": "none"}, options=options, sweep="local SGD, H=30")
 
 
-def _ours(trigger: Trigger | None = None, **hook: Any) -> Method:
+def _curvadion(trigger: Trigger | None = None, **hook: Any) -> Method:
     """CurvaDion with its defaults, but for the arguments."""
     return Method(trigger=trigger, hook=hook, sweep=DEFAULT)
 
@@ -182,29 +182,29 @@ METHODS: dict[str, Method] = {
     **{f"as published, tau={tau}": _published(tau) for tau in (0.05, 0.1)},
     "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
     "no communication": Method(alone=True, sweep="local SGD, H=30"),
-    DEFAULT: _ours(),
-    **{f"ours: H={n}": _ours(EveryNSteps(n)) for n in PERIODS},
-    **{f"ours: budget {budget}": _ours(IntegratedRMMC(budget)) for budget in (0.2, 0.4, 0.8)},
-    "ours: tau=0.07": _ours(RMMCThreshold(0.07)),
-    "ours: 15 % of steps": _ours(CommunicationBudget(0.15)),
-    **{f"ours: {name}": _ours(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
+    DEFAULT: _curvadion(),
+    **{f"ours: H={n}": _curvadion(EveryNSteps(n)) for n in PERIODS},
+    **{f"ours: budget {budget}": _curvadion(IntegratedRMMC(budget)) for budget in (0.2, 0.4, 0.8)},
+    "ours: tau=0.07": _curvadion(RMMCThreshold(0.07)),
+    "ours: 15 % of steps": _curvadion(CommunicationBudget(0.15)),
+    **{f"ours: {name}": _curvadion(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
     # The parts of the distance to DDP: a momentum per replica, and local steps.
-    "ours: every step, float32": _ours(EveryNSteps(1), wire_format="float32"),
-    "ours: every step, float32, momentum average": _ours(
+    "ours: every step, float32": _curvadion(EveryNSteps(1), wire_format="float32"),
+    "ours: every step, float32, momentum average": _curvadion(
         EveryNSteps(1), wire_format="float32", momentum="average", factor_format="float32"
     ),
-    "ours: H=4, float32": _ours(EveryNSteps(4), wire_format="float32"),
+    "ours: H=4, float32": _curvadion(EveryNSteps(4), wire_format="float32"),
     # As many bytes as a budget of 0.3, in fewer syncs with factors.
-    "ours: thin factors 1/16, budget 0.37": _ours(IntegratedRMMC(0.37), **_thin(1 / 16)),
-    "ours: thin factors 1/8, budget 0.44": _ours(IntegratedRMMC(0.44), **_thin(1 / 8)),
-    "ours: thin factors 1/8": _ours(**_thin(1 / 8)),
-    "ours: int2, momentum factors": _ours(wire_format="int2", momentum="factors"),
-    "ours: momentum average in int4": _ours(momentum="average", factor_format="int4"),
-    "ours: momentum dion": _ours(momentum="dion"),
-    "ours: consensus factors": _ours(consensus="factors", momentum="factors", factor_format="int4"),
-    "ours: outer 0.8, 0.5": _ours(outer_lr=0.8, outer_momentum=0.5),
-    "ours: budget 0.8, outer 0.7, 0.6": _ours(IntegratedRMMC(0.8), **OUTER_DION),
-    "ours: outer 1.0, 0.3": _ours(outer_lr=1.0, outer_momentum=0.3),
+    "ours: thin factors 1/16, budget 0.37": _curvadion(IntegratedRMMC(0.37), **_thin(1 / 16)),
+    "ours: thin factors 1/8, budget 0.44": _curvadion(IntegratedRMMC(0.44), **_thin(1 / 8)),
+    "ours: thin factors 1/8": _curvadion(**_thin(1 / 8)),
+    "ours: int2, momentum factors": _curvadion(wire_format="int2", momentum="factors"),
+    "ours: momentum average in int4": _curvadion(momentum="average", factor_format="int4"),
+    "ours: momentum dion": _curvadion(momentum="dion"),
+    "ours: consensus factors": _curvadion(consensus="factors", momentum="factors", factor_format="int4"),
+    "ours: outer 0.8, 0.5": _curvadion(outer_lr=0.8, outer_momentum=0.5),
+    "ours: budget 0.8, outer 0.7, 0.6": _curvadion(IntegratedRMMC(0.8), **OUTER_DION),
+    "ours: outer 1.0, 0.3": _curvadion(outer_lr=1.0, outer_momentum=0.3),
     "ours: full rank": Method(options={"rank_fraction": 1.0}, sweep=DEFAULT),
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
     "ours: rank 1/4, momentum factors": Method(

@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The label of the run's row in the CSV."""
+        """The label of the run's row. ``results/wire.csv`` holds triggered runs as "gated"."""
         options = " ".join(f"{key}={value}" for key, value in self.hook.items())
         return f"{options}, {'gated' if self.triggered else 'period'} {self.period}, seed {self.seed}"
 
