@@ -1,6 +1,6 @@
 """The command line: ``python -m lightning_curvadion {fit,validate,test,predict} --config FILE``.
 
-And two commands of its own: ``report`` draws what a run has logged, ``plan`` says what a run would cost.
+Two more commands: ``report`` plots what a run has logged, ``plan`` predicts what a run would cost.
 """
 
 import sys
@@ -20,25 +20,26 @@ from ..optim.split_parameters import split_parameters
 from .suggestions import SuggestingParser, did_you_mean
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
-# Names that the Trainer takes beside those of the registry.
-_OTHER_STRATEGIES = ("auto", "hpu_parallel", "hpu_single")
-_OWN_COMMANDS = {"report": ".report.report", "plan": ".plan.plan"}
+# Strategy names of the Trainer that its registry does not list.
+_UNREGISTERED_STRATEGIES = ("auto", "hpu_parallel", "hpu_single")
+# Imported when called: they import this module, and need libraries that training does not.
+_EXTRA_COMMANDS = {"report": ".report.command", "plan": ".plan.command"}
 
 
 class CurvaDionCLI(LightningCLI):
-    """LightningCLI for models that train with CurvaDion: an optimizer and its parameter groups without code.
+    """LightningCLI for training with CurvaDion: the optimizer and its parameter groups come from the config.
 
-    Every setting comes from the command line, from ``--config`` files, of which later ones win, or from environment
-    variables such as ``PL_FIT__TRAINER__MAX_STEPS``. Beside LightningCLI's keys there are
+    Settings come from the command line, from ``--config`` files (later ones win) and from environment variables such as
+    ``PL_FIT__TRAINER__MAX_STEPS``. LightningCLI's keys are extended by
 
-    - ``optimizer``: any optimizer; :class:`~lightning_curvadion.CurvaDion` gets the groups of
-      :func:`~lightning_curvadion.split_parameters`, so that the module needs no ``configure_optimizers``,
-    - ``groups``: the arguments of ``split_parameters``; given, they also serve other optimizers,
-    - ``lr_scheduler`` and ``lr_interval``, whether it moves after every step or every epoch,
-    - ``links``: values that are the same by nature, such as ``{model.context: data.context}``.
+    - ``optimizer``: any optimizer. :class:`~lightning_curvadion.CurvaDion` gets the groups of
+      :func:`~lightning_curvadion.split_parameters`. The module needs no ``configure_optimizers``.
+    - ``groups``: arguments of ``split_parameters``. If given, other optimizers get these groups too.
+    - ``lr_scheduler``, and ``lr_interval``: whether it steps after every step or every epoch.
+    - ``links``: arguments that copy another one's value, such as ``{model.context: data.context}``.
 
     Args:
-        model_class: The module; by default any, which ``model.class_path`` then names.
+        model_class: The module; by default any, named by ``model.class_path``.
         datamodule_class: The data, likewise.
         **options: Further arguments of ``LightningCLI``.
 
@@ -64,16 +65,16 @@ class CurvaDionCLI(LightningCLI):
         parser.add_argument(
             "--optimizer",
             type=OptimizerCallable | None,
-            help="Optimizer by class path or short name; CurvaDion gets the groups of split_parameters. Without it the"
-            " module's configure_optimizers counts.",
+            help="Optimizer by class path or short name. CurvaDion gets the groups of split_parameters. Without it, the"
+            " module's configure_optimizers is used.",
         )
         parser.add_argument(
             "--lr_scheduler",
             type=LRSchedulerCallable | None,
-            help="Schedule of the optimizer's learning rate by class path or short name.",
+            help="Learning-rate scheduler by class path or short name.",
         )
         parser.add_argument(
-            "--lr_interval", type=Literal["epoch", "step"], default="epoch", help="When lr_scheduler moves."
+            "--lr_interval", type=Literal["epoch", "step"], default="epoch", help="When lr_scheduler steps."
         )
         parser.add_function_arguments(split_parameters, "groups", skip={"module"})
         parser.add_argument(
@@ -89,50 +90,54 @@ class CurvaDionCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         for target, source in (config.get("links") or {}).items():
             try:
-                config[_place(config, target)] = config[_place(config, source)]
+                config[_config_key(config, target)] = config[_config_key(config, source)]
             except KeyError as error:
-                parser.error(f"links: there is no argument {error.args[0]}{did_you_mean(error.args[0], _keys(config))}")
+                suggestion = did_you_mean(error.args[0], _argument_names(config))
+                parser.error(f"links: there is no argument {error.args[0]}{suggestion}")
         strategy = config.trainer.get("strategy")
-        known = [*StrategyRegistry.available_strategies(), *_OTHER_STRATEGIES]
+        known = [*StrategyRegistry.available_strategies(), *_UNREGISTERED_STRATEGIES]
         if isinstance(strategy, str) and strategy not in known:
             parser.error(f"trainer.strategy: there is no strategy {strategy!r}{did_you_mean(strategy, known)}")
 
     @override
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        build = self._get(self.config_init, "optimizer")
-        if build is None:
+        build_optimizer = self._get(self.config_init, "optimizer")
+        if build_optimizer is None:
             return
         groups = self._get(self.config_init, "groups", default={})
-        named = self._get(self.config, "optimizer")["class_path"]
-        split = named.endswith(CurvaDion.__name__) or any(value is not None for value in groups.values())
-        schedule = self._get(self.config_init, "lr_scheduler")
+        class_path = self._get(self.config, "optimizer")["class_path"]
+        split = class_path.endswith(CurvaDion.__name__) or any(value is not None for value in groups.values())
+        build_scheduler = self._get(self.config_init, "lr_scheduler")
         interval = self._get(self.config_init, "lr_interval")
 
         def configure_optimizers(module: pl.LightningModule) -> Any:
-            # Called by the Trainer, when the module is complete.
-            optimizer = build(split_parameters(module, **groups) if split else module.parameters())
-            return optimizer if schedule is None else _with_schedule(optimizer, schedule(optimizer), interval)
+            # The Trainer calls it once the module is complete, after configure_model.
+            optimizer = build_optimizer(split_parameters(module, **groups) if split else module.parameters())
+            if build_scheduler is None:
+                return optimizer
+            return _optimizer_config(optimizer, build_scheduler(optimizer), interval)
 
         self.model.configure_optimizers = MethodType(configure_optimizers, self.model)
 
 
-def _with_schedule(optimizer: Optimizer, scheduler: Any, interval: str) -> dict[str, Any]:
-    # LightningCLI's ReduceLROnPlateau carries the name of what it watches.
-    watched = {"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {}
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, **watched}}
+def _optimizer_config(optimizer: Optimizer, scheduler: Any, interval: str) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns for an optimizer with a scheduler."""
+    # LightningCLI's ReduceLROnPlateau carries the name of the metric it monitors.
+    monitor = {"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, **monitor}}
 
 
-def _place(config: Any, key: str) -> str:
-    """Where a configuration holds ``model.context``: there, or in the ``init_args`` of the class it names."""
-    head, _, last = key.rpartition(".")
-    for place in (key, f"{head}.init_args.{last}"):
-        if place in config:
-            return place
-    raise KeyError(key)
+def _config_key(config: Any, name: str) -> str:
+    """The key of an argument such as ``model.context``; it may be in the ``init_args`` of a class."""
+    head, _, last = name.rpartition(".")
+    for key in (name, f"{head}.init_args.{last}"):
+        if key in config:
+            return key
+    raise KeyError(name)
 
 
-def _keys(config: Any) -> list[str]:
+def _argument_names(config: Any) -> list[str]:
     return [key.replace(".init_args", "") for key in config.keys()]  # noqa: SIM118, a Namespace is no dict
 
 
@@ -146,8 +151,7 @@ def main(args: ArgsType = None) -> int:
         The exit status.
     """
     words: Sequence[str] = sys.argv[1:] if args is None else list(args)
-    if words and words[0] in _OWN_COMMANDS:
-        # Only then: they build on this module, and drawing has needs of its own.
-        return import_module(_OWN_COMMANDS[words[0]], __package__).main(list(words[1:]))
+    if words and words[0] in _EXTRA_COMMANDS:
+        return import_module(_EXTRA_COMMANDS[words[0]], __package__).main(list(words[1:]))
     CurvaDionCLI(args=args)
     return 0

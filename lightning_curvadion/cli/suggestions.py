@@ -1,4 +1,4 @@
-"""A command line that answers a typing error with the nearest thing it knows."""
+"""An argument parser whose errors suggest the nearest known name."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """What to append to an error about a word that is not known.
+    """A suggestion to append to an error about an unknown word; empty if no known word is close.
 
     Example:
         >>> did_you_mean("max_stepz", ["max_steps", "max_time", "devices"])
@@ -22,43 +22,43 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         >>> did_you_mean("x", ["max_steps"])
         ''
     """
-    nearest = get_close_matches(word, list(dict.fromkeys(known)), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    matches = get_close_matches(word, list(dict.fromkeys(known)), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 class SuggestingParser(LightningArgumentParser):
-    """LightningCLI's parser, whose errors name the nearest right key, class or option."""
+    """LightningCLI's parser. Its errors suggest the nearest key, class or option."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> Any:
         super().error(message + self._suggestion(message, ex), ex)
 
     def _suggestion(self, message: str, error: Exception | None) -> str:
-        if found := re.search(r"module '(\S+)' has no attribute '(\S+)'", message):
-            return did_you_mean(found[2], dir(sys.modules.get(found[1])))
-        if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
-            return did_you_mean(found[1], _options(self)).replace("mean ", "mean --")
-        if found := re.search(r"(?:(?:Group|Subcommand) '(\S+)' does not accept option|Option) '(\S+?)'", message):
-            refused, group = found[2], found[1]
-            known = [key.removeprefix(f"{group}.") for key in _options(_who_refused(error) or self)]
-            # A group that does not exist is reported with all that is said to be in it.
-            return did_you_mean(refused, known) or did_you_mean(
-                refused.partition(".")[0], [key.partition(".")[0] for key in known]
+        if match := re.search(r"module '(\S+)' has no attribute '(\S+)'", message):
+            return did_you_mean(match[2], dir(sys.modules.get(match[1])))
+        if match := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            return did_you_mean(match[1], _option_names(self)).replace("mean ", "mean --")
+        if match := re.search(r"(?:(?:Group|Subcommand) '(\S+)' does not accept option|Option) '(\S+?)'", message):
+            group, option = match[1], match[2]
+            known = [key.removeprefix(f"{group}.") for key in _option_names(_failing_parser(error) or self)]
+            # For an unknown group the error names the whole key inside it; only its first part is misspelt.
+            return did_you_mean(option, known) or did_you_mean(
+                option.partition(".")[0], [key.partition(".")[0] for key in known]
             )
         return ""
 
 
-def _options(parser: ArgumentParser) -> list[str]:
-    """Names of what a parser accepts, of its subcommands' arguments too."""
-    options = [action.dest for action in parser._actions]
+def _option_names(parser: ArgumentParser) -> list[str]:
+    """Names of the options of a parser and of its subcommands."""
+    names = [action.dest for action in parser._actions]
     for action in parser._actions:
         if isinstance(action, _SubParsersAction):
-            options += [option for subparser in action.choices.values() for option in _options(subparser)]
-    return options
+            names += [name for subparser in action.choices.values() for name in _option_names(subparser)]
+    return names
 
 
-def _who_refused(error: BaseException | None) -> ArgumentParser | None:
-    """The parser of the class whose arguments were wrong: the innermost that the error went through."""
+def _failing_parser(error: BaseException | None) -> ArgumentParser | None:
+    """The parser of the class whose arguments were wrong: the innermost one in the traceback."""
     parser = None
     traceback: TracebackType | None = error.__traceback__ if error is not None else None
     while traceback is not None:

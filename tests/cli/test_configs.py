@@ -1,4 +1,4 @@
-"""The configs, each trained for a few steps through the command line, and what the modules they name promise."""
+"""The configs: each trains for a few steps from the command line. And the modules that they name."""
 
 import csv
 import difflib
@@ -21,14 +21,14 @@ CONFIGS = ROOT / "configs"
 
 @pytest.fixture
 def fit(tmp_path, monkeypatch):
-    """Trains a config from here; the replicas are forked, so that they need not import torch again.
+    """Trains a config with forked replicas, which need not import torch again.
 
-    Returns rows of the metrics file that hold a value.
+    Returns a function from a column of the metrics file to its values.
     """
     monkeypatch.chdir(ROOT)
-    # Lightning tells its children where to meet, and leaves it behind.
+    # Lightning leaves the address of its process group in the environment.
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    # LightningCLI warns of arguments beside those it is given.
+    # Lightning warns of arguments from Python if the process has some too, as pytest's has.
     monkeypatch.setattr(sys, "argv", ["lightning_curvadion"])
 
     def fit(name, *words):
@@ -45,8 +45,8 @@ def fit(tmp_path, monkeypatch):
 
 
 def test_the_same_job_under_ddp_differs_in_a_few_lines():
-    ours, theirs = ((CONFIGS / name).read_text().splitlines() for name in ("byte_gpt.yaml", "byte_gpt_ddp.yaml"))
-    added = [line[2:] for line in difflib.ndiff(ours, theirs) if line[0] == "+" and not line[2:].startswith("#")]
+    curvadion, ddp = ((CONFIGS / name).read_text().splitlines() for name in ("byte_gpt.yaml", "byte_gpt_ddp.yaml"))
+    added = [line[2:] for line in difflib.ndiff(curvadion, ddp) if line[0] == "+" and not line[2:].startswith("#")]
     assert added == [
         "  strategy: ddp",
         "      class_path: torch.optim.AdamW",
@@ -57,7 +57,7 @@ def test_the_same_job_under_ddp_differs_in_a_few_lines():
 
 
 def test_the_same_job_under_ddp_trains(fit, tmp_path, capfd):
-    # With strategy: curvadion it is test_main_job.py that does.
+    # tests/examples/test_byte_gpt.py trains it with strategy: curvadion.
     metrics = fit(
         "byte_gpt_ddp.yaml", "--trainer.max_steps=8", "--trainer.val_check_interval=8", "--model.layers=2",
         f"--data.cache={tmp_path / 'data'}", "--data.val_sequences=64",
@@ -102,12 +102,12 @@ def test_a_hugging_face_model_trains_and_is_saved(fit, tmp_path):
     text = list(source.read_bytes())
     sequences = len(text) // 128
     held_out = torch.tensor(text[: sequences * 128]).view(-1, 128)[-(sequences // 10) :]
-    # Not exactly: the Trainer takes the mean over batches, and fills up the last one.
+    # Not exactly: the Trainer averages over batches, and pads the last one.
     with torch.no_grad():
         assert saved(input_ids=held_out, labels=held_out).loss.item() == pytest.approx(val_loss, rel=0.02)
 
 
-def test_what_becomes_of_hugging_face_parameters():
+def test_groups_of_hugging_face_parameters():
     pytest.importorskip("transformers")
     from examples.hf_finetune import CausalLM
 

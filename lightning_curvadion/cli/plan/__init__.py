@@ -1,1 +1,1 @@
-"""What a run would cost on a cluster: ``python -m lightning_curvadion plan``."""
+"""``python -m lightning_curvadion plan``: the bytes, seconds and memory of a run, predicted."""

@@ -1,5 +1,6 @@
-"""How fast this machine is: a training step of the planned model, and a number's way through a wire format."""
+"""Benchmarks of this machine: a training step of the planned model, and quantization in a wire format."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,16 +15,19 @@ from typing_extensions import override
 from ...sync.chunks import flatten, split_into_chunks, write_back
 from ...sync.collectives import Collectives
 from ...sync.payloads import DisplacementPayload, TensorPayload
-from .run_setup import PlanError, PlanningCLI, one_line_errors, quiet_trainer
+from ..errors import PlanError
+from .config_cli import ConfigCLI, config_errors_as_plan_errors, one_line, silent_trainer
 
-_WARM_UP, _STEPS = 2, 8
-_SECONDS_OF_STEPS = 30
-_SECONDS_OF_CODING = 0.1
-_KEPT = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+_WARM_UP_STEPS, _MEASURED_STEPS = 2, 8
+_MAX_STEP_SECONDS = 30
+_MIN_QUANTIZATION_SECONDS = 0.1
+# Arguments of the Trainer that change how long a step takes.
+_TRAINER_OPTIONS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+_ASK_FOR_STEP_TIME = "give the time of a step on a device of the cluster, such as --step-time 0.8s"
 
 
-class _Echo(Collectives):
-    """Between two replicas of which the other one says the same."""
+class _LoopbackCollectives(Collectives):
+    """Two replicas in one process: the other one sends the same as this one."""
 
     def __init__(self, chunk: int) -> None:
         super().__init__(None, chunk)
@@ -34,40 +38,41 @@ class _Echo(Collectives):
         return own.repeat(2, 1)
 
 
-def coding_seconds(wire_format: str, device: torch.device, numel: int = 2**20) -> float:
-    """Seconds that a replica works on one number of an exchange, measured here.
+def measure_quantization(wire_format: str, device: torch.device, numel: int = 2**20) -> float:
+    """Measure the seconds that a sync step between two replicas works on one number, without the network.
 
-    The work is that of the real exchange between two replicas with all but the network: displacement and residual in,
-    one encoding, three decodings (everybody's, and what was lost of the own), mean, parameter and residual out. With
-    more replicas the decodings are as many; the encoding of a share of the mean is left out.
+    That is: read displacement and residual, quantize once, dequantize three times (both replicas' numbers, and this
+    replica's own for the residual), average, write parameter and residual. With more replicas as many numbers are
+    dequantized; quantizing the mean of a shard is not included.
 
     Args:
         wire_format: As in :class:`~lightning_curvadion.ProcessGroupSync`.
-        device: Where.
-        numel: How many numbers to try it with.
+        device: Device to measure on.
+        numel: Numbers to measure with.
 
     Example:
-        >>> 1e-11 < coding_seconds("sign", torch.device("cpu"), numel=2**14) < 1e-4
+        >>> 1e-11 < measure_quantization("sign", torch.device("cpu"), numel=2**14) < 1e-4
         True
     """
     parameter, anchor, residual = torch.randn(3, numel, device=device)
-    spent: list[float] = []
-    while len(spent) < 2 or sum(spent) < _SECONDS_OF_CODING:
-        _settle(device)
+    durations: list[float] = []
+    while len(durations) < 2 or sum(durations) < _MIN_QUANTIZATION_SECONDS:
+        _synchronize(device)
         start = time.perf_counter()
         if wire_format == "float32":
-            whole = TensorPayload("speed", parameter)
-            for slices in split_into_chunks([whole], numel):
+            payload = TensorPayload("benchmark", parameter)
+            for slices in split_into_chunks([payload], numel):
                 write_back(slices, flatten(slices, torch.float32).div_(2), None)
         else:
-            _Echo(numel).average([DisplacementPayload("speed", parameter, anchor, wire_format, residual, None)])
-        _settle(device)
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent[1:]) / numel
+            displacement = DisplacementPayload("benchmark", parameter, anchor, wire_format, residual, None)
+            _LoopbackCollectives(numel).average([displacement])
+        _synchronize(device)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[1:]) / numel
 
 
-class _Clock(Callback):
-    """Notes when each optimizer step was through."""
+class _StepTimer(Callback):
+    """Records when each optimizer step ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -75,12 +80,12 @@ class _Clock(Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *_: Any) -> None:
         if trainer.global_step > len(self.times):
-            _settle(pl_module.device)
+            _synchronize(pl_module.device)
             self.times.append(time.perf_counter())
 
 
-def measured_step(args: Sequence[str]) -> tuple[float, int, str]:
-    """Take a few training steps of a config's model with its data, on one device of this machine, in this process.
+def measure_training_step(args: Sequence[str]) -> tuple[float, int, str]:
+    """Train a config's model on its data for a few steps, on one device of this machine, in this process.
 
     Args:
         args: As after ``fit``.
@@ -89,42 +94,41 @@ def measured_step(args: Sequence[str]) -> tuple[float, int, str]:
         Median seconds of a step, the number of steps, and the type of the device.
 
     Raises:
-        PlanError: It cannot be done here.
+        PlanError: The steps fail or take too long here.
 
     Example:
-        >>> seconds, steps, _ = measured_step(["--model=lightning.pytorch.demos.boring_classes.BoringModel"])
+        >>> args = ["--model=lightning.pytorch.demos.boring_classes.BoringModel"]
+        >>> seconds, steps, _ = measure_training_step(args)
         >>> 0 < seconds < 1, steps
         (True, 8)
     """
-    clock = _Clock()
+    timer = _StepTimer()
     try:
-        with one_line_errors():
-            command_line = PlanningCLI(args)
-            kept = {key: command_line.wanted[key] for key in _KEPT if command_line.wanted.get(key) is not None}
-            trainer = quiet_trainer(
+        with config_errors_as_plan_errors():
+            command_line = ConfigCLI(args)
+            config = command_line.trainer_config
+            trainer = silent_trainer(
                 accelerator="auto",
                 devices=1,
                 max_epochs=-1,
-                max_steps=_WARM_UP + _STEPS,
-                max_time={"seconds": _SECONDS_OF_STEPS},
+                max_steps=_WARM_UP_STEPS + _MEASURED_STEPS,
+                max_time={"seconds": _MAX_STEP_SECONDS},
                 limit_val_batches=0,
-                callbacks=[clock],
-                **kept,
+                callbacks=[timer],
+                **{key: config[key] for key in _TRAINER_OPTIONS if config.get(key) is not None},
             )
             trainer.fit(command_line.model, datamodule=command_line.datamodule)
     except Exception as error:
-        # Whatever a user's model or data may raise where they are not at home.
-        why = " ".join(str(error).split())[:200]
-        raise PlanError(f"no step could be measured here ({type(error).__name__}: {why}); {_SAY_IT}") from error
-    steps = [after - before for before, after in zip(clock.times[_WARM_UP - 1 :], clock.times[_WARM_UP:], strict=False)]
+        # A user's model or data may raise anything on a machine they were not written for.
+        reason = f"{type(error).__name__}: {one_line(error, max_length=200)}"
+        raise PlanError(f"no step could be measured here ({reason}); {_ASK_FOR_STEP_TIME}") from error
+    ends = timer.times[_WARM_UP_STEPS - 1 :]
+    steps = [end - start for start, end in itertools.pairwise(ends)]
     if not steps:
-        raise PlanError(f"{len(clock.times)} steps took {_SECONDS_OF_STEPS} s here, too few to measure; {_SAY_IT}")
+        raise PlanError(f"{len(timer.times)} steps took {_MAX_STEP_SECONDS} s here, too few; {_ASK_FOR_STEP_TIME}")
     return statistics.median(steps), len(steps), str(trainer.strategy.root_device.type)
 
 
-_SAY_IT = "say what a step takes on a device of the cluster, such as --step-time 0.8s"
-
-
-def _settle(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

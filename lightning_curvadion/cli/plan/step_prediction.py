@@ -1,126 +1,181 @@
-"""What a run would cost on a network, from what its steps send and how long they compute."""
+"""How long steps take on a network: of CurvaDion, of DDP, and of Dion, which synchronises at every step."""
 
-import copy
-import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ...optim.triggers import LocalStepCap
-from .collective_costs import Collective, Network, break_even, ddp_step_seconds, step_seconds
-from .footprint import Footprint, Traffic
+from .collective_costs import ALL_REDUCE, Collective, Network
+from .dry_run import StepTraffic
+from .footprint import Footprint
 
-# Mean and spread of ln RMMC over the second half of the main job, where RMMC has settled:
-#   python -m lightning_curvadion fit --config configs/byte_gpt.yaml --trainer.log_every_n_steps=1
-#   python -m lightning_curvadion plan --run lightning_logs/version_0 --config configs/byte_gpt.yaml --link 1Gbit ...
-LOG_RMMC, LOG_SPREAD = -2.64, 0.44
-_SIMULATED_STEPS = 20_000
+# A backward pass multiplies twice (by the weights and by the inputs) where the forward pass multiplies once.
+BACKWARD_SHARE = 2 / 3
 
 
-def expected_sync_rate(cap: LocalStepCap, scale: float = 1.0, log_mean: float = LOG_RMMC) -> float:
-    """Share of the steps at which a trigger fires, RMMC being log-normal as in the main job.
+def ddp_step_seconds(compute: float, buckets: Sequence[int], network: Network) -> float:
+    """Seconds of a step under DistributedDataParallel, which reduces gradients while backward still runs.
+
+    Buckets become ready one after the other during the last ``BACKWARD_SHARE`` of the compute time, in proportion to
+    their bytes. Each is reduced once it is ready and the one before is done, so the last one is never hidden (Li et
+    al., 2020, arXiv:2006.15704, section 4.2.2).
 
     Args:
-        cap: The optimizer's trigger with its bound on local steps; a copy is asked.
-        scale: Factor on RMMC.
-        log_mean: Mean of ln RMMC.
+        compute: Seconds of a step without communication.
+        buckets: Bytes of the gradient buckets, in the order in which they become ready.
+        network: Between the replicas.
 
-    Example:
-        >>> from lightning_curvadion import EveryNSteps, RMMCThreshold
-        >>> expected_sync_rate(LocalStepCap(EveryNSteps(4), max_local_steps=50))
-        0.25
-        >>> expected_sync_rate(LocalStepCap(RMMCThreshold(1e9), max_local_steps=9))
-        0.1
+    Example::
+
+        >>> from lightning_curvadion.cli.plan.collective_costs import FRAME_PAYLOAD, Link
+        >>> network = Network(Link(8e6 / FRAME_PAYLOAD, latency=0.0), replicas=2)
+        >>> ddp_step_seconds(3.0, [500_000, 500_000], network)
+        3.5
+        >>> ddp_step_seconds(3.0, [5_000_000, 5_000_000], network)
+        12.0
     """
-    cap = copy.deepcopy(cap)
-    generator = random.Random(0)
-    fired = 0
-    for _ in range(_SIMULATED_STEPS):
-        fired += cap.decide(scale * generator.lognormvariate(log_mean, LOG_SPREAD))
-    return fired / _SIMULATED_STEPS
+    now = ready = compute * (1 - BACKWARD_SHARE)
+    for nbytes in buckets:
+        ready += compute * BACKWARD_SHARE * nbytes / sum(buckets)
+        now = max(now, ready) + network.seconds(Collective(ALL_REDUCE, nbytes))
+    return max(now, compute)
+
+
+def sequential_step_seconds(
+    compute: float, collectives: Sequence[Collective], quantization: float, network: Network
+) -> float:
+    """Seconds of a step in which compute, quantization and collectives follow each other, as in CurvaDion.
+
+    Args:
+        compute: Seconds of a step without communication.
+        collectives: What the step sends.
+        quantization: Seconds of quantization and dequantization.
+        network: Between the replicas.
+
+    Example::
+
+        >>> from lightning_curvadion.cli.plan.collective_costs import ALL_GATHER, FRAME_PAYLOAD, Link
+        >>> network = Network(Link(8e6 / FRAME_PAYLOAD, latency=0.01), replicas=2)
+        >>> sequential_step_seconds(1.0, [Collective(ALL_GATHER, 100_000)], quantization=0.02, network=network)
+        1.18
+    """
+    return compute + quantization + sum(network.seconds(collective) for collective in collectives)
+
+
+def break_even_bit_rate(curvadion: Callable[[float], float], ddp: Callable[[float], float]) -> float | None:
+    """The link speed at which two kinds of steps take equally long, by bisection of its logarithm.
+
+    Args:
+        curvadion: Seconds of a step at a speed in bit/s.
+        ddp: The same for DDP.
+
+    Returns:
+        A speed between 1 kbit/s and 100 Tbit/s, or ``None`` if the same one is faster at both ends.
+
+    Example::
+
+        >>> round(break_even_bit_rate(lambda speed: 1.5 + 1e6 / speed, lambda speed: 1.0 + 1e9 / speed) / 1e9, 3)
+        1.998
+        >>> break_even_bit_rate(lambda speed: 1.0, lambda speed: 1.0 + 1e9 / speed)
+    """
+
+    def seconds_saved(exponent: float) -> float:
+        return ddp(10**exponent) - curvadion(10**exponent)
+
+    slow, fast = 3.0, 14.0
+    if (seconds_saved(slow) > 0) == (seconds_saved(fast) > 0):
+        return None
+    for _ in range(60):
+        middle = (slow + fast) / 2
+        slow, fast = (middle, fast) if (seconds_saved(middle) > 0) == (seconds_saved(slow) > 0) else (slow, middle)
+    return 10**slow
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What steps cost on a network.
+class StepPrediction:
+    """Seconds and bytes of steps on a network.
 
     Args:
-        footprint: What a step sends.
-        dion: What a step sends that exchanges Dion's factors.
-        compute: Seconds of a step that sends nothing, the optimizer's work included.
-        coding: Seconds a number takes by wire format, see :func:`~lightning_curvadion.cli.plan.benchmark.coding_seconds`.
+        footprint: What a CurvaDion step sends.
+        dion_traffic: What a step of Dion sends.
+        compute_seconds: Of a step without communication, the optimizer's work included.
+        seconds_per_number: Quantization time of one number by wire format, see
+            :func:`~lightning_curvadion.cli.plan.benchmark.measure_quantization`.
         network: Between the replicas.
         sync_rate: Share of the steps that synchronise.
 
     Example:
-        >>> from lightning_curvadion.cli.plan.collective_costs import ALL_REDUCE, Link
-        >>> traffic = [Traffic([Collective(ALL_REDUCE, nbytes)]) for nbytes in (16, 10**6, 4 * 10**6)]
+        >>> from lightning_curvadion.cli.plan.collective_costs import Link
+        >>> traffic = [StepTraffic([Collective(ALL_REDUCE, nbytes)]) for nbytes in (16, 10**6, 4 * 10**6)]
         >>> network = Network(Link(1e8, latency=0.001), replicas=2)
-        >>> sizes = Footprint(traffic[0], traffic[1], (4 * 10**6,), 0, 0, 0, 0, 0)
-        >>> ours = Prediction(sizes, traffic[2], 0.1, {}, network, sync_rate=0.25)
-        >>> [round(seconds, 3) for seconds in (ours.local, ours.sync, ours.mean, ours.ddp, ours.every_step)]
+        >>> footprint = Footprint(traffic[0], traffic[1], (4 * 10**6,), 0, 0, 0, 0, 0)
+        >>> steps = StepPrediction(footprint, traffic[2], 0.1, {}, network, sync_rate=0.25)
+        >>> seconds = (steps.local_seconds, steps.sync_seconds, steps.mean_seconds, steps.ddp_seconds)
+        >>> [round(number, 3) for number in (*seconds, steps.dion_seconds)]
         [0.102, 0.186, 0.123, 0.437, 0.437]
     """
 
     footprint: Footprint
-    dion: Traffic
-    compute: float
-    coding: Mapping[str, float]
+    dion_traffic: StepTraffic
+    compute_seconds: float
+    seconds_per_number: Mapping[str, float]
     network: Network
     sync_rate: float
 
-    def coding_of(self, traffic: Traffic) -> float:
-        """Seconds of coding and decoding in a step."""
-        return sum(self.coding[wire_format] * numbers for wire_format, numbers in traffic.numbers.items())
+    def quantization_seconds(self, traffic: StepTraffic) -> float:
+        """Seconds of quantization and dequantization in a step."""
+        return sum(self.seconds_per_number[wire_format] * numel for wire_format, numel in traffic.numbers.items())
 
-    def _seconds(self, traffic: Traffic) -> float:
-        return step_seconds(self.compute, traffic.collectives, self.coding_of(traffic), self.network)
+    def _seconds(self, traffic: StepTraffic) -> float:
+        quantization = self.quantization_seconds(traffic)
+        return sequential_step_seconds(self.compute_seconds, traffic.collectives, quantization, self.network)
 
     @property
-    def local(self) -> float:
+    def local_seconds(self) -> float:
         """Seconds of a local step."""
         return self._seconds(self.footprint.local)
 
     @property
-    def sync(self) -> float:
+    def sync_seconds(self) -> float:
         """Seconds of a sync step."""
         return self._seconds(self.footprint.sync)
 
     @property
-    def mean(self) -> float:
-        """Seconds of a step on average."""
-        return self.sync_rate * self.sync + (1 - self.sync_rate) * self.local
+    def mean_seconds(self) -> float:
+        """Seconds of a step, averaged over sync steps and local steps."""
+        return self.sync_rate * self.sync_seconds + (1 - self.sync_rate) * self.local_seconds
 
     @property
-    def ddp(self) -> float:
+    def ddp_seconds(self) -> float:
         """Seconds of a step under DistributedDataParallel."""
-        return ddp_step_seconds(self.compute, self.footprint.buckets, self.network)
+        return ddp_step_seconds(self.compute_seconds, self.footprint.buckets, self.network)
 
     @property
-    def every_step(self) -> float:
-        """Seconds of a step that exchanges Dion's factors in float32."""
-        return self._seconds(self.dion)
+    def dion_seconds(self) -> float:
+        """Seconds of a Dion step, with factors in float32."""
+        return self._seconds(self.dion_traffic)
 
-    def sent(self, traffic: Traffic) -> float:
+    def link_bytes(self, traffic: StepTraffic) -> float:
         """Bytes of payload that a replica puts on its link in a step."""
-        return sum(self.network.sent(collective) for collective in traffic.collectives)
+        return sum(self.network.link_bytes(collective) for collective in traffic.collectives)
 
     @property
-    def mean_sent(self) -> float:
-        """The same on average."""
-        both = self.sent(self.footprint.sync), self.sent(self.footprint.local)
-        return self.sync_rate * both[0] + (1 - self.sync_rate) * both[1]
+    def mean_link_bytes(self) -> float:
+        """The same, averaged over sync steps and local steps."""
+        sync, local = self.link_bytes(self.footprint.sync), self.link_bytes(self.footprint.local)
+        return self.sync_rate * sync + (1 - self.sync_rate) * local
 
     @property
-    def ddp_sent(self) -> float:
+    def ddp_link_bytes(self) -> float:
         """The same under DistributedDataParallel."""
-        return self.network.sent(Collective("all-reduce", sum(self.footprint.buckets)))
+        return self.network.link_bytes(Collective(ALL_REDUCE, sum(self.footprint.buckets)))
 
-    def at_speed(self, bits_per_second: float) -> "Prediction":
-        """The same on links of another speed."""
+    def at_bit_rate(self, bits_per_second: float) -> "StepPrediction":
+        """The same steps on links of another speed."""
         link = replace(self.network.link, bits_per_second=bits_per_second)
         return replace(self, network=replace(self.network, link=link))
 
     @property
-    def speed_where_ddp_is_as_good(self) -> float | None:
-        """In bit/s; ``None`` where one of the two is quicker at any speed."""
-        return break_even(lambda speed: self.at_speed(speed).mean, lambda speed: self.at_speed(speed).ddp)
+    def break_even_bit_rate(self) -> float | None:
+        """Link speed in bit/s at which DDP takes equally long; ``None`` if the same one is faster at any speed."""
+        return break_even_bit_rate(
+            lambda speed: self.at_bit_rate(speed).mean_seconds, lambda speed: self.at_bit_rate(speed).ddp_seconds
+        )

@@ -1,1 +1,1 @@
-"""What a run has logged, as pictures: ``python -m lightning_curvadion report``."""
+"""``python -m lightning_curvadion report``: figures of what runs logged."""

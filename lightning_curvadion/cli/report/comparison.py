@@ -1,112 +1,118 @@
-"""Several runs in one figure: their losses against what they spent."""
+"""Figures of several runs: loss against bytes sent and against seconds."""
 
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..formatting import byte_unit, format_bytes, format_number, join_words, shorten_names
+from .figures import MissingFigure, ReportFigure
+from .logged_run import LoggedRun
 from .plotting import (
-    DASHES,
-    DDP,
-    RUNS,
-    as_png,
-    bytes_told,
-    draw_line,
-    listed,
-    log_ticks,
+    DDP_COLOR,
+    DDP_LINE_STYLES,
+    RUN_COLORS,
+    figure_to_png,
     new_figure,
-    shortened,
-    style,
-    told,
-    unit_of,
+    plot_line,
+    plot_style,
+    set_log_ticks,
 )
-from .figures import Drawing, Missing
-from .log_readers import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Curve(NamedTuple):
-    """What a run had spent when it had each loss.
+class LossCurve(NamedTuple):
+    """The losses of a run, and what it had spent (bytes or seconds) when it reached each.
 
     Example::
 
         >>> from pathlib import Path
-        >>> Curve(Run("mine", Path(), {}), [1e6, 2e6], [2.5, 2.25]).spent[-1]
+        >>> LossCurve(LoggedRun("mine", Path(), {}), [1e6, 2e6], [2.5, 2.25]).spent[-1]
         2000000.0
     """
 
-    run: Run
+    run: LoggedRun
     spent: list[float]
     loss: list[float]
 
 
-def draw_comparison(runs: Sequence[Run]) -> list[Drawing | Missing]:
-    """The loss of several runs against the bytes they sent and the seconds they took.
+def plot_comparison(runs: Sequence[LoggedRun]) -> list[ReportFigure | MissingFigure]:
+    """Plot the loss of several runs against the bytes they sent and the seconds they took.
 
-    The validation loss where every run has three values of it or more, else the training loss.
+    It is the validation loss if every run has three or more values of it, else the training loss.
 
     Raises:
-        ReportError: If matplotlib is not installed.
+        ReportError: Matplotlib is not installed.
 
     Example::
 
         >>> from pathlib import Path
-        >>> from lightning_curvadion.cli.report.log_readers import Series
+        >>> from lightning_curvadion.cli.report.logged_run import Series
         >>> series = {"loss": Series([9, 19], [2.5, 2.25]), "curvadion/seconds": Series([9, 19], [1.0, 2.0])}
-        >>> drawn = draw_comparison([Run("a", Path(), series), Run("b", Path(), series)])
-        >>> type(drawn[0]).__name__, drawn[1].caption
-        ('Missing', 'All of them reach a training loss of 2.25: a after 2 s and b after 2 s.')
+        >>> figures = plot_comparison([LoggedRun("a", Path(), series), LoggedRun("b", Path(), series)])
+        >>> type(figures[0]).__name__, figures[1].caption
+        ('MissingFigure', 'All reach a training loss of 2.25: a after 2 s and b after 2 s.')
     """
-    with style():
+    with plot_style():
         return [
-            _against(runs, "bytes_sent", "Loss against bytes", "sent per replica", bytes_told),
-            _against(runs, "seconds", "Loss against seconds", "seconds of training", lambda value: f"{told(value)} s"),
+            _plot_against(runs, "bytes_sent", "Loss against bytes", "sent per replica", format_bytes),
+            _plot_against(
+                runs, "seconds", "Loss against seconds", "seconds of training", lambda s: f"{format_number(s)} s"
+            ),
         ]
 
 
-def _against(
-    runs: Sequence[Run], name: str, title: str, spent_on: str, unit: Callable[[float], str]
-) -> Drawing | Missing:
-    """Loss of each run against what it spent, which CommunicationMonitor logged under ``name``."""
+def _plot_against(
+    runs: Sequence[LoggedRun], metric: str, title: str, label: str, format_spent: Callable[[float], str]
+) -> ReportFigure | MissingFigure:
+    """Plot the loss of each run against a metric of CommunicationMonitor."""
     validated = all(len(run.val_loss.finite()) > 2 for run in runs)
     kind = "validation" if validated else "training"
-    curves: list[Curve] = []
-    for run in runs:
-        loss, logged = (run.val_loss if validated else run.loss).finite(), run.named(name).finite()
-        if len(loss) > 1 and logged:
-            curves.append(Curve(run, [logged.at(step) for step in loss.steps], loss.values))
-    drawn = [curve.run.name for curve in curves]
-    left_out = [run.name for run in runs if run.name not in drawn]
-    lacking = f"Without a line: {listed(left_out)}, of which no {kind} loss or no curvadion/{name} is in the logs."
+    curves = _loss_curves(runs, metric, validated)
+    names = [curve.run.name for curve in curves]
+    left_out = [run.name for run in runs if run.name not in names]
+    why_left_out = f"Without a line: {join_words(left_out)} (no {kind} loss or no curvadion/{metric} in the logs)."
     if len(curves) < 2:
-        return Missing(title, lacking)
+        return MissingFigure(title, why_left_out)
     figure = new_figure(3.7)
     axes = figure.subplots()
-    scale, suffix = unit_of(max(curve.spent[-1] for curve in curves)) if name == "bytes_sent" else (1.0, "")
+    scale, unit = byte_unit(max(curve.spent[-1] for curve in curves)) if metric == "bytes_sent" else (1.0, "")
     lines = _draw_curves(axes, curves, scale, marker="o" if validated else None)
-    axes.set(xlabel=f"{spent_on}, {suffix}" if suffix else spent_on, ylabel=f"{kind} loss")
-    figure.legend(loc="outside upper left", ncols=3 if max(map(len, drawn)) <= 14 else 2)
-    goal = max(min(line) for line in lines)
-    firsts = [
-        f"{curve.run.name} after {unit(next(x for x, loss in zip(curve.spent, line, strict=True) if loss <= goal))}"
+    axes.set(xlabel=f"{label}, {unit}" if unit else label, ylabel=f"{kind} loss")
+    figure.legend(loc="outside upper left", ncols=3 if max(map(len, names)) <= 14 else 2)
+    common_loss = max(min(line) for line in lines)
+    reached = [
+        next(spent for spent, loss in zip(curve.spent, line, strict=True) if loss <= common_loss)
         for curve, line in zip(curves, lines, strict=True)
     ]
-    caption = f"All of them reach a {kind} loss of {told(goal)}: {listed(firsts)}."
-    alt = f"Lines of {kind} loss against {spent_on}, one for each of {listed(drawn)}. {caption}"
-    return Drawing(f"compare-{name}", title, as_png(figure), alt, f"{caption} {lacking}" if left_out else caption)
+    costs = [f"{name} after {format_spent(spent)}" for name, spent in zip(names, reached, strict=True)]
+    caption = f"All reach a {kind} loss of {format_number(common_loss)}: {join_words(costs)}."
+    alt = f"Lines of {kind} loss against {label}, one for each of {join_words(names)}. {caption}"
+    caption = f"{caption} {why_left_out}" if left_out else caption
+    return ReportFigure(f"compare-{metric}", title, figure_to_png(figure), alt, caption)
 
 
-def _draw_curves(axes: "Axes", curves: Sequence[Curve], scale: float, marker: str | None) -> list[Sequence[float]]:
-    """The lines, DDP's in its own colour; a logarithmic axis where they end far apart. Returns their heights."""
-    colors, dashes = itertools.cycle(RUNS), itertools.cycle(DASHES)
+def _loss_curves(runs: Sequence[LoggedRun], metric: str, validated: bool) -> list[LossCurve]:
+    """Curves of the runs that logged both the loss and the metric."""
+    curves = []
+    for run in runs:
+        loss, spent = (run.val_loss if validated else run.loss).finite(), run.metric(metric).finite()
+        if len(loss) > 1 and spent:
+            curves.append(LossCurve(run, [spent.at(step) for step in loss.steps], loss.values))
+    return curves
+
+
+def _draw_curves(axes: "Axes", curves: Sequence[LossCurve], scale: float, marker: str | None) -> list[Sequence[float]]:
+    """Draw the curves, on a logarithmic axis if they end far apart. Returns the values of the lines."""
+    colors, line_styles = itertools.cycle(RUN_COLORS), itertools.cycle(DDP_LINE_STYLES)
     lines = []
-    for curve, label in zip(curves, shortened([curve.run.name for curve in curves], 28), strict=True):
-        color, dash = (DDP, next(dashes)) if curve.run.is_ddp else (next(colors), "-")
+    for curve, label in zip(curves, shorten_names([curve.run.name for curve in curves], 28), strict=True):
+        color, line_style = (DDP_COLOR, next(line_styles)) if curve.run.is_ddp else (next(colors), "-")
         x = [spent / scale for spent in curve.spent]
-        lines.append(draw_line(axes, x, curve.loss, color=color, linestyle=dash, marker=marker, label=label))
+        lines.append(plot_line(axes, x, curve.loss, color=color, linestyle=line_style, marker=marker, label=label))
     ends = [curve.spent[-1] for curve in curves]
     if max(ends) >= 5 * min(ends) and min(min(curve.spent) for curve in curves) > 0:
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, [spent / scale for curve in curves for spent in curve.spent])
+        set_log_ticks(axes.xaxis, [spent / scale for curve in curves for spent in curve.spent])
     return lines

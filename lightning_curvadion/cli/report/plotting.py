@@ -1,23 +1,25 @@
-"""How a report's figures are drawn: colours, style, lines with their names, axes, and numbers in words."""
+"""Matplotlib helpers of the report: colours, style, lines and points, labels and axes."""
 
 import io
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .log_readers import ReportError, Series
+from ..errors import ReportError
+from .logged_run import Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, some darkened, which the colour-blind tell apart; one for each thing, in every figure.
-LOSS, VAL_LOSS, RMMC, SENT, DRIFT, DDP = "#0072B2", "#D55E00", "#882255", "#00825F", "#9A6A00", "#6E6E6E"
-RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#9A6A00", "#56B4E9", "#882255")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+# One colour per quantity in every figure. From Okabe and Ito's palette for the colour-blind, some darkened.
+LOSS_COLOR, VAL_LOSS_COLOR, RMMC_COLOR = "#0072B2", "#D55E00", "#882255"
+SENT_COLOR, DRIFT_COLOR, DDP_COLOR = "#00825F", "#9A6A00", "#6E6E6E"
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#9A6A00", "#56B4E9", "#882255")
+DDP_LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 STYLE = {
     "font.size": 10,
     "text.parse_math": False,
@@ -33,20 +35,21 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-WIDTH, DPI = 6.4, 200
-MANY = 150  # where there are more points than this, each is drawn faintly
+FIGURE_WIDTH, DPI = 6.4, 200
+# With more points than this, single points are drawn faintly.
+MANY_POINTS = 150
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """Matplotlib's default style with ours on top, whatever the user's own is; the user's is back afterwards.
+def plot_style() -> Iterator[None]:
+    """Matplotlib's default style with ``STYLE`` on top, whatever the user's own style is.
 
     Raises:
-        ReportError: If matplotlib is not installed.
+        ReportError: Matplotlib is not installed.
 
     Example::
 
-        >>> with style():
+        >>> with plot_style():
         ...     figure = new_figure(2.0)
         >>> figure.get_size_inches().tolist()
         [6.4, 2.0]
@@ -60,7 +63,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(height: float) -> "Figure":
-    """An empty figure as wide as the page and ``height`` inches high, known to no window and to no pyplot.
+    """An empty figure, as wide as the page and ``height`` inches high. It is not registered with pyplot.
 
     Example::
 
@@ -70,17 +73,17 @@ def new_figure(height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(FIGURE_WIDTH, height))
     FigureCanvasAgg(figure)
     return figure
 
 
-def as_png(figure: "Figure") -> bytes:
-    r"""The picture of a figure; of equal figures it is equal.
+def figure_to_png(figure: "Figure") -> bytes:
+    r"""A figure as PNG. Equal figures give equal bytes.
 
     Example::
 
-        >>> as_png(new_figure(0.5))[:4]
+        >>> figure_to_png(new_figure(0.5))[:4]
         b'\x89PNG'
     """
     buffer = io.BytesIO()
@@ -88,28 +91,28 @@ def as_png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def draw_line(axes: "Axes", x: Sequence[float], y: Sequence[float], **look: Any) -> Sequence[float]:
-    """A line; where it has many points they are drawn faintly, and their running mean over them.
+def plot_line(axes: "Axes", x: Sequence[float], y: Sequence[float], **style: Any) -> Sequence[float]:
+    """Plot a line; with many points, a faint line and its running mean.
 
     Returns:
-        The heights of the line: ``y`` or its running mean.
+        The values of the strong line: ``y`` or its running mean.
 
     Example::
 
         >>> axes = new_figure(2.0).subplots()
-        >>> mean = draw_line(axes, range(1000), [step % 3 for step in range(1000)], color=LOSS)
+        >>> mean = plot_line(axes, range(1000), [step % 3 for step in range(1000)], color=LOSS_COLOR)
         >>> len(axes.lines), round(mean[500], 1)
         (2, 1.0)
     """
-    if len(x) > MANY:
-        axes.plot(x, y, **{**look, "alpha": 0.2, "linewidth": 0.8, "label": None})
+    if len(x) > MANY_POINTS:
+        axes.plot(x, y, **{**style, "alpha": 0.2, "linewidth": 0.8, "label": None})
         y = running_mean(y)
-    axes.plot(x, y, **look)
+    axes.plot(x, y, **style)
     return y
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Of each value and its neighbours, a fiftieth of all of them; fewer at both ends.
+    """Centred running mean over a fiftieth of all values; over fewer at both ends.
 
     Example::
 
@@ -120,53 +123,56 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
-def draw_dots(axes: "Axes", series: Series, color: str, **look: Any) -> None:
-    """A dot for each value.
+def plot_points(axes: "Axes", series: Series, color: str, **style: Any) -> None:
+    """Plot a point for each value.
 
     Example::
 
         >>> axes = new_figure(2.0).subplots()
-        >>> draw_dots(axes, Series([1, 4], [1.0, 3.0]), SENT)
+        >>> plot_points(axes, Series([1, 4], [1.0, 3.0]), SENT_COLOR)
         >>> axes.lines[0].get_linestyle()
         'None'
     """
-    usual: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "alpha": 0.8 if len(series) <= MANY else 0.3}
-    axes.plot(series.steps, series.values, "o", color=color, **{**usual, **look})
+    alpha = 0.8 if len(series) <= MANY_POINTS else 0.3
+    defaults: dict[str, Any] = {"markersize": 4, "markeredgewidth": 0, "alpha": alpha}
+    axes.plot(series.steps, series.values, "o", color=color, **{**defaults, **style})
 
 
-def label_ends(axes: "Axes", labels: Iterable[tuple[float, str, str]]) -> None:
-    """Write (height, text, color) right of the lines that end at these heights, apart where they would overlap.
+def label_line_ends(axes: "Axes", labels: Iterable[tuple[float, str, str]]) -> None:
+    """Write labels to the right of the line ends. Call it when the scale of the axis is set.
 
-    To be called when the axis has its scale.
+    Args:
+        axes: With the lines.
+        labels: (y of the line's end, text, color). Labels that would overlap are moved apart.
 
     Example::
 
         >>> axes = new_figure(2.0).subplots()
-        >>> label_ends(axes, [(0.5, "one", LOSS), (0.5, "other", DDP)])
+        >>> label_line_ends(axes, [(0.5, "one", LOSS_COLOR), (0.5, "other", DDP_COLOR)])
         >>> low, high = sorted(text.get_position()[1] for text in axes.texts)
         >>> f"{high - low:.2f}"
         '0.23'
     """
-    # Two lines of text, in shares of the height; the layout, not yet known, leaves a panel about this much of its own.
+    # Two lines of text as a share of the axes' height, estimated: the layout is computed only when the figure is saved.
     figure = axes.get_figure(root=True)
     assert figure is not None
-    apart = 0.36 / (axes.get_position().height * figure.get_figheight())
+    spacing = 0.36 / (axes.get_position().height * figure.get_figheight())
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
-    below = -math.inf
-    for height, text, color in sorted(labels):
-        below = max(to_axes.transform((0, height))[1], below + apart)
-        axes.text(1.02, below, text, transform=axes.transAxes, color=color, va="center", fontsize=9)
+    y = -math.inf
+    for value, text, color in sorted(labels):
+        y = max(to_axes.transform((0, value))[1], y + spacing)
+        axes.text(1.02, y, text, transform=axes.transAxes, color=color, va="center", fontsize=9)
 
 
-def log_ticks(axis: "Axis", values: Sequence[float]) -> None:
-    """Ticks with plain numbers for a logarithmic axis of these values.
+def set_log_ticks(axis: "Axis", values: Sequence[float]) -> None:
+    """Plain decimal ticks on a logarithmic axis that shows these values.
 
     Example::
 
         >>> axes = new_figure(2.0).subplots()
         >>> axes.set_yscale("log")
-        >>> log_ticks(axes.yaxis, [0.01, 2])
+        >>> set_log_ticks(axes.yaxis, [0.01, 2])
         >>> axes.yaxis.get_major_formatter().format_ticks([0.01, 0.02, 0.05])
         ['0.01', '0.02', '0.05']
     """
@@ -178,112 +184,30 @@ def log_ticks(axis: "Axis", values: Sequence[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def whole_ticks(axis: "Axis", most: int = 5) -> None:
-    """A few ticks, at whole numbers only.
+def set_integer_ticks(axis: "Axis", max_ticks: int = 5) -> None:
+    """A few ticks at integers only.
 
     Example::
 
         >>> axes = new_figure(2.0).subplots()
-        >>> whole_ticks(axes.yaxis)
+        >>> set_integer_ticks(axes.yaxis)
         >>> axes.get_yticks().tolist()
         [0.0, 1.0]
     """
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+    axis.set_major_locator(MaxNLocator(nbins=max_ticks, integer=True))
 
 
-def over_steps(axes: "Axes", steps: int) -> None:
-    """The horizontal axis of a run of so many optimizer steps.
+def set_step_axis(axes: "Axes", num_steps: int) -> None:
+    """Label and limit the x axis for a run of ``num_steps`` optimizer steps.
 
     Example::
 
         >>> axes = new_figure(2.0).subplots()
-        >>> over_steps(axes, 600)
+        >>> set_step_axis(axes, 600)
         >>> axes.get_xlabel()
         'optimizer step'
     """
-    axes.set(xlabel="optimizer step", xlim=(-0.01 * steps, steps))
-    whole_ticks(axes.xaxis, 6)
-
-
-def unit_of(size: float) -> tuple[float, str]:
-    """The unit in which a number of bytes is told, and its size.
-
-    Example::
-
-        >>> unit_of(5.2e9)
-        (1000000000.0, 'GB')
-    """
-    return next(((s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= s), (1.0, "B"))
-
-
-def bytes_told(size: float) -> str:
-    """A number of bytes as people read it, in powers of 1000.
-
-    Example::
-
-        >>> bytes_told(1234), bytes_told(5.2e9), bytes_told(0)
-        ('1.23 kB', '5.2 GB', '0 B')
-    """
-    scale, unit = unit_of(size)
-    return f"{told(size / scale)} {unit}"
-
-
-def told(value: float) -> str:
-    """A number with the three digits that count.
-
-    Example::
-
-        >>> told(2.25678), told(1234.5), told(0.00012345), told(float("nan"))
-        ('2.26', '1234', '0.000123', 'nan')
-    """
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
-
-
-def counted(things: Sized, word: str) -> str:
-    """How many there are.
-
-    Example::
-
-        >>> counted([1], "gap"), counted([1, 2], "gap")
-        ('1 gap', '2 gaps')
-    """
-    return f"{len(things)} {word}{'s' if len(things) != 1 else ''}"
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words as in a sentence.
-
-    Example::
-
-        >>> listed(["a"]), listed(["a", "b", "c"])
-        ('a', 'a, b and c')
-    """
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def shortened(names: Sequence[str], length: int = 24) -> list[str]:
-    """Dotted names without the words that all of them begin with, and of longer ones the end.
-
-    Example::
-
-        >>> shortened(["model.gpt.blocks.0", "model.gpt.blocks.1"]), shortened(["a-rather-long-name"], 9)
-        (['blocks.0', 'blocks.1'], ['…ong-name'])
-    """
-    parts = [name.split(".") for name in names]
-    while all(len(each) > 2 for each in parts) and len({each[0] for each in parts}) == 1:
-        parts = [each[1:] for each in parts]
-    short = [".".join(each) for each in parts]
-    return [name if len(name) <= length else f"…{name[1 - length :]}" for name in short]
-
-
-def where_largest(series: Series) -> int:
-    """The step of the largest value, the first of several.
-
-    Example::
-
-        >>> where_largest(Series([1, 4, 9], [1.0, 3.0, 3.0]))
-        4
-    """
-    return series.steps[series.values.index(max(series.values))]
+    axes.set(xlabel="optimizer step", xlim=(-0.01 * num_steps, num_steps))
+    set_integer_ticks(axes.xaxis, 6)

@@ -1,0 +1,153 @@
+"""Dry-run of a training step: the real optimizer and the real sync hook step on tensors without memory.
+
+On torch's "meta" device a tensor has a shape and no values. A step there runs the same code as any other step, up to
+the collectives. A plan can therefore not differ from what the training sends, whatever the size of the model.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ...optim.curvadion import CurvaDion
+from ...optim.triggers import EveryNSteps, LocalStepCap
+from ...sync.chunks import Bucket, PayloadSlice, buckets_of
+from ...sync.collectives import Collectives
+from ...sync.payloads import FactorPayload, Payload
+from ...sync.process_group_sync import ProcessGroupSync
+from ...sync.settings import SyncSettings
+from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
+
+# Copies of a chunk during a sync step: its flat buffer, its quantized form, and what is dequantized from that. The
+# memory note of ProcessGroupSync counts the same.
+_BUFFERS_PER_CHUNK = 5
+
+
+@dataclass
+class StepTraffic:
+    """What one step sends.
+
+    Attributes:
+        collectives: In their order.
+        numbers: How many numbers travel in each wire format.
+        bytes_sent: Payload, as counted by
+            :attr:`ProcessGroupSync.bytes_sent <lightning_curvadion.ProcessGroupSync.bytes_sent>`.
+        temporaries: Bytes that exist during the step only: buffers of a chunk, and factors.
+    """
+
+    collectives: list[Collective] = field(default_factory=list)
+    numbers: Counter[str] = field(default_factory=Counter)
+    bytes_sent: int = 0
+    temporaries: int = 0
+
+
+class CollectiveRecorder(Collectives):
+    """Collectives that send nothing and record what they would send.
+
+    Args:
+        replicas: Number of replicas.
+        chunk: Numbers per chunk.
+
+    Attributes:
+        traffic: What was recorded since it was last replaced.
+    """
+
+    def __init__(self, replicas: int, chunk: int) -> None:
+        super().__init__(None, chunk)
+        self.world_size = replicas
+        self.traffic = StepTraffic()
+
+    def all_reduce_max(self, signal: Tensor) -> None:  # noqa: D102
+        self._record(ALL_REDUCE, signal.nbytes, bytes_sent=signal.nbytes)
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """Nothing is gathered: shape (0, elements)."""
+        return own.new_empty(0, own.numel())
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:  # noqa: D102
+        pass
+
+    def average(self, payloads: Sequence[Payload]) -> None:  # noqa: D102
+        factors = sum(payload.numel for payload in payloads if isinstance(payload, FactorPayload))
+        buffered = min(self._chunk, sum(payload.numel for payload in payloads))
+        temporaries = 4 * (2 * factors + _BUFFERS_PER_CHUNK * buffered)
+        self.traffic.temporaries = max(self.traffic.temporaries, temporaries)
+        super().average(payloads)
+
+    def average_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
+        itemsize = 8 if any(part.payload.wire_format == "float64" for part in slices) else 4
+        numel = sum(part.stop - part.start for part in slices)
+        self.traffic.numbers["float32"] += numel
+        self._record(ALL_REDUCE, itemsize * numel, bytes_sent=itemsize * numel)
+
+    def average_by_all_gather(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
+        own = sum(bucket.width for bucket in self._count_numbers(slices, shards=1))
+        self._record(ALL_GATHER, own, bytes_sent=own)
+
+    def average_by_all_to_all(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
+        buckets = self._count_numbers(slices, shards=self.world_size)
+        outgoing = self.world_size * sum(bucket.width for bucket in buckets)
+        mean = sum(bucket.mean_width for bucket in buckets)
+        self._record(ALL_TO_ALL, outgoing, bytes_sent=outgoing // self.world_size * (self.world_size - 1))
+        self._record(ALL_GATHER, mean, bytes_sent=mean)
+
+    def _count_numbers(self, slices: Sequence[PayloadSlice], shards: int) -> list[Bucket]:
+        buckets = buckets_of(slices, shards)
+        for bucket in buckets:
+            self.traffic.numbers[bucket.wire_format] += bucket.values.numel()
+        return buckets
+
+    def _record(self, kind: str, nbytes: int, bytes_sent: int) -> None:
+        self.traffic.collectives.append(Collective(kind, nbytes))
+        self.traffic.bytes_sent += bytes_sent
+
+
+class DryRunSync(ProcessGroupSync):
+    """A :class:`ProcessGroupSync` without a process group: it records its collectives.
+
+    Args:
+        settings: Of the hook that is planned.
+        replicas: Number of replicas.
+    """
+
+    def __init__(self, settings: SyncSettings, replicas: int) -> None:
+        self.recorder = CollectiveRecorder(replicas, settings.chunk)
+        super().__init__(group=None, **vars(settings))
+
+    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
+        return self.recorder
+
+    def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
+        optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer))
+
+    def agree(self, signal: Tensor) -> tuple[float, float]:
+        """RMMC 0 and finite gradients: there are no values to look at."""
+        self.recorder.all_reduce_max(signal)
+        return 0.0, 0.0
+
+
+def dry_run_step(optimizer: CurvaDion, sync: DryRunSync, synced: bool) -> StepTraffic:
+    """Take one step and return what it would send.
+
+    Args:
+        optimizer: On the meta device, with ``sync`` attached and all gradients set.
+        sync: The recording hook.
+        synced: Whether the step synchronises.
+
+    Example::
+
+        >>> import torch
+        >>> model = torch.nn.Linear(256, 64, bias=False, device="meta")
+        >>> model.weight.grad = torch.empty_like(model.weight)
+        >>> optimizer, sync = CurvaDion(model.parameters()), DryRunSync(ProcessGroupSync().settings, replicas=2)
+        >>> with torch.device("meta"):
+        ...     optimizer.register_sync_hook(sync)
+        ...     dry_run_step(optimizer, sync, synced=False).collectives
+        [Collective(kind='all-reduce', nbytes=16)]
+    """
+    optimizer._cap = LocalStepCap(EveryNSteps(1 if synced else 2), None)
+    sync.recorder.traffic = StepTraffic()
+    optimizer.step()
+    return sync.recorder.traffic

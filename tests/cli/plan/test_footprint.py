@@ -1,0 +1,79 @@
+"""The dry run beside real replicas, and DDP's buckets beside real ones."""
+
+import pytest
+import torch
+from models import build, train_step
+from replicas import counted_collectives
+from torch.nn.parallel import DistributedDataParallel
+
+from examples.byte_gpt import GPT
+from lightning_curvadion import EveryNSteps, ProcessGroupSync
+from lightning_curvadion.cli.plan.collective_costs import ALL_TO_ALL
+from lightning_curvadion.cli.plan.footprint import ddp_buckets, measure_footprint
+
+SETTINGS = [
+    {"wire_format": "sign", "momentum": "local"},
+    {"wire_format": "int2", "momentum": "factors"},
+    {"wire_format": "int8", "momentum": "average", "outer_momentum": 0.5},
+    {"momentum": "dion", "chunk": 1500},
+    {"consensus": "factors"},
+    {"consensus": "none"},
+]
+SYNC_STATE = ("residual", "outer_momentum")
+
+
+def real_steps(rank, world):
+    """For each of the settings: collectives and payload of a local and a sync step, and the memory of the state."""
+    results = []
+    for hook in SETTINGS:
+        model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
+        steps = []
+        for step in range(2):
+            with counted_collectives() as calls:
+                train_step(model, optimizer, step, rank)
+            steps.append((list(calls), optimizer.last_step.bytes_sent))
+        state = [(key, t.nbytes) for s in optimizer.state.values() for key, t in s.items() if torch.is_tensor(t)]
+        memory = [sum(n for key, n in state if (key in SYNC_STATE) == of_sync) for of_sync in (False, True)]
+        results.append((steps, *memory))
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_dry_run_sends_and_stores_what_real_replicas_do(replicas, world):
+    real = replicas.run(world, real_steps)[0]
+    for hook, (steps, optimizer_state, residuals) in zip(SETTINGS, real, strict=True):
+        with torch.device("meta"):
+            model, optimizer = build()
+        footprint = measure_footprint(model, optimizer, ProcessGroupSync(**hook).settings, world)
+        assert (footprint.optimizer_state, footprint.residuals) == (optimizer_state, residuals), hook
+        for traffic, (calls, sent) in zip((footprint.local, footprint.sync), steps, strict=True):
+            recorded = [
+                ("all_to_all_single", collective.nbytes // world * (world - 1))
+                if collective.kind == ALL_TO_ALL
+                else (collective.kind.replace("-", "_"), collective.nbytes)
+                for collective in traffic.collectives
+            ]
+            assert (recorded, traffic.bytes_sent) == (calls, sent), hook
+
+
+def buckets_of_ddp(rank, world):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(GPT(layers=4, width=320, heads=4, context=8))
+    sizes = []
+
+    def record(_, bucket):
+        sizes.append(bucket.buffer().nbytes)
+        return torch.futures.collect_all([]).then(lambda _: bucket.buffer())
+
+    model.register_comm_hook(None, record)
+    for _ in range(2):  # rebuilt in the order of the first backward pass
+        sizes.clear()
+        model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    return sizes, [tuple(p.shape) for p in model.parameters()]
+
+
+def test_buckets_are_those_of_ddp(replicas):
+    real, shapes = replicas.run(2, buckets_of_ddp)[0]
+    predicted = ddp_buckets([torch.empty(shape, device="meta") for shape in shapes])
+    assert len(predicted) == len(real) > 1 and sum(predicted) == sum(real)
+    assert predicted == pytest.approx(real, rel=0.1)
