@@ -10,7 +10,7 @@ import pytest
 
 from examples.benchmarks import compare_report, quantization_training
 from examples.benchmarks.compare_plan import RATES, RESULTS, read
-from examples.benchmarks.compare_report import DENSE, GOAL, USUAL, gap, kernel_share, of, pace
+from examples.benchmarks.compare_report import DENSE, GOAL, USUAL, gap, kernel_share, pace, rows_at
 from examples.benchmarks.methods import DEFAULT
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,9 @@ def test_the_tables_of_the_benchmarks_are_rows_of_what_is_printed(capsys, part, 
 def test_the_figures_in_the_prose_of_the_readme():
     rows = read(RESULTS)
     text = prose(README)
-    two, four = ({name: of(rows, method=name, replicas=n) for name in (DENSE, USUAL, GOAL, DEFAULT)} for n in (2, 4))
+    two, four = (
+        {name: rows_at(rows, method=name, replicas=n) for name in (DENSE, USUAL, GOAL, DEFAULT)} for n in (2, 4)
+    )
     slow, fast = RATES[-1], RATES[0]
     timed = [row for row in rows if row.run.stop]
     speed = {(name, rate): pace(timed, name, rate) for name in (DENSE, DEFAULT) for rate in ("", *RATES)}
