@@ -1,6 +1,7 @@
 """What README, guide and benchmarks claim: their files exist, and their tables are those that the commands print."""
 
 import difflib
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from examples.benchmarks import compare_report, quantization_training
 from examples.benchmarks.compare_plan import RATES, RESULTS, read
 from examples.benchmarks.compare_report import DENSE, GOAL, USUAL, gap, kernel_share, pace, rows_at
 from examples.benchmarks.methods import DEFAULT
+from lightning_curvadion import CurvaDion, ProcessGroupSync
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE, BENCHMARKS = (
@@ -90,6 +92,13 @@ def test_commands_name_scripts_and_options_that_exist(page):
 def test_the_contents_of_the_guide():
     listed = re.findall(r"^- \[(.*)\]\(#", GUIDE.read_text(), flags=re.M)
     assert listed == re.findall(r"^## (.*)$", GUIDE.read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize("thing", [CurvaDion, ProcessGroupSync], ids=lambda thing: thing.__name__)
+def test_the_guide_names_every_option(thing):
+    options = GUIDE.read_text().partition("## Options\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)=?`", options))
+    assert inspect.signature(thing).parameters.keys() - {"params", "group"} <= named
 
 
 def test_the_diff_is_that_of_the_scripts():
