@@ -1,8 +1,11 @@
 """One replica of test_step_prediction.py, on a host of the network lab: measures steps at each link speed.
 
-python plan_replica.py FOLDER RATES_JSON REPLICAS_JSON NETWORK_NAMESPACE_OF_THE_TEST
+RANK=... WORLD_SIZE=... MASTER_ADDR=... python plan_replica.py FOLDER RATES_JSON REPLICAS_JSON NETWORK_NAMESPACE
+
+The test starts it without torchrun, which would import torch a second time on every host.
 """
 
+import ctypes
 import datetime
 import json
 import os
@@ -31,6 +34,8 @@ HOOKS = {
 # Kinds of steps in turn, so that other work on the machine slows all kinds equally.
 STEPS = [*(*("alone", "local", "defaults") * 3, "int8") * 2, "ddp"]
 
+_NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET
+
 
 class ManualTrigger(Trigger):
     """Synchronises when ``fire`` is set."""
@@ -41,13 +46,19 @@ class ManualTrigger(Trigger):
         return self.fire
 
 
-def shorten_tcp_windows(outside: str) -> None:
+def move_to_host(namespace: str) -> None:
+    """Put this process on a host of the lab, as ``ip netns exec`` does."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NETWORK_NAMESPACE):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+
+
+def shorten_tcp_windows() -> None:
     """Limit the data that TCP has on its way to what these links need.
 
     With the defaults megabytes queue in front of a slow link, and acknowledgements of the other direction behind them.
     A collective then sometimes takes up to a fifth longer, which the plan's formulas do not model.
     """
-    assert os.readlink("/proc/self/ns/net") != outside, "only on a host of the lab"
     for name in ("tcp_rmem", "tcp_wmem"):
         Path("/proc/sys/net/ipv4", name).write_text("4096 65536 65536")
 
@@ -134,7 +145,10 @@ def measure(folder: Path, rates: list[str], group: ProcessGroup | None) -> dict[
 def main() -> None:
     folder, rates, counts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    shorten_tcp_windows(outside=sys.argv[4])
+    outside = os.readlink("/proc/self/ns/net")
+    move_to_host(sys.argv[4])
+    assert os.readlink("/proc/self/ns/net") != outside
+    shorten_tcp_windows()
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank, measured = dist.get_rank(), {}
     for replicas in counts:

@@ -3,16 +3,16 @@
 import contextlib
 import functools
 import json
-import os
 import statistics
 import threading
 
+import preloaded
 import pytest
 import torch
 from plan_replica import HOOKS, SHAPE
 from training import ROOT, python_path
 
-from examples.benchmarks.netlab import Lab, bits_per_second, missing
+from examples.benchmarks.netlab import INTERFACE, PORT, Lab, bits_per_second, missing
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
 from lightning_curvadion.cli.plan.collective_costs import Link, Network
@@ -50,10 +50,21 @@ def served_rate_requests(lab, folder):
 
 def measure_in_lab(folder, counts):
     """Seconds by number of replicas, rate and kind of step."""
-    script = ROOT / "tests/helpers/plan_replica.py"
-    with Lab(hosts=max(counts)) as lab, served_rate_requests(lab, folder):
-        words = [str(script), str(folder), json.dumps(RATES), json.dumps(counts), os.readlink("/proc/self/ns/net")]
-        lab.run(words, environment={"PYTHONPATH": python_path(ROOT)}, timeout=90)
+    hosts = max(counts)
+    with Lab(hosts) as lab, served_rate_requests(lab, folder):
+        group = {"WORLD_SIZE": str(hosts), "MASTER_ADDR": lab.address(0), "MASTER_PORT": str(PORT)}
+        processes = [
+            preloaded.start(
+                ROOT / "tests/helpers/plan_replica.py",
+                *(str(folder), json.dumps(RATES), json.dumps(counts), lab._namespace(rank)),
+                folder=folder,
+                output=folder / f"output{rank}",
+                **{"RANK": str(rank), "GLOO_SOCKET_IFNAME": INTERFACE, **group, "PYTHONPATH": python_path(ROOT)},
+            )
+            for rank in range(hosts)
+        ]
+        statuses = [process.wait(timeout=90) for process in processes]
+    assert not any(statuses), "\n".join(path.read_text() for path in sorted(folder.glob("output*")))
     return {
         int(replicas): measured for replicas, measured in json.loads((folder / "measured.json").read_text()).items()
     }
