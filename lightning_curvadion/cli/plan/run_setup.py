@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.optim import Optimizer
 
 from ...optim.curvadion import CurvaDion
 from ...optim.split_parameters import split_parameters
@@ -75,14 +74,14 @@ def read_run_setup(args: Sequence[str]) -> RunSetup:
             model.to(dtype)
         optimizer = _configure_optimizer(model, notes)
         settings = _sync_settings(trainer_config, optimizer, notes)
-    # A copy of the model must not copy the Trainer.
+    # The footprint is taken of a copy of the model, which must not copy the Trainer.
     detach_trainer(model)
     backend = _backend(trainer_config, notes)
     return RunSetup(model, optimizer, settings, _num_replicas(trainer_config), backend, tuple(notes))
 
 
 def _configure_optimizer(model: pl.LightningModule, notes: list[str]) -> CurvaDion:
-    optimizers: list[Optimizer] = configured_optimizers(model)
+    optimizers = configured_optimizers(model)
     if len(optimizers) > 1:
         raise PlanError(f"a plan needs one optimizer; the model's configure_optimizers returned {len(optimizers)}")
     if isinstance(optimizers[0], CurvaDion):
