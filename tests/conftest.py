@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,11 @@ def replicas() -> Iterator[Replicas]:
     pool = Replicas()
     yield pool
     pool.close()
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays: the collector need not look at it again and again.
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
