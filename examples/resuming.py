@@ -99,6 +99,8 @@ def saved_steps(folder: Path) -> int:
 
 def main() -> None:
     """Run all four."""
+    # A forked process waits forever in OpenMP if its parent has used several threads.
+    torch.set_num_threads(1)
     # Lightning's own messages would hide this script's.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,29 +1,14 @@
 """``examples/resuming.py``: a run that loses a replica continues from its checkpoint."""
 
-import logging
-import os
 import re
-import runpy
+import sys
 
-import pytest
-from launching import ROOT
-
-
-@pytest.fixture
-def restored_process(monkeypatch):
-    """Undoes what the script leaves in this process: logging levels, and Lightning's variables for its children."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+from launching import outputs, start
 
 
-@pytest.mark.usefixtures("restored_process")
-def test_a_killed_run_is_resumed_bit_for_bit(capfd):
-    # Its replicas are forked in any case, so that a process of its own would only import torch once more.
-    runpy.run_path(str(ROOT / "examples/resuming.py"), run_name="__main__")
-    printed = capfd.readouterr().out
+def test_a_killed_run_is_resumed_bit_for_bit():
+    # With as many threads as a user has: a forked replica must not wait for threads that only its parent has.
+    (printed,) = outputs(start("env", "-u", "OMP_NUM_THREADS", sys.executable, "examples/resuming.py"))
     assert "terminated with signal SIGKILL" in printed
     assert "bit for bit: True" in printed
     (whole, left, resumed, alone) = map(int, re.findall(r"(\d+) steps", printed))
