@@ -8,6 +8,7 @@ from models import build, equal, parameters_of, state_of, train_step
 from replicas import counted_collectives
 
 from lightning_curvadion import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from lightning_curvadion.sync import quantization
 
 TRIGGERS = [RMMCThreshold(0.1), IntegratedRMMC(0.5), EveryNSteps(3), CommunicationBudget(0.3)]
 HOOKS = [
@@ -69,7 +70,9 @@ def test_full_rank_averages_the_dense_momentum_and_still_equals_one_rank(replica
         torch.testing.assert_close(parameters, expected, rtol=1e-4, atol=1e-5)
 
 
-CODED = [{"wire_format": f} for f in ("bfloat16", "int8", "int4", "int2", "sign")]
+# Formats in which the mean of equal numbers, quantized again, is another number.
+COARSE = [name for name, block_format in quantization.BLOCK_FORMATS.items() if block_format.clips]
+CODED = [{"wire_format": f} for f in quantization.WIRE_FORMATS if f != "float32"]
 CODED += [{"wire_format": "int4", **hook} for hook in HOOKS[1:]]
 CODED += [{"wire_format": "int8", "sync_rank_fraction": 0.125}]
 
@@ -82,7 +85,7 @@ def train_each(rank, world, steps, hooks, options):
 def test_in_every_format_ranks_with_equal_data_equal_one_rank_that_codes_alike(replicas, world):
     # The mean of equal numbers is coded a second time among three: in two bits, as the mean of signs too, that changes
     # them, and only what is kept back brings them together again.
-    hooks = [hook for hook in CODED if world == 2 or hook["wire_format"] not in ("int2", "sign")]
+    hooks = [hook for hook in CODED if world == 2 or hook["wire_format"] not in COARSE]
     options = {"trigger": EveryNSteps(3)}
     alone = replicas.run(1, train_each, 8, hooks, options)[0]
     for together in replicas.run(world, train_each, 8, hooks, options):

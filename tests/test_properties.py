@@ -19,6 +19,7 @@ from lightning_curvadion import (
     ProcessGroupSync,
     RMMCThreshold,
 )
+from lightning_curvadion.sync import quantization
 
 EXAMPLES = int(os.environ.get("CURVADION_EXAMPLES", "30"))
 
@@ -32,7 +33,6 @@ TRIGGERS = {
 SIDE = st.integers(1, 9)
 MATRIX = st.tuples(SIDE, SIDE)
 VECTOR = st.one_of(st.tuples(), st.tuples(SIDE), st.tuples(SIDE, SIDE, SIDE))
-CODED = ("bfloat16", "int8", "int4", "int2", "sign")
 STEPS = 6
 
 
@@ -47,7 +47,7 @@ def jobs(draw):
     momentum = draw(st.sampled_from(["factors", "dion", "average", "local"]))
     if consensus == "none":
         momentum = draw(st.sampled_from(["factors", "dion"]))
-    wire_format = draw(st.sampled_from(("float32", *CODED))) if dtype != "float64" else "float32"
+    wire_format = draw(st.sampled_from(quantization.WIRE_FORMATS)) if dtype != "float64" else "float32"
     count = len(matrices) + len(vectors)
     missing = draw(
         st.sets(st.tuples(st.integers(0, STEPS - 1), st.integers(0, world - 1), st.integers(0, count - 1)), max_size=12)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from ..optim.parameter_groups import check_choice
-from .quantization import WIRE_FORMATS
+from .quantization import BLOCK_FORMATS, WIRE_FORMATS
 
 # Literals, so that a command line lists the choices.
 Consensus = Literal["average", "factors", "none"]
@@ -62,7 +62,8 @@ class SyncSettings:
                 'sync_rank_fraction is the rank of what momentum="factors" sends and needs a consensus of parameters;'
                 f" leave it out with momentum={self.momentum!r}, consensus={self.consensus!r}"
             )
-        if self.momentum == "average" and self.factor_format in ("int2", "sign"):
+        block_format = BLOCK_FORMATS.get(self.factor_format)
+        if self.momentum == "average" and block_format is not None and block_format.bits <= 2:
             warnings.warn(
                 f"a whole momentum in {self.factor_format} is known to hurt the loss; use factor_format='int4', or"
                 " momentum='factors'",

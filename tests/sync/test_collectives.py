@@ -5,7 +5,6 @@ import torch
 from replicas import counted_collectives
 
 from lightning_curvadion.sync import quantization
-from lightning_curvadion.sync.chunks import MEAN_FORMAT
 from lightning_curvadion.sync.collectives import Collectives
 from lightning_curvadion.sync.payloads import DisplacementPayload, TensorPayload
 
@@ -31,15 +30,14 @@ def averaged(rank, world, chunk):
     return answers
 
 
-@pytest.mark.parametrize(
-    ("world", "chunk"), [(1, 10**6), (2, 10**6), (2, 100), (3, 10**6), (4, 300), (5, 400)]
-)
+@pytest.mark.parametrize(("world", "chunk"), [(1, 10**6), (2, 10**6), (2, 100), (3, 10**6), (4, 300), (5, 400)])
 def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replicas, world, chunk):
     everyone = replicas.run(world, averaged, chunk)
     own = [torch.cat([tensor.reshape(-1) for tensor in values(rank)]) for rank in range(world)]
     largest = max(tensor.norm() for tensor in own)
     errors = {"float32": 1e-6, "bfloat16": 0.01, "int8": 0.02, "int4": 0.3, "int2": 0.8, "sign": 1.2}
-    for wire_format, error in errors.items():
+    for wire_format in quantization.WIRE_FORMATS:
+        error = errors[wire_format]
         answers = [answer[wire_format] for answer in everyone]
         results = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors, *_ in answers]
         assert all(torch.equal(result, results[0]) for result in results)
@@ -51,7 +49,7 @@ def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replica
             chunks = -(-numel // chunk)
             assert len(calls) == (1 if wire_format == "float32" or world <= 2 else 2) * chunks
             # Shards are filled up to whole blocks: at most one block for each replica and chunk.
-            mean_format = MEAN_FORMAT.get(wire_format, wire_format) if world > 2 else wire_format
+            mean_format = quantization.mean_format_of(wire_format) if world > 2 else wire_format
             padding = world * quantization.quantized_bytes(quantization.block_of(wire_format), mean_format) * chunks
             to_others, mean = (quantization.quantized_bytes(numel, name) for name in (wire_format, mean_format))
             payload = (to_others * (world - 1) + mean) / world

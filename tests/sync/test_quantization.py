@@ -8,7 +8,7 @@ import torch
 from lightning_curvadion.optim import dion
 from lightning_curvadion.sync import quantization
 
-INTEGERS = ["int8", "int4", "int2", "sign"]
+INTEGERS = list(quantization.BLOCK_FORMATS)
 CODED = ["bfloat16", *INTEGERS]
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int2": 2, "sign": 1}
 
