@@ -20,7 +20,7 @@ A step from the largest number clips nothing. At 2 bits it would put nearly ever
 ``int2`` takes the step with the least error for a normal distribution (Max, 1960, "Quantizing for minimum
 distortion"). At 1 bit the mean of \|x\| has the least error for any distribution. Half the block would lower the error
 of ``int2`` by 4 % for 11 % more bytes; twice the block would raise it by 5 % for 6 % fewer
-(``examples/benchmarks/wire.py --blocks``).
+(``examples/benchmarks/quantization.py --blocks``).
 
 A block whose step is no normal bfloat16 (numbers below about 1e-38, with ``int2`` about 1e-22) is quantized to zero.
 """
