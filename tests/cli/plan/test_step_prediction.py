@@ -35,7 +35,8 @@ def served_rate_requests(lab, folder):
         while not done.wait(0.02):
             requested = folder / "requested"
             if requested.exists() and (change := requested.read_text()) not in ("", served):
-                lab.set_rate(change.partition("-")[0])
+                rate = change.partition("-")[0]
+                lab.set_rate(None if rate == "unlimited" else rate)
                 (folder / f"changed-{change}").touch()
                 served = change
 
