@@ -10,7 +10,8 @@ def fit(rank, world):
     """Parameters of this rank: after a local step, before and in validation, and at the end."""
     pl.seed_everything(0, verbose=False)
     module = Module()
-    trainer_for(rank, world, val_check_interval=4, limit_val_batches=2).fit(module)
+    # The last step is a local one.
+    trainer_for(rank, world, max_steps=10, val_check_interval=4, limit_val_batches=2).fit(module)
     return {
         "local": module.after_step_4,
         "before": module.before_validation,

@@ -1,12 +1,12 @@
-"""Every way to start replicas: by Lightning, by torchrun, and one replica alone.
+"""Every way in which Lightning starts replicas, and one replica alone.
 
-``tests/examples/test_multinode.py`` has two nodes, with torchrun and with SLURM.
+torchrun starts them in ``test_breaking.py``. ``tests/examples/test_multinode.py`` has two nodes, with torchrun and with
+SLURM.
 """
 
 import re
 
 import pytest
-import torch.distributed.run
 from lightning.pytorch.strategies import StrategyRegistry
 from training import ROOT, run_script
 
@@ -49,11 +49,6 @@ def test_a_notebook_forks():
 
 def test_one_device_is_one_replica(tmp_path):
     assert replicas_of(run_script(short_script(tmp_path, devices=1), folder=tmp_path)) == 1
-
-
-def test_torchrun_starts_the_processes_of_one_node(tmp_path):
-    words = ["--standalone", "--nproc-per-node=2", str(short_script(tmp_path))]
-    assert replicas_of(run_script(torch.distributed.run.__file__, *words, folder=tmp_path)) == 2
 
 
 @pytest.mark.gpu

@@ -9,7 +9,11 @@ for _name in ("`curvadion`", "`curvadion_spawn`", "`curvadion_fork`"):
     tested_by("launch", _name, f"{_HERE}::test_lightning_starts_a_process_for_each_device")
 tested_by("launch", "`curvadion_notebook`", f"{_HERE}::test_a_notebook_forks")
 tested_by("launch", "`devices=1`", f"{_HERE}::test_one_device_is_one_replica")
-tested_by("launch", "torchrun on one node", f"{_HERE}::test_torchrun_starts_the_processes_of_one_node")
+tested_by(
+    "launch",
+    "torchrun on one node",
+    "tests/trainer/test_breaking.py::test_torchrun_restarts_a_killed_run_from_its_newest_checkpoint",
+)
 tested_by("launch", "torchrun on two nodes", "tests/examples/test_multinode.py::test_two_nodes_with_torchrun")
 tested_by("launch", "SLURM", "tests/examples/test_multinode.py::test_two_nodes_with_slurm")
 
