@@ -60,18 +60,18 @@ class Server:
     """This process's side of the server: requests go out, pids and exit statuses come in."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        parent, child = socket.socketpair()
+        command = [sys.executable, __file__, str(child.fileno())]
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._server = subprocess.Popen(
             command,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[child.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": paths},
             start_new_session=True,
         )
-        theirs.close()
-        self._connection = Connection(ours.detach())
+        child.close()
+        self._connection = Connection(parent.detach())
         self._pids: list[int] = []
         self.statuses: dict[int, int] = {}
 

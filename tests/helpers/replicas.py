@@ -1,7 +1,7 @@
 """Real processes for the tests: a pool of workers that form a gloo process group for every job.
 
-Importing torch takes seconds, so the workers stay. A job that hangs or kills its worker costs the pool: it is thrown
-away and the next job starts a new one. Only processes started here are ever killed.
+Importing torch takes seconds, so the workers stay. After a job that hangs or kills its worker the pool is thrown away,
+and the next job starts a new one. Only processes started here are killed.
 """
 
 import datetime
@@ -68,7 +68,7 @@ def counted_collectives() -> Iterator[CountedCollectives]:
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
-            # What is sent comes last: all_to_all_single and its like are told first where to receive.
+            # The tensor that is sent comes last: all_to_all_single and its like take the one that receives first.
             size = tensors[-1].nbytes if tensors else 0
             if name == "all_to_all_single":
                 size = size // dist.get_world_size() * (dist.get_world_size() - 1)
@@ -143,11 +143,11 @@ class Replicas:
     def _start(self, world: int) -> None:
         context = mp.get_context("spawn")
         while len(self._workers) < world:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            parent, child = context.Pipe()
+            process = context.Process(target=_serve, args=(child,), daemon=True)
             process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+            child.close()
+            self._workers.append((process, parent))
 
     def close(self) -> None:
         """Kill the workers."""
