@@ -4,7 +4,8 @@
 
 An import takes seconds, a fork of a server that has imported takes none. What is forked is otherwise a process as a
 shell starts it: its own session, folder, environment and output, Python's own signal handlers, and the interpreter's
-own exit, with its status.
+own exit, with its status. Only the seed of Python's hashes is the same in all of them; the workers of ``Replicas``, and
+what torchrun or Lightning starts, have seeds of their own.
 """
 
 import gc
