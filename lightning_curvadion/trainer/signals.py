@@ -37,6 +37,7 @@ class StopRequests:
         self._rank = sync.rank
         self._agreement = sync.agreement
         self._requeue_signal = 0
+        self._received_sigterm = False
 
     def install(self) -> None:
         """Replace Lightning's handlers, and no other handlers of these signals."""
@@ -48,6 +49,7 @@ class StopRequests:
         launcher = self._trainer.strategy.launcher
         if not self._agreement.stop_request and launcher is not None:
             launcher.kill(signal.Signals(signum))
+        self._received_sigterm = True
         self._agreement.stop_request = max(self._agreement.stop_request, STOP)
 
     def _request_requeue(self, signum: int, _: FrameType | None) -> None:
@@ -58,7 +60,9 @@ class StopRequests:
     def act_on_agreed_request(self) -> None:
         """Do what the ranks have agreed on; every rank calls it after every batch."""
         if self._agreement.agreed_request == REQUEUE:
-            self._agreement.stop_request = self._agreement.agreed_request = 0.0
+            # SLURM may have sent SIGTERM too before the ranks agreed: the stop follows the requeue.
+            self._agreement.stop_request = STOP if self._received_sigterm else 0.0
+            self._agreement.agreed_request = 0.0
             requeue_job(self._trainer, self._requeue_signal)
         elif self._agreement.agreed_request == STOP:
             self.stopping = True

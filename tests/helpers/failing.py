@@ -39,7 +39,7 @@ class Job:
         victim: Rank that is hit; -1 for none.
         step: First step at which it is hit.
         what: ``"kill"``, ``"raise"``, ``"stop"`` (SIGSTOP), ``"term"`` (SIGTERM), ``"interrupt"`` (SIGINT) or
-            ``"requeue"`` (SIGUSR1, as SLURM sends it before the time is up).
+            ``"requeue"`` (SIGUSR1, as SLURM sends it before the time is up); several with a comma and a space between.
         where: ``"forward"``, ``"agreement"`` (the all-reduce of any step) or ``"sync"`` (the other collectives of a
             sync step).
         every: Steps from one checkpoint to the next; 0 for none.
@@ -110,7 +110,8 @@ class Sabotage(Callback):
         if job.what == "raise":
             raise ArithmeticError("the batch is broken")
         names = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "interrupt": "SIGINT", "requeue": "SIGUSR1"}
-        os.kill(os.getpid(), signal.Signals[names[job.what]])
+        for what in job.what.split(", "):
+            os.kill(os.getpid(), signal.Signals[names[what]])
 
 
 class EndReport(Checkpoint):

@@ -13,5 +13,10 @@ def test_a_slurm_requeue_on_one_rank_saves_the_consensus_of_all_ranks(tmp_path):
     breaking.requeue(tmp_path)
 
 
+@pytest.mark.parametrize("what", ["requeue, term", "term, requeue"])
+def test_a_requeue_and_a_stop_before_one_agreement_both_take_effect(tmp_path, what):
+    breaking.requeue_and_stop(tmp_path, what)
+
+
 def test_an_interrupted_run_ends_with_a_checkpoint(tmp_path):
     assert breaking.interrupt(tmp_path) < 30
