@@ -146,6 +146,11 @@ class CurvaDion(StackedOptimizer):
         return self._cap.trigger
 
     @property
+    def max_local_steps(self) -> int | None:
+        """The bound on the run of local steps, ``None`` for no bound."""
+        return self._cap.max_local_steps
+
+    @property
     def sync_hook(self) -> SyncHook | None:
         """The attached hook, if any."""
         return self._hook

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.curvadion import CurvaDion
+from ..optim.parameter_groups import GROUP_OPTIONS
 from .collectives import Collectives
 from .errors import ReplicaLostError
 from .payloads import TensorPayload
@@ -17,10 +18,11 @@ _REMEDY = "build the same model and the same optimizer, in the same order, in ev
 
 def describe_optimizer(optimizer: CurvaDion) -> list[str]:
     """A line for the trigger and one for each parameter, with all that must be the same on every replica."""
-    lines = [f"trigger {type(optimizer.trigger).__name__} {sorted(vars(optimizer.trigger).items())}"]
+    trigger = f"trigger {type(optimizer.trigger).__name__} {sorted(vars(optimizer.trigger).items())}"
+    lines = [f"{trigger} max_local_steps {optimizer.max_local_steps}"]
     names = optimizer.named_parameters()
     for group in optimizer.param_groups:
-        options = {key: group[key] for key in ("algorithm", "rank_fraction", "local_update")}
+        options = {key: group[key] for key in GROUP_OPTIONS}
         for parameter in group["params"]:
             name, _ = next(names)
             state = sorted(optimizer.state[parameter])

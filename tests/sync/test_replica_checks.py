@@ -10,6 +10,18 @@ from torch import nn
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 
 
+OPTIONS = {
+    "max_local_steps": {"max_local_steps": 2},
+    "lr": {"lr": 0.5},
+    "mu": {"mu": 0.5},
+    "betas": {"betas": (0.8, 0.9)},
+    "weight_decay": {"weight_decay": 0.5},
+    "eps": {"eps": 1e-3},
+    "local_lr": {"local_lr": 0.5},
+    "rank_fraction": {"rank_fraction": 0.25},
+}
+
+
 def different(rank, world, what):
     torch.manual_seed(0)
     width = 9 if what == "shape" and rank == 1 else 8
@@ -22,7 +34,8 @@ def different(rank, world, what):
     if what == "dtype" and rank == 1:
         model.double()
     trigger = EveryNSteps(3 if what == "trigger" and rank == 1 else 2)
-    optimizer = CurvaDion(split_parameters(model), trigger=trigger)
+    options = OPTIONS.get(what, {}) if rank == 1 else {}
+    optimizer = CurvaDion(split_parameters(model), trigger=trigger, **options)
     hook = ProcessGroupSync(momentum="local" if what == "hook" and rank == 1 else "factors")
     try:
         optimizer.register_sync_hook(hook)
@@ -30,7 +43,7 @@ def different(rank, world, what):
         return str(error)
 
 
-@pytest.mark.parametrize("what", ["shape", "order", "count", "dtype", "trigger", "hook"])
+@pytest.mark.parametrize("what", ["shape", "order", "count", "dtype", "trigger", "hook", *OPTIONS])
 def test_replicas_that_differ_get_a_clear_error_on_every_rank(replicas, what):
     before = time.monotonic()
     for message in replicas.run(3, different, what):
