@@ -1,6 +1,7 @@
 """Consensus outside of a sync step: before validation, before a checkpoint, and at the end of fit."""
 
 from collections.abc import Iterable
+from enum import IntEnum
 
 from torch import Tensor
 
@@ -12,10 +13,20 @@ from .parameter_payloads import ParameterPayloads
 from .payloads import Payload, full_width_payloads
 
 
+class Reached(IntEnum):
+    """What the replicas have in common since the last step of an optimizer; each member includes those before it."""
+
+    NOTHING = 0
+    QUANTIZED_PARAMETERS = 1
+    PARAMETERS = 2
+    STATE = 3
+
+
 class Consensus:
     """An exact average of the replicas at full width, whatever the settings of the sync step.
 
-    Nothing is sent twice: an optimizer that has not stepped since its last consensus is left out.
+    The error-feedback residuals are flushed into the parameters, so that every consensus is the same model, whether it
+    is validated, saved or returned. Nothing is sent twice: what is in consensus since the last step is left out.
 
     Args:
         collectives: Of the process group.
@@ -27,32 +38,31 @@ class Consensus:
         self._collectives = collectives
         self._parameters = parameters
         self._buffers = buffers
-        # Optimizers in consensus since their last step, and whether with their state.
-        self._reached: dict[CurvaDion, bool] = {}
+        self._reached: dict[CurvaDion, Reached] = {}
 
     def lose(self, optimizer: CurvaDion) -> None:
         """A step, or a loaded state, ends the consensus of an optimizer."""
         self._reached.pop(optimizer, None)
 
     def reached_in_step(self, optimizer: CurvaDion) -> None:
-        """A sync step has averaged the parameters of an optimizer, and not its state."""
-        self._reached[optimizer] = False
+        """A sync step has averaged the parameters of an optimizer, up to their error-feedback residuals."""
+        self._reached[optimizer] = Reached.QUANTIZED_PARAMETERS
 
     def reach(self, optimizers: Iterable[CurvaDion], include_state: bool) -> None:
         """Average what is not in consensus yet.
 
         Args:
             optimizers: The attached optimizers, the same on every rank.
-            include_state: Also average their state and flush the error-feedback residuals.
+            include_state: Also average their state.
         """
         buffers = self._buffers.synchronize_changed()
+        wanted = Reached.STATE if include_state else Reached.PARAMETERS
         for optimizer in optimizers:
-            with_state = self._reached.get(optimizer)
-            if with_state or (with_state is False and not include_state):
-                continue
-            self._average(optimizer, buffers, include_state, stepped=with_state is None)
-            buffers = {}
-            self._reached[optimizer] = include_state
+            reached = self._reached.get(optimizer, Reached.NOTHING)
+            if reached < wanted:
+                self._average(optimizer, buffers, include_state, stepped=reached == Reached.NOTHING)
+                buffers = {}
+                self._reached[optimizer] = wanted
         if buffers:
             self.average(buffers)
 
@@ -64,14 +74,14 @@ class Consensus:
         optimizer.init_state()
         trainable = trainable_parameters(optimizer)
         due = dict(trainable) if stepped else {}
+        # A parameter that was frozen since its last sync step still has a residual.
+        due.update((name, p) for name, p in optimizer.named_parameters() if "residual" in optimizer.state[p])
         state: dict[str, Tensor] = {}
         if include_state:
             state = state_tensors(optimizer)
-            # A parameter that was frozen since its last sync step still has a residual.
-            due.update((name, p) for name, p in optimizer.named_parameters() if "residual" in optimizer.state[p])
             frozen = {name: p for name, p in optimizer.named_parameters() if not p.requires_grad and name not in due}
             others = {**others, **frozen, **state}
-        payloads = self._parameters.of(optimizer, due, "float32", flush_residuals=include_state, outer_step=stepped)
+        payloads = self._parameters.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
         self._collectives.average([*payloads, *self._full_width(others)])
         if include_state:
             set_step_counts(optimizer, state)

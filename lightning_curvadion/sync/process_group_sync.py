@@ -242,13 +242,13 @@ class ProcessGroupSync:
     def reach_consensus(self, optimizers: CurvaDion | Iterable[CurvaDion], include_state: bool = False) -> None:
         """Make all replicas one model now, whatever the trigger and the kind of consensus: an exact average.
 
-        It is permanent, with ``consensus="factors"`` and ``"none"`` too: the replicas continue from the average. What
-        is in consensus since the last step is not sent again.
+        The error-feedback residuals are flushed into it. It is permanent, with ``consensus="factors"`` and ``"none"``
+        too: the replicas continue from the average. What is in consensus since the last step is not sent again.
 
         Args:
             optimizers: The attached optimizers, the same in every process.
-            include_state: Also average their state, so that any replica can write the checkpoint of all, and flush the
-                error-feedback residuals into the parameters. Frozen parameters take part then.
+            include_state: Also average their state, and frozen parameters, so that any replica can write the
+                checkpoint of all.
         """
         self._consensus.reach([optimizers] if isinstance(optimizers, CurvaDion) else optimizers, include_state)
 

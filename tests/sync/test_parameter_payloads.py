@@ -44,9 +44,15 @@ def test_settled_parameters_are_those_of_a_run_in_float32(replicas, wire_format,
         assert not any(torch.allclose(a, b, rtol=0, atol=2e-6) for a, b in zip(before, expected, strict=True))
 
 
-def test_a_consensus_for_validation_leaves_residuals_for_the_next_sync_step(replicas):
-    for _, _, kept, left in replicas.run(2, with_given_gradients, {"wire_format": "int2"}, 13, False):
-        assert all(kept) and all(left)
+@pytest.mark.parametrize("steps", [12, 13])
+def test_a_consensus_for_validation_flushes_what_one_for_a_checkpoint_flushes(replicas, steps):
+    hook = {"wire_format": "int2"}
+    saved = replicas.run(2, with_given_gradients, hook, steps, True)
+    for (validated, _, kept, left), (expected, *_) in zip(
+        replicas.run(2, with_given_gradients, hook, steps, False), saved, strict=True
+    ):
+        assert all(kept) and not any(left)
+        assert all(torch.equal(a, b) for a, b in zip(validated, expected, strict=True))
 
 
 def frozen_since(rank, world):

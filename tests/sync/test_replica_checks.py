@@ -9,7 +9,6 @@ from torch import nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 
-
 OPTIONS = {
     "max_local_steps": {"max_local_steps": 2},
     "lr": {"lr": 0.5},

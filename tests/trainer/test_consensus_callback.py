@@ -2,8 +2,12 @@
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import parameters_of
-from training import Module, same, trainer_for
+from training import Module, fingerprint, same, trainer_for
+
+from lightning_curvadion import CurvaDionStrategy, EveryNSteps
 
 
 def fit(rank, world):
@@ -36,3 +40,39 @@ def test_hooks_of_the_module_find_the_consensus_before_validation(fitted):
     a, b = fitted
     assert not same(a["local"], b["local"])
     assert same(a["before"][0], b["before"][0]) and same(a["before"][0], a["validated"][0][: len(a["local"])])
+
+
+def validated_saved_and_returned(rank, world, folder, options):
+    """The best loss, the loss of its checkpoint, and whether what was saved and returned had been validated."""
+    pl.seed_everything(0, verbose=False)
+    module = Module(trigger=EveryNSteps(3))
+    best = ModelCheckpoint(folder, monitor="val_loss", save_top_k=1)
+    trainer = trainer_for(
+        rank,
+        world,
+        CurvaDionStrategy(**options),
+        max_steps=12,
+        # After sync steps and after local ones.
+        val_check_interval=2,
+        limit_val_batches=4,
+        callbacks=[best],
+        enable_checkpointing=True,
+    )
+    trainer.fit(module)
+    returned = parameters_of(module)
+    validated = [fingerprint(tensors[: len(returned)]) for tensors in module.validated]
+    monitored = best.best_model_score.item()
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    saved = fingerprint([saved[name] for name, _ in module.named_parameters()])
+    (reloaded,) = trainer.validate(module, ckpt_path="best", verbose=False)
+    return monitored, reloaded["val_loss"], saved in validated, fingerprint(returned) == validated[-1]
+
+
+FORMATS = [{}, {"wire_format": "int2"}, {"wire_format": "int4", "outer_lr": 0.8}, {"wire_format": "float32"}]
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_what_is_validated_saved_and_returned_is_one_model(replicas, tmp_path, options):
+    answers = replicas.run(2, validated_saved_and_returned, str(tmp_path), options, timeout=120)
+    for monitored, reloaded, saved_was_validated, returned_was_validated_last in answers:
+        assert reloaded == monitored and saved_was_validated and returned_was_validated_last
