@@ -268,7 +268,9 @@ def interrupt(folder: Path) -> float:
     result = ends(job, processes, within=30)
     assert all(end.status == 1 for end in result), [(end.status, end.output[-2000:]) for end in result]
     assert result[1].report["how"] == "KeyboardInterrupt", result[1].report
-    assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] >= 7
+    saved = torch.load(folder / "on_exception.ckpt", weights_only=True)
+    # Rank 0 may still be within the step that rank 1 has finished.
+    assert saved["global_step"] >= job.step - 1, saved["global_step"]
     seconds = max(end.seconds for end in result)
     print(f"Ctrl-C: both ranks ended after {seconds:.1f} s, with a checkpoint")
     return seconds

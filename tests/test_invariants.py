@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from models import build, equal, parameters_of, state_of, train_step
+from models import QuantizesAlone, build, equal, parameters_of, state_of, train_step
 from replicas import counted_collectives
 
 from lightning_curvadion import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
@@ -78,13 +78,15 @@ CODED += [{"wire_format": "int8", "sync_rank_fraction": 0.125}]
 
 
 def train_each(rank, world, steps, hooks, options):
-    return [train(rank, world, steps, hook, options, same_data=True)[:2] for hook in hooks]
+    return [
+        train(rank, world, steps, hook, {**options, "hook_class": QuantizesAlone}, same_data=True)[:2] for hook in hooks
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_in_every_format_ranks_with_equal_data_equal_one_rank_that_codes_alike(replicas, world):
-    # The mean of equal numbers is coded a second time among three: in two bits, as the mean of signs too, that changes
-    # them, and only what is kept back brings them together again.
+def test_in_every_format_ranks_with_equal_data_equal_one_rank_that_quantizes_alike(replicas, world):
+    # Among three replicas the mean of equal numbers is quantized a second time. In two bits, as the mean of signs too,
+    # that changes them until the residuals are sent.
     hooks = [hook for hook in CODED if world == 2 or hook["wire_format"] not in COARSE]
     options = {"trigger": EveryNSteps(3)}
     alone = replicas.run(1, train_each, 8, hooks, options)[0]
@@ -179,7 +181,7 @@ def test_a_local_step_is_one_small_collective_and_a_sync_step_at_most_three(repl
 
 def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
     hook = {"consensus": "average", "momentum": "factors"}
-    (_, calls), *_ = [c for c in replicas.run(1, collectives, 2, hook)[0] if c[0].synced]
+    (_, calls), *_ = [c for c in replicas.run(2, collectives, 2, hook)[0] if c[0].synced]
     rank, width, layers = 4, 16, 2
     factors = 2 * layers * 4 * rank * (width, 2 * width)[1], 2 * layers * 4 * rank * width
     parameters = 4 * sum(p.numel() for p in build(2)[0].parameters())
@@ -191,10 +193,10 @@ def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
 def test_a_matrix_travels_whole_where_its_factors_would_be_larger_and_replicas_share_Q(replicas):
     width, layers = 16, 2
     matrix, factor = 4 * width * 2 * width, 4 * width * (width + 2 * width)
-    everything_else = replicas.run(1, collectives, layers, {"momentum": "local"}, 1)[0][-1][1][-1][1]
-    always = replicas.run(1, collectives, layers, {}, 1, 1.0)[0][-1][1]
+    everything_else = replicas.run(2, collectives, layers, {"momentum": "local"}, 1)[0][-1][1][-1][1]
+    always = replicas.run(2, collectives, layers, {}, 1, 1.0)[0][-1][1]
     assert [size for _, size in always] == [16, 2 * layers * matrix, everything_else]
-    after_local_steps = replicas.run(1, collectives, layers, {}, 2, 1.0)[0][-1][1]
+    after_local_steps = replicas.run(2, collectives, layers, {}, 2, 1.0)[0][-1][1]
     assert sum(size for _, size in after_local_steps) == 16 + 2 * layers * factor + everything_else
 
 

@@ -234,7 +234,7 @@ class CurvaDion(StackedOptimizer):
             stack.norm.copy_(norm)
 
         synced = self._cap.decide(rmmc)
-        if synced and hook is not None:
+        if synced and hook is not None and hook.world_size > 1:
             with record_function("curvadion::sync_step"):
                 self._replicas_share_Q = sync_step(self, stacks, hook, self._replicas_share_Q)
         else:

@@ -11,6 +11,7 @@ class SyncHook(Protocol):
 
     Attributes:
         rank: This replica.
+        world_size: Number of replicas. A single one takes local steps only.
         momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what a sync step does to the momentum.
         sync_rank_fraction: Rank of the momentum's factors on the wire; ``None`` for the rank of the local step.
         averages_vector_gradients: Whether AdamW and Lion groups step with the mean gradient at a sync step.
@@ -23,6 +24,9 @@ class SyncHook(Protocol):
 
     @property
     def rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def world_size(self) -> int: ...  # noqa: D102
 
     @property
     def bytes_sent(self) -> int: ...  # noqa: D102

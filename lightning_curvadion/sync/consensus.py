@@ -55,6 +55,8 @@ class Consensus:
             optimizers: The attached optimizers, the same on every rank.
             include_state: Also average their state.
         """
+        if self._collectives.world_size == 1:
+            return
         buffers = self._buffers.synchronize_changed()
         wanted = Reached.STATE if include_state else Reached.PARAMETERS
         for optimizer in optimizers:
@@ -68,7 +70,8 @@ class Consensus:
 
     def average(self, tensors: dict[str, Tensor]) -> None:
         """Replace tensors by their mean over the replicas, integer tensors by rank 0's."""
-        self._collectives.average(self._full_width(tensors))
+        if self._collectives.world_size > 1:
+            self._collectives.average(self._full_width(tensors))
 
     def _average(self, optimizer: CurvaDion, others: dict[str, Tensor], include_state: bool, stepped: bool) -> None:
         optimizer.init_state()

@@ -26,13 +26,21 @@ class Net(nn.Module):
         return self.head(self.norm(x))
 
 
-def build(layers: int = 2, hook: dict | None = None, seed: int = 0, **options) -> tuple[Net, CurvaDion]:
+class QuantizesAlone(ProcessGroupSync):
+    """A hook that makes one replica take sync steps, which it would leave out: quantized as among several."""
+
+    world_size = property(lambda self: max(2, super().world_size))
+
+
+def build(
+    layers: int = 2, hook: dict | None = None, seed: int = 0, hook_class: type = ProcessGroupSync, **options
+) -> tuple[Net, CurvaDion]:
     """The same model and optimizer everywhere; with ``hook`` a ProcessGroupSync of those arguments is attached."""
     torch.manual_seed(seed)
     model = Net(layers)
     optimizer = CurvaDion(split_parameters(model), **options)
     if hook is not None:
-        sync = ProcessGroupSync(**hook)
+        sync = hook_class(**hook)
         optimizer.register_sync_hook(sync)
         sync.include_module(model)
     return model, optimizer
