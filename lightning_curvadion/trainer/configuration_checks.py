@@ -1,12 +1,25 @@
 """Checks of what a user configured, before training: each error names what to write instead."""
 
+import inspect
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..optim.curvadion import CurvaDion
+
+# Arguments that make sense for other strategies, so that more is to be said than that they are unknown.
+_DDP_ARGUMENTS = {
+    *inspect.signature(DistributedDataParallel).parameters,
+    "ddp_comm_state",
+    "ddp_comm_hook",
+    "ddp_comm_wrapper",
+    "model_averaging_period",
+    "state_dict_type",
+}
 
 
 def require_curvadion(optimizers: Iterable[Optimizer]) -> list[CurvaDion]:
@@ -43,13 +56,23 @@ def refuse_sparse_embeddings(module: nn.Module) -> None:
             )
 
 
-def refuse_ddp_arguments(arguments: Iterable[str]) -> None:
-    """Check that no argument of ``DistributedDataParallel`` or of sharded strategies was given.
+def refuse_arguments(arguments: Iterable[str], known: Iterable[str]) -> None:
+    """Check that nothing is left of a strategy's arguments once the known ones are taken out.
+
+    Args:
+        arguments: Names of those that are left.
+        known: Names of the known ones, to suggest the nearest.
 
     Raises:
-        MisconfigurationException: One was.
+        MisconfigurationException: An argument of ``DistributedDataParallel`` or of a sharded strategy, or an unknown
+            one.
     """
     arguments = list(arguments)
+    for argument in arguments:
+        if argument not in _DDP_ARGUMENTS:
+            nearest = get_close_matches(argument, list(known), n=1)
+            suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise MisconfigurationException(f"{argument}: CurvaDionStrategy has no such argument{suggestion}")
     if "state_dict_type" in arguments:
         raise MisconfigurationException(
             "state_dict_type: CurvaDionStrategy, like DDPStrategy, has no sharded checkpoints, since every replica"

@@ -1,6 +1,7 @@
 """CurvaDionStrategy: replicas that train alone, as a strategy of Lightning's Trainer."""
 
 import atexit
+import inspect
 import logging
 from datetime import timedelta
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormat
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .checkpoint_io import AtomicCheckpointIO
-from .configuration_checks import refuse_ddp_arguments, refuse_sparse_embeddings, require_curvadion
+from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
 from .consensus_callback import ConsensusCallback, moving_averages
 from .lightning_internals import StrategyRegistryType, WrappingCheckpointIO, trainer_of
 from .mixed_precision import share_gradient_scaler
@@ -65,7 +66,7 @@ class CurvaDionStrategy(DDPStrategy):
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
         timeout: How long a collective waits for a rank that does not arrive.
         start_method: How processes are started.
-        **unsupported: Arguments of ``DistributedDataParallel`` are refused.
+        **unsupported: Refused: arguments of ``DistributedDataParallel``, and unknown ones with the nearest name.
 
     The defaults were chosen by ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
     :class:`~lightning_curvadion.ProcessGroupSync` itself defaults to full width.
@@ -107,7 +108,7 @@ class CurvaDionStrategy(DDPStrategy):
         **unsupported: Any,
     ) -> None:
         # Named one by one above: a command line that reads signatures must not offer DistributedDataParallel's.
-        refuse_ddp_arguments(unsupported)
+        refuse_arguments(unsupported, inspect.signature(CurvaDionStrategy).parameters)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,

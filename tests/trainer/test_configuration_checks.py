@@ -56,6 +56,8 @@ def test_different_models_on_the_ranks(replicas):
         ({"wire_format": "int3"}, "wire_format must be one of"),
         ({"ddp_comm_hook": print}, "ddp_comm_hook: CurvaDionStrategy does not wrap"),
         ({"find_unused_parameters": True}, "find_unused_parameters: CurvaDionStrategy does not wrap"),
+        ({"wire_fmt": "int2"}, r"^wire_fmt: CurvaDionStrategy has no such argument; did you mean wire_format\?$"),
+        ({"colour": "red"}, r"^colour: CurvaDionStrategy has no such argument$"),
         ({"state_dict_type": "sharded"}, "every replica holds the whole model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
