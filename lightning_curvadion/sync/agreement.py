@@ -1,8 +1,13 @@
 """The agreement: the one all-reduce of a local step, after which all replicas take the same branch."""
 
+import torch
 from torch import Tensor
 
 from .collectives import Collectives
+from .errors import UnevenBatchesError
+
+# In place of a gradient code, from a rank that takes no step: above all stop requests, below all codes.
+_NO_STEP = 0.9
 
 
 class Agreement:
@@ -12,13 +17,14 @@ class Agreement:
         collectives: Of the process group.
 
     Attributes:
-        stop_request: A number in (0, 1) that asks all replicas for something, such as to stop; 0 for nothing. A signal
-            handler may set it: it travels with the next agreement.
-        agreed_request: The largest stop request of any replica in the last agreement; the same on all of them.
+        stop_request: A number in (0, 0.9) that asks all replicas for something, such as to stop; 0 for nothing. A
+            signal handler may set it: it travels with the next agreement of a step.
+        agreed_request: The largest stop request of any replica in the last step; the same on all of them.
     """
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
+        self._steps = 0
         self.stop_request = self.agreed_request = 0.0
 
     def reach(self, signal: Tensor) -> tuple[float, float]:
@@ -30,10 +36,46 @@ class Agreement:
 
         Returns:
             The largest RMMC, and the largest code or stop request.
+
+        Raises:
+            UnevenBatchesError: Another rank takes no step now.
         """
         if self.stop_request:
             signal[1].clamp_(min=self.stop_request)
         self._collectives.all_reduce_max(signal)
         rmmc, code = signal.tolist()
+        if code == _NO_STEP:
+            raise self._uneven_batches(stepping=True)
+        self._steps += 1
         self.agreed_request = code if code < 1 else 0.0
         return rmmc, code
+
+    def verify_no_step(self, device: torch.device) -> None:
+        """Verify that no other rank takes a step now, before a collective that its agreement would not match.
+
+        Sends 16 bytes; nothing among fewer than two replicas.
+
+        Args:
+            device: Of the collectives.
+
+        Raises:
+            UnevenBatchesError: Another rank takes a step.
+        """
+        if self._collectives.world_size == 1:
+            return
+        signal = torch.tensor([-1.0, _NO_STEP], dtype=torch.float64, device=device)
+        self._collectives.all_reduce_max(signal)
+        # RMMC is never negative: somebody has sent one.
+        if signal[0].item() >= 0:
+            raise self._uneven_batches(stepping=False)
+
+    def _uneven_batches(self, stepping: bool) -> UnevenBatchesError:
+        ranks = self._collectives.all_gather_object((stepping, self._steps))
+        positions = [
+            f"rank {rank} takes step {steps + 1}" if steps_now else f"rank {rank} ended after {steps} steps"
+            for rank, (steps_now, steps) in enumerate(ranks)
+        ]
+        return UnevenBatchesError(
+            "Give every rank the same number of batches, with a DistributedSampler, an IterableDataset of equal length"
+            f" on every rank, or limit_train_batches: {', '.join(positions)}."
+        )

@@ -24,6 +24,10 @@ class ReplicaLostError(RuntimeError):
     """Another rank has ended, or did not arrive within the process group's timeout: this rank cannot go on alone."""
 
 
+class UnevenBatchesError(RuntimeError):
+    """Some ranks have run out of batches while others train on; raised on all of them."""
+
+
 @contextmanager
 def explain_failure(collective: str) -> Iterator[None]:
     """Turn the backend's error of a lost or stalled rank into one that says what to do.

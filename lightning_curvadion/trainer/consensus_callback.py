@@ -20,11 +20,18 @@ class ConsensusCallback(Callback):
     Args:
         reach_consensus: The strategy's; the argument says whether to include the optimizers' state.
         act_on_agreed_request: Called after every batch.
+        verify_no_step: Called at the end of every epoch, which a rank with fewer batches reaches before the others.
     """
 
-    def __init__(self, reach_consensus: Callable[[bool], None], act_on_agreed_request: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        reach_consensus: Callable[[bool], None],
+        act_on_agreed_request: Callable[[], None],
+        verify_no_step: Callable[[], None],
+    ) -> None:
         self._reach_consensus = reach_consensus
         self._act_on_agreed_request = act_on_agreed_request
+        self._verify_no_step = verify_no_step
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
@@ -40,6 +47,10 @@ class ConsensusCallback(Callback):
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._reach_consensus(False)
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._verify_no_step()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

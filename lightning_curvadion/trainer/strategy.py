@@ -183,7 +183,9 @@ class CurvaDionStrategy(DDPStrategy):
         self._stop_requests = StopRequests(trainer, self.sync)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
-            callback = ConsensusCallback(self.reach_consensus_in_training, self._act_on_agreed_request)
+            callback = ConsensusCallback(
+                self.reach_consensus_in_training, self._act_on_agreed_request, self._verify_no_step
+            )
             self._callbacks.insert(0, callback)
 
     # -- consensus ---------------------------------------------------------------------------------------------------
@@ -209,7 +211,13 @@ class CurvaDionStrategy(DDPStrategy):
     def reach_consensus_in_training(self, include_state: bool = False) -> None:
         """Reach consensus while the replicas train; otherwise do nothing, as after an exception on this rank alone."""
         if self._training and not self._alone:
+            self._verify_no_step()
             self.reach_consensus(include_state)
+
+    def _verify_no_step(self) -> None:
+        """Verify that the other ranks have not gone on to their next step, whose agreement nothing else would match."""
+        if self._training and not self._alone:
+            self.sync.agreement.verify_no_step(self.root_device)
 
     @override
     def on_train_start(self) -> None:
@@ -268,6 +276,7 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def barrier(self, *args: Any, **options: Any) -> None:
         if not self._alone:
+            self._verify_no_step()
             with explain_failure(f"the barrier {args[0]!r}" if args else "a barrier"):
                 super().barrier(*args, **options)
 
