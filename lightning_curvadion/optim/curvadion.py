@@ -15,6 +15,7 @@ Nothing here communicates. A hook does (``sync_hook.py``), such as :class:`~ligh
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -223,24 +224,32 @@ class CurvaDion(StackedOptimizer):
                 loss = closure()
 
         hook, stacks = self._hook, self.matrix_stacks()
-        sent_before = hook.bytes_sent if hook is not None else 0
-        with record_function("curvadion::rmmc"):
-            signal = self._signal = self._meter.measure(self, stacks, rank=hook.rank if hook is not None else 0)
-        with record_function("curvadion::agreement"):
-            rmmc, code = hook.agree(signal.numbers) if hook is not None else signal.numbers.tolist()
-        if code >= 1:
-            raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
-        for stack, norm in zip(stacks, signal.norms, strict=True):
-            stack.norm.copy_(norm)
+        with _no_autocast(self.param_groups[0]["params"][0].device.type):
+            sent_before = hook.bytes_sent if hook is not None else 0
+            with record_function("curvadion::rmmc"):
+                signal = self._signal = self._meter.measure(self, stacks, rank=hook.rank if hook is not None else 0)
+            with record_function("curvadion::agreement"):
+                rmmc, code = hook.agree(signal.numbers) if hook is not None else signal.numbers.tolist()
+            if code >= 1:
+                raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
+            for stack, norm in zip(stacks, signal.norms, strict=True):
+                stack.norm.copy_(norm)
 
-        synced = self._cap.decide(rmmc)
-        if synced and hook is not None and hook.world_size > 1:
-            with record_function("curvadion::sync_step"):
-                self._replicas_share_Q = sync_step(self, stacks, hook, self._replicas_share_Q)
-        else:
-            with record_function("curvadion::local_step"):
-                changed_Q = local_step(self, stacks, force_dion=synced)
-                self._replicas_share_Q = self._replicas_share_Q and not changed_Q
-        sent = hook.bytes_sent - sent_before if hook is not None else 0
-        self.last_step = StepReport(rmmc=rmmc, synced=synced, bytes_sent=sent)
+            synced = self._cap.decide(rmmc)
+            if synced and hook is not None and hook.world_size > 1:
+                with record_function("curvadion::sync_step"):
+                    self._replicas_share_Q = sync_step(self, stacks, hook, self._replicas_share_Q)
+            else:
+                with record_function("curvadion::local_step"):
+                    changed_Q = local_step(self, stacks, force_dion=synced)
+                    self._replicas_share_Q = self._replicas_share_Q and not changed_Q
+            sent = hook.bytes_sent - sent_before if hook is not None else 0
+            self.last_step = StepReport(rmmc=rmmc, synced=synced, bytes_sent=sent)
         return loss
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which products of the state keep its dtype, whatever the user's mixed precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

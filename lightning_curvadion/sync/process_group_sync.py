@@ -7,6 +7,7 @@ What a step sends is in ``agreement.py`` and ``sync_step.py``, what a consensus 
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -72,7 +73,6 @@ class ProcessGroupSync:
         ValueError: On a bad argument, or a combination that would do nothing.
 
     Example:
-        >>> import torch
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> model = nn.Linear(8, 8, bias=False)
         >>> optimizer, sync = CurvaDion(model.parameters()), ProcessGroupSync()
@@ -239,6 +239,9 @@ class ProcessGroupSync:
 
     # -- consensus outside of a step --------------------------------------------------------------------------------
 
+    # A Trainer validates in inference mode, whose tensors no step could update.
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def reach_consensus(self, optimizers: CurvaDion | Iterable[CurvaDion], include_state: bool = False) -> None:
         """Make all replicas one model now, whatever the trigger and the kind of consensus: an exact average.
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import matrix, with_gradients
+from models import build, equal, matrix, state_of, with_gradients
 
 from lightning_curvadion import CurvaDion, EveryNSteps, RMMCThreshold
 
@@ -68,3 +68,16 @@ def test_phases_appear_by_name_in_a_trace():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         CurvaDion([matrix()], **options)
+
+
+@pytest.mark.parametrize("trigger", [EveryNSteps(1), EveryNSteps(10)], ids=["sync", "local"])
+def test_a_step_within_autocast_is_the_step_without(trigger):
+    states = []
+    for enabled in (False, True):
+        model, optimizer = build(trigger=trigger)
+        for step in range(3):
+            with_gradients(*model.parameters(), seed=step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        states.append(state_of(optimizer))
+    assert equal(*states)
