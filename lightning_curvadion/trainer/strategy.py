@@ -276,7 +276,6 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def barrier(self, *args: Any, **options: Any) -> None:
         if not self._alone:
-            self._verify_no_step()
             with explain_failure(f"the barrier {args[0]!r}" if args else "a barrier"):
                 super().barrier(*args, **options)
 
