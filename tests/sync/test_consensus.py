@@ -77,31 +77,19 @@ def test_loading_a_state_into_a_running_optimizer_forgets_where_it_was(replicas,
     assert replicas.run(2, rewind, hook) == [True, True]
 
 
-def in_inference_mode(rank, world, hook):
-    """The state after a consensus in inference mode before the first step, and training on from there."""
+def train_around_consensus(rank, world, hook, inference):
+    """The state after training on from a consensus before the first step, and from one between two sync steps."""
     model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
-    with torch.inference_mode():
-        optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
     for step in range(4):
-        train_step(model, optimizer, step, shard=rank)
-        if step == 2:
-            with torch.inference_mode():
+        if step in (0, 3):
+            with torch.inference_mode(inference):
                 optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
-    return state_of(optimizer)
-
-
-def not_in_inference_mode(rank, world, hook):
-    model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
-    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
-    for step in range(4):
         train_step(model, optimizer, step, shard=rank)
-        if step == 2:
-            optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
     return state_of(optimizer)
 
 
 @pytest.mark.parametrize("hook", [{}, {"wire_format": "int4", "outer_lr": 0.7, "outer_momentum": 0.6}], ids=str)
 def test_a_consensus_in_inference_mode_leaves_state_that_trains_on(replicas, hook):
-    expected = replicas.run(2, not_in_inference_mode, hook)
-    for state, other in zip(replicas.run(2, in_inference_mode, hook), expected, strict=True):
+    expected = replicas.run(2, train_around_consensus, hook, False)
+    for state, other in zip(replicas.run(2, train_around_consensus, hook, True), expected, strict=True):
         assert equal(state, other)
