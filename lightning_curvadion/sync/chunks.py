@@ -1,6 +1,6 @@
 """Chunks and buckets: payloads are cut into chunks, and the slices of a chunk are packed into one bucket per format."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,6 +126,36 @@ def split_into_chunks(payloads: Sequence[Payload], chunk: int) -> Iterator[list[
                 slices, room = [], chunk
     if slices:
         yield slices
+
+
+def split_tensors(tensors: Iterable[Tensor], nbytes: int) -> Iterator[list[Tensor]]:
+    """Cut tensors into runs of parts with at most ``nbytes`` bytes together.
+
+    The parts follow from the shapes alone, and not from the strides, which may differ between replicas.
+    """
+    parts: list[Tensor] = []
+    room = nbytes
+    for tensor in tensors:
+        for part in _parts(tensor.detach(), max(1, nbytes // tensor.itemsize)):
+            if part.nbytes > room and parts:
+                yield parts
+                parts, room = [], nbytes
+            parts.append(part)
+            room -= part.nbytes
+    if parts:
+        yield parts
+
+
+def _parts(tensor: Tensor, numel: int) -> Iterator[Tensor]:
+    """Views with at most ``numel`` elements each, by rows, or by rows of rows: a flat copy would be as large again."""
+    if tensor.numel() <= numel:
+        if tensor.numel():
+            yield tensor
+    elif rows := numel // tensor[0].numel():
+        yield from tensor.split(rows)
+    else:
+        for row in tensor:
+            yield from _parts(row, numel)
 
 
 def flatten(slices: Sequence[PayloadSlice], dtype: torch.dtype) -> Tensor:

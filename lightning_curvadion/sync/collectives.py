@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
-from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, write_back
+from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, split_tensors, write_back
 from .errors import explain_failure
 from .payloads import Payload
 from .settings import CHUNK
@@ -85,16 +85,20 @@ class Collectives:
         return gathered
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Set tensors to rank 0's values, with one collective for each dtype."""
+        """Set tensors to rank 0's values. Bytes travel, so that any dtype can: four for each number of a chunk."""
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            members = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in members])
+        for parts in split_tensors(tensors, torch.float32.itemsize * self._chunk):
+            own = [_bytes_of(part) for part in parts]
+            # A contiguous tensor that travels alone is its own buffer.
+            flat = torch.cat(own) if len(own) > 1 else own[0]
             self.bytes_sent += flat.nbytes if self.rank == 0 else 0
-            with explain_failure("the broadcast of rank 0's values"):
+            with record_function("curvadion::collective"), explain_failure("the broadcast of rank 0's values"):
                 dist.broadcast(flat, src=source, group=self._group)
-            for tensor, values in zip(members, flat.split([tensor.numel() for tensor in members]), strict=True):
-                tensor.copy_(values.view(tensor.shape))
+            for part, part_bytes, received in zip(parts, own, flat.split([b.numel() for b in own]), strict=True):
+                if len(own) > 1:
+                    part_bytes.copy_(received)
+                if not part.is_contiguous():
+                    part.copy_(part_bytes.view(part.dtype).view(part.shape))
 
     # -- means of payloads ------------------------------------------------------------------------------------------
 
@@ -162,3 +166,9 @@ class Collectives:
                 shard_means = [bucket.dequantize_mean(packed, shard) for shard, packed in enumerate(packed_means)]
                 bucket.shards[self.rank].add_(mean - shard_means[self.rank], alpha=self.world_size)
                 bucket.write_back(shard_means)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, flat: a view of it if it is contiguous, a copy otherwise."""
+    # A last dimension of one element has stride 1, which a view of bytes needs; that of a tensor of one need not.
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8).view(-1)

@@ -97,3 +97,51 @@ def test_residuals_of_sixteen_bits_lose_what_their_rounding_loses(replicas):
         kept = sum(answer[wire_format][1] for answer in everyone) / 2
         moved = sum(answer[wire_format][2] for answer in everyone) / 2
         assert 1e-6 * moved.norm() < (sent + kept - moved).norm() < 0.02 * moved.norm()
+
+
+def tensors_to_broadcast(rank):
+    """Of many dtypes, shapes and strides; one of them has other strides on other ranks."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def numbers(*shape):
+        return torch.randint(-100, 100, shape, generator=generator)
+
+    return [
+        numbers(1000).float(),
+        numbers(30, 7).double(),
+        numbers(7, 30).T if rank == 0 else numbers(30, 7),
+        numbers(40, 3)[:, 1].float(),
+        numbers(2, 3, 70).float().transpose(0, 2),
+        numbers(9, 9).bfloat16(),
+        numbers(50) > 0,
+        numbers(5).to(torch.int16),
+        torch.view_as_complex(numbers(6, 2).float()),
+        numbers(3).to(torch.float8_e4m3fn),
+        numbers(),
+        numbers(10)[::10].float(),
+        numbers(0, 4).float(),
+        torch.nn.Parameter(numbers(11).float()),
+    ]
+
+
+def broadcast(rank, world, chunk):
+    collectives = Collectives(chunk=chunk)
+    collectives.join()
+    tensors = tensors_to_broadcast(rank)
+    with counted_collectives() as calls:
+        collectives.broadcast(tensors)
+    expected = tensors_to_broadcast(0)
+    same = [torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors, expected, strict=True)]
+    return same, list(calls), collectives.bytes_sent, sum(tensor.nbytes for tensor in expected)
+
+
+@pytest.mark.parametrize(("world", "chunk"), [(2, 1), (3, 60), (2, 10**6)])
+def test_a_broadcast_sends_the_bytes_of_any_dtype_once_and_a_chunk_at_a_time(replicas, world, chunk):
+    for rank, (same, calls, counted, nbytes) in enumerate(replicas.run(world, broadcast, chunk)):
+        assert all(same)
+        assert {name for name, _ in calls} == {"broadcast"}
+        # A number is never cut, so that a chunk of one float32 may carry a wider one.
+        assert max(size for _, size in calls) <= max(4 * chunk, 16)
+        assert sum(size for _, size in calls) == nbytes
+        assert counted == (nbytes if rank == 0 else 0)
+        assert chunk < nbytes or len(calls) == 1
