@@ -168,13 +168,13 @@ def collectives(rank, world, layers, hook, period=2, rank_fraction=0.25, steps=4
 
 @pytest.mark.parametrize("layers", [2, 24])
 @pytest.mark.parametrize("hook", [*HOOKS, OUTER], ids=name_of)
-def test_a_local_step_is_one_small_collective_and_a_sync_step_at_most_three(replicas, layers, hook):
+def test_a_local_step_is_one_small_collective_and_a_sync_step_at_most_four(replicas, layers, hook):
     for counts in replicas.run(2, collectives, layers, hook):
         assert [report.synced for report, _ in counts] == [False, True, False, True]
         for report, calls in counts:
             assert report.bytes_sent == sum(size for _, size in calls)
             if report.synced:
-                assert len(calls) <= 3
+                assert len(calls) <= 4
             else:
                 assert [size for _, size in calls] == [16]
 
@@ -185,19 +185,21 @@ def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
     rank, width, layers = 4, 16, 2
     factors = 2 * layers * 4 * rank * (width, 2 * width)[1], 2 * layers * 4 * rank * width
     parameters = 4 * sum(p.numel() for p in build(2)[0].parameters())
-    # Running mean and variance, and one 64-bit counter that travels as eight small numbers.
-    buffers = 4 * (16 + 16) + 4 * 8
-    assert [size for _, size in calls] == [16, factors[0], factors[1] + parameters + buffers]
+    # Running mean and variance, and one 64-bit counter that rank 0 broadcasts.
+    buffers, counter = 4 * (16 + 16), 8
+    assert [size for _, size in calls] == [16, factors[0], factors[1] + parameters + buffers, counter]
 
 
 def test_a_matrix_travels_whole_where_its_factors_would_be_larger_and_replicas_share_Q(replicas):
     width, layers = 16, 2
     matrix, factor = 4 * width * 2 * width, 4 * width * (width + 2 * width)
-    everything_else = replicas.run(2, collectives, layers, {"momentum": "local"}, 1)[0][-1][1][-1][1]
+    everything_else, counter = [
+        size for _, size in replicas.run(2, collectives, layers, {"momentum": "local"}, 1)[0][-1][1][-2:]
+    ]
     always = replicas.run(2, collectives, layers, {}, 1, 1.0)[0][-1][1]
-    assert [size for _, size in always] == [16, 2 * layers * matrix, everything_else]
+    assert [size for _, size in always] == [16, 2 * layers * matrix, everything_else, counter]
     after_local_steps = replicas.run(2, collectives, layers, {}, 2, 1.0)[0][-1][1]
-    assert sum(size for _, size in after_local_steps) == 16 + 2 * layers * factor + everything_else
+    assert sum(size for _, size in after_local_steps) == 16 + 2 * layers * factor + everything_else + counter
 
 
 def test_bfloat16_halves_what_a_sync_step_sends(replicas):

@@ -86,19 +86,23 @@ class Collectives:
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Set tensors to rank 0's values. Bytes travel, so that any dtype can: four for each number of a chunk."""
-        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         for parts in split_tensors(tensors, torch.float32.itemsize * self._chunk):
             own = [_bytes_of(part) for part in parts]
             # A contiguous tensor that travels alone is its own buffer.
             flat = torch.cat(own) if len(own) > 1 else own[0]
-            self.bytes_sent += flat.nbytes if self.rank == 0 else 0
-            with record_function("curvadion::collective"), explain_failure("the broadcast of rank 0's values"):
-                dist.broadcast(flat, src=source, group=self._group)
+            self.broadcast_bytes(flat)
             for part, part_bytes, received in zip(parts, own, flat.split([b.numel() for b in own]), strict=True):
                 if len(own) > 1:
                     part_bytes.copy_(received)
                 if not part.is_contiguous():
                     part.copy_(part_bytes.view(part.dtype).view(part.shape))
+
+    def broadcast_bytes(self, flat: Tensor) -> None:
+        """Replace a flat tensor of bytes by rank 0's."""
+        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        self.bytes_sent += flat.nbytes if self.rank == 0 else 0
+        with record_function("curvadion::collective"), explain_failure("the broadcast of rank 0's values"):
+            dist.broadcast(flat, src=source, group=self._group)
 
     # -- means of payloads ------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class Consensus:
     def average(self, tensors: dict[str, Tensor]) -> None:
         """Replace tensors by their mean over the replicas, integer tensors by rank 0's."""
         if self._collectives.world_size > 1:
-            self._collectives.average(self._full_width(tensors))
+            self._average_with([], tensors)
 
     def _average(self, optimizer: CurvaDion, others: dict[str, Tensor], include_state: bool, stepped: bool) -> None:
         optimizer.init_state()
@@ -85,12 +85,14 @@ class Consensus:
             frozen = {name: p for name, p in optimizer.named_parameters() if not p.requires_grad and name not in due}
             others = {**others, **frozen, **state}
         payloads = self._parameters.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
-        self._collectives.average([*payloads, *self._full_width(others)])
+        self._average_with(payloads, others)
         if include_state:
             set_step_counts(optimizer, state)
             optimizer.replicas_share_state()
             # A run that resumes has no other anchors than the parameters.
             self._parameters.anchors.drop(trainable.values())
 
-    def _full_width(self, tensors: dict[str, Tensor]) -> list[Payload]:
-        return full_width_payloads(tensors, self._collectives.rank, self._collectives.world_size)
+    def _average_with(self, payloads: list[Payload], tensors: dict[str, Tensor]) -> None:
+        means, from_rank_0 = full_width_payloads(tensors)
+        self._collectives.average([*payloads, *means])
+        self._collectives.broadcast(from_rank_0)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from . import quantization
 from .drift import DriftMeter
+
+# Dtypes of which a mean can be formed.
+_AVERAGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Payload:
@@ -70,27 +72,6 @@ class TensorPayload(Payload):
     def finish(self) -> None:  # noqa: D102
         if not self._tensor.is_contiguous():
             self._tensor.copy_(self._flat.view(self._tensor.shape))
-
-
-class IntegerPayload(Payload):
-    """An integer or boolean tensor that becomes rank 0's.
-
-    The bytes of rank 0 travel as small numbers, those of the other ranks as zeros, so that the mean restores rank 0's.
-    """
-
-    def __init__(self, name: str, tensor: Tensor, rank: int, world_size: int) -> None:
-        self._tensor = tensor
-        self._numbers = quantization.integers_to_numbers(tensor).mul_(world_size if rank == 0 else 0)
-        super().__init__(name, self._numbers.numel(), "float32")
-
-    def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
-        return self._numbers[start:stop]
-
-    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
-        self._numbers[start:stop].copy_(mean)
-
-    def finish(self) -> None:  # noqa: D102
-        self._tensor.copy_(quantization.numbers_to_integers(self._numbers, like=self._tensor))
 
 
 class FactorPayload(Payload):
@@ -181,15 +162,18 @@ def full_width(tensor: Tensor) -> str:
     return "float64" if tensor.dtype == torch.float64 else "float32"
 
 
-def full_width_payloads(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> list[Payload]:
-    """Payloads of tensors that become their exact mean, and of integer tensors that become rank 0's.
+def full_width_payloads(tensors: Mapping[str, Tensor]) -> tuple[list[Payload], list[Tensor]]:
+    """Payloads of the tensors that become their exact mean, and the tensors that become rank 0's.
 
-    Args:
-        tensors: By name, the same on every rank.
-        rank: This replica.
-        world_size: Number of replicas.
+    The latter are integers, booleans and codes such as float8: a mean of codes means nothing. A complex number is
+    averaged as two real ones.
     """
-    return [
-        TensorPayload(name, tensor) if tensor.is_floating_point() else IntegerPayload(name, tensor, rank, world_size)
-        for name, tensor in tensors.items()
-    ]
+    payloads: list[Payload] = []
+    others: list[Tensor] = []
+    for name, tensor in tensors.items():
+        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+        if real.dtype in _AVERAGED:
+            payloads.append(TensorPayload(name, real))
+        else:
+            others.append(tensor)
+    return payloads, others

@@ -239,13 +239,3 @@ def _dequantize_blocks(levels: Tensor, steps: Tensor, block_format: BlockFormat,
             torch.bitwise_and(levels >> (k * block_format.bits), mask, out=parts[:, k])
         blocks.copy_(parts.view(len(blocks), -1)[:, : blocks.shape[1]])
     blocks.sub_(block_format.centre).mul_(steps.unsqueeze(1))
-
-
-def integers_to_numbers(tensor: Tensor) -> Tensor:
-    """The bytes of an integer or boolean tensor as small float32 numbers, exact in a mean of one and many zeros."""
-    return tensor.reshape(-1).contiguous().view(torch.int8).float()
-
-
-def numbers_to_integers(numbers: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`integers_to_numbers`."""
-    return numbers.to(torch.int8).view(like.dtype).view(like.shape)

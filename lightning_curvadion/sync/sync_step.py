@@ -22,6 +22,8 @@ consensus            first mean                     second mean
 
 Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``), the parameters are averaged just
 before it. The result is the same, and it saves a collective.
+
+Buffers of which no mean can be formed, such as counters, follow in a broadcast from rank 0.
 """
 
 from collections.abc import Sequence
@@ -85,9 +87,10 @@ class SyncStep:
             for stack, P in zip(stacks, self._displacement_P, strict=True)
         ]
         displacements = [self._factor("right factors of the displacement", R) for R in own]
-        self._collectives.average(
-            [*payloads, *self._whole(whole), *displacements, *self._consensus_payloads(optimizer)]
-        )
+        parameters = self._parameters_due(optimizer)
+        buffers, counters = full_width_payloads(self._buffers_due())
+        self._collectives.average([*payloads, *self._whole(whole), *displacements, *parameters, *buffers])
+        self._collectives.broadcast(counters)
         for stack, P, own_R, displacement in zip(stacks, self._displacement_P, own, displacements, strict=True):
             anchors.move_through_factors(stack, P, own_R, displacement.mean)
         self._displacement_P = []
@@ -100,13 +103,16 @@ class SyncStep:
         factor_format = self._settings.factor_format
         return [TensorPayload(f"momentum {tuple(tensor.shape)}", tensor, factor_format) for tensor in tensors]
 
-    def _consensus_payloads(self, optimizer: CurvaDion) -> list[Payload]:
-        """Parameters and buffers, where the consensus averages them."""
+    def _parameters_due(self, optimizer: CurvaDion) -> list[Payload]:
+        """Parameters, where the consensus averages them."""
         if self._settings.consensus == "none":
             return []
         parameters = trainable_parameters(optimizer)
         if self._settings.consensus == "factors":
             factored = {parameter for stack in optimizer.matrix_stacks() for parameter in stack.parameters}
             parameters = {name: p for name, p in parameters.items() if p not in factored}
-        buffers = full_width_payloads(self._buffers.synchronize(), self._collectives.rank, self._collectives.world_size)
-        return [*self._parameters.of(optimizer, parameters, self._settings.wire_format), *buffers]
+        return self._parameters.of(optimizer, parameters, self._settings.wire_format)
+
+    def _buffers_due(self) -> dict[str, Tensor]:
+        """Buffers, where there is a consensus."""
+        return {} if self._settings.consensus == "none" else self._buffers.synchronize()

@@ -27,7 +27,7 @@ class Failed(AssertionError):
 
 
 class CountedCollectives(list):
-    """(name, bytes) of every torch.distributed collective called inside the block, and who called it."""
+    """(name, bytes sent) of every torch.distributed collective called inside the block, and who called it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,6 +72,8 @@ def counted_collectives() -> Iterator[CountedCollectives]:
             size = tensors[-1].nbytes if tensors else 0
             if name == "all_to_all_single":
                 size = size // dist.get_world_size() * (dist.get_world_size() - 1)
+            if name == "broadcast" and dist.get_rank() != kwargs.get("src", args[1] if len(args) > 1 else None):
+                size = 0
             calls.append((name, size))
             calls.callers.append(sys._getframe(1).f_globals["__name__"])
             return original(*args, **kwargs)

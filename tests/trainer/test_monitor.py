@@ -35,9 +35,8 @@ def fit(rank, world, folder, with_monitor, strategy=None, trigger=None, **option
         )
         trainer.fit(module)
         sent = trainer.strategy.sync.bytes_sent if strategy != "ddp" else None
-    # A broadcast counts at its source alone.
     own_calls = calls.of("lightning_curvadion.sync.collectives")
-    counted = sum(size for name, size in own_calls if name != "broadcast" or rank == 0)
+    counted = sum(size for _, size in own_calls)
     monitor_warnings = [str(w.message) for w in caught if "CommunicationMonitor" in str(w.message)]
     return {
         "calls": list(calls),

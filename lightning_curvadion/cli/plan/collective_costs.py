@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ALL_REDUCE, ALL_GATHER, ALL_TO_ALL = "all-reduce", "all-gather", "all-to-all"
+ALL_REDUCE, ALL_GATHER, ALL_TO_ALL, BROADCAST = "all-reduce", "all-gather", "all-to-all", "broadcast"
 # Payload of a full Ethernet frame of 1500 bytes with TCP timestamps, over all bytes that the link carries for it.
 FRAME_PAYLOAD = 1448 / 1514
 # Under gloo, two replicas that send to each other at once partly take turns: the later one's notice that it is ready to
@@ -64,8 +64,9 @@ class Collective:
     """One collective, as one replica calls it.
 
     Args:
-        kind: ``"all-reduce"``, ``"all-gather"`` or ``"all-to-all"``.
-        nbytes: Bytes of the replica's input: the buffer to reduce, its share of a gather, or its rows for all replicas.
+        kind: ``"all-reduce"``, ``"all-gather"``, ``"all-to-all"`` or ``"broadcast"``.
+        nbytes: Bytes of the replica's input: the buffer to reduce, its share of a gather, its rows for all replicas, or
+            what rank 0 broadcasts.
     """
 
     kind: str
@@ -142,6 +143,19 @@ def direct_all_to_all(nbytes: float, replicas: int, link: Link) -> float:
     return link.latency + (replicas - 1) / replicas * nbytes * link.seconds_per_byte if replicas > 1 else 0.0
 
 
+def tree_broadcast(nbytes: float, replicas: int, link: Link) -> float:
+    r"""Seconds of a broadcast along a binomial tree: :math:`\lceil \lg p \rceil (\alpha + n \beta)`.
+
+    TRG, section 4.4: the algorithm for few bytes, as the counters of a model are.
+
+    Example::
+
+        >>> tree_broadcast(1e6, replicas=4, link=Link(8e6 / FRAME_PAYLOAD, latency=0.01))
+        2.02
+    """
+    return math.ceil(math.log2(replicas)) * (link.latency + nbytes * link.seconds_per_byte)
+
+
 @dataclass(frozen=True)
 class Network:
     """A number of replicas, each on a link of its own.
@@ -177,6 +191,7 @@ class Network:
             ALL_REDUCE: [ring_all_reduce, tree_all_reduce],
             ALL_GATHER: [ring_all_gather, tree_all_gather],
             ALL_TO_ALL: [direct_all_to_all],
+            BROADCAST: [tree_broadcast],
         }
         gloo = self.backend == "gloo"
         algorithms = formulas[collective.kind][: 1 if gloo else None]
@@ -185,7 +200,12 @@ class Network:
         return min(algorithm(factor * collective.nbytes, self.replicas, self.link) for algorithm in algorithms)
 
     def link_bytes(self, collective: Collective) -> float:
-        """Bytes of payload that one replica puts on its link for a collective."""
+        """Bytes of payload that rank 0 puts on its link for a collective."""
         others = self.replicas - 1
-        shares = {ALL_REDUCE: 2 * others / self.replicas, ALL_GATHER: others, ALL_TO_ALL: others / self.replicas}
+        shares = {
+            ALL_REDUCE: 2 * others / self.replicas,
+            ALL_GATHER: others,
+            ALL_TO_ALL: others / self.replicas,
+            BROADCAST: math.ceil(math.log2(self.replicas)),
+        }
         return shares[collective.kind] * collective.nbytes

@@ -18,7 +18,7 @@ from ...sync.collectives import Collectives
 from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.settings import SyncSettings
-from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Collective
+from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, Collective
 
 # Copies of a chunk during a sync step: its flat buffer, its quantized form, and what is dequantized from that. The
 # memory note of ProcessGroupSync counts the same.
@@ -30,7 +30,7 @@ class StepTraffic:
     """What one step sends.
 
     Attributes:
-        collectives: In their order.
+        collectives: In their order, as rank 0 calls them.
         numbers: How many numbers travel in each wire format.
         bytes_sent: Payload, as counted by
             :attr:`ProcessGroupSync.bytes_sent <lightning_curvadion.ProcessGroupSync.bytes_sent>`.
@@ -66,8 +66,8 @@ class CollectiveRecorder(Collectives):
         """Nothing is gathered: shape (0, elements)."""
         return own.new_empty(0, own.numel())
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:  # noqa: D102
-        pass
+    def broadcast_bytes(self, flat: Tensor) -> None:  # noqa: D102
+        self._record(BROADCAST, flat.nbytes, bytes_sent=flat.nbytes)
 
     def average(self, payloads: Sequence[Payload]) -> None:  # noqa: D102
         factors = sum(payload.numel for payload in payloads if isinstance(payload, FactorPayload))
