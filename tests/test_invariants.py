@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from models import QuantizesAlone, build, equal, parameters_of, state_of, train_step
+from models import QuantizesAlone, build, equal, exact_sync, parameters_of, state_of, train_step
 from replicas import counted_collectives
 
 from lightning_curvadion import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
@@ -185,21 +185,21 @@ def test_a_sync_step_sends_factors_and_parameters_and_nothing_else(replicas):
     rank, width, layers = 4, 16, 2
     factors = 2 * layers * 4 * rank * (width, 2 * width)[1], 2 * layers * 4 * rank * width
     parameters = 4 * sum(p.numel() for p in build(2)[0].parameters())
-    # Running mean and variance, and one 64-bit counter that rank 0 broadcasts.
-    buffers, counter = 4 * (16 + 16), 8
-    assert [size for _, size in calls] == [16, factors[0], factors[1] + parameters + buffers, counter]
+    # Running mean and variance, and the digests of these two and of a counter that is equal on all replicas.
+    buffers, digests = 4 * (16 + 16), 3 * 16
+    assert [size for _, size in calls] == [16, factors[0], digests, factors[1] + parameters + buffers]
 
 
 def test_a_matrix_travels_whole_where_its_factors_would_be_larger_and_replicas_share_Q(replicas):
     width, layers = 16, 2
     matrix, factor = 4 * width * 2 * width, 4 * width * (width + 2 * width)
-    everything_else, counter = [
+    digests, everything_else = [
         size for _, size in replicas.run(2, collectives, layers, {"momentum": "local"}, 1)[0][-1][1][-2:]
     ]
     always = replicas.run(2, collectives, layers, {}, 1, 1.0)[0][-1][1]
-    assert [size for _, size in always] == [16, 2 * layers * matrix, everything_else, counter]
+    assert [size for _, size in always] == [16, 2 * layers * matrix, digests, everything_else]
     after_local_steps = replicas.run(2, collectives, layers, {}, 2, 1.0)[0][-1][1]
-    assert sum(size for _, size in after_local_steps) == 16 + 2 * layers * factor + everything_else + counter
+    assert sum(size for _, size in after_local_steps) == 16 + 2 * layers * factor + digests + everything_else
 
 
 def test_bfloat16_halves_what_a_sync_step_sends(replicas):
@@ -268,10 +268,10 @@ def test_a_bad_gradient_raises_on_all_ranks_and_changes_nothing(replicas, bad, w
 def odd_gradient(rank, world, sparse):
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(6, 4, sparse=sparse and rank == 1)
-    from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
+    from lightning_curvadion import CurvaDion, split_parameters
 
     optimizer = CurvaDion(split_parameters(embedding))
-    optimizer.register_sync_hook(ProcessGroupSync())
+    optimizer.register_sync_hook(exact_sync())
     embedding(torch.tensor([1, 2])).sum().backward()
     try:
         optimizer.step()

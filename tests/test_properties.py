@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import exact_sync
 from torch import nn
 
 from lightning_curvadion import (
@@ -16,7 +17,6 @@ from lightning_curvadion import (
     CurvaDion,
     EveryNSteps,
     IntegratedRMMC,
-    ProcessGroupSync,
     RMMCThreshold,
 )
 from lightning_curvadion.sync import quantization
@@ -80,7 +80,7 @@ def train(rank, world, job):
     optimizer = CurvaDion(
         groups, lr=0.05, trigger=TRIGGERS[job["trigger"]], local_update=job["local_update"], local_lr=0.05
     )
-    optimizer.register_sync_hook(ProcessGroupSync(**job["hook"]))
+    optimizer.register_sync_hook(exact_sync(**job["hook"]))
     missing = set(map(tuple, job["missing"]))
     history = []
     for step in range(STEPS):

@@ -6,8 +6,10 @@ from torch import Tensor
 from .collectives import Collectives
 from .errors import UnevenBatchesError
 
-# In place of a gradient code, from a rank that takes no step: above all stop requests, below all codes.
+# In place of a gradient code, below all codes. From a rank that takes no step: above all stop requests.
 _NO_STEP = 0.9
+# From a rank whose parameters were set to something else: below all stop requests, and repeated until it is agreed on.
+_SETTLE = 0.25
 
 
 class Agreement:
@@ -17,15 +19,18 @@ class Agreement:
         collectives: Of the process group.
 
     Attributes:
-        stop_request: A number in (0, 0.9) that asks all replicas for something, such as to stop; 0 for nothing. A
+        stop_request: A number in (0.25, 0.9) that asks all replicas for something, such as to stop; 0 for nothing. A
             signal handler may set it: it travels with the next agreement of a step.
         agreed_request: The largest stop request of any replica in the last step; the same on all of them.
+        settle_request: Whether this replica asks all to settle their parameters before the next step changes them.
+        agreed_to_settle: Whether all replicas settle now; the same on all of them.
     """
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
         self._steps = 0
         self.stop_request = self.agreed_request = 0.0
+        self.settle_request = self.agreed_to_settle = False
 
     def reach(self, signal: Tensor) -> tuple[float, float]:
         """Replace ``signal`` by its element-wise maximum over the replicas.
@@ -40,14 +45,15 @@ class Agreement:
         Raises:
             UnevenBatchesError: Another rank takes no step now.
         """
-        if self.stop_request:
-            signal[1].clamp_(min=self.stop_request)
+        if request := self.stop_request or _SETTLE * self.settle_request:
+            signal[1].clamp_(min=request)
         self._collectives.all_reduce_max(signal)
         rmmc, code = signal.tolist()
         if code == _NO_STEP:
             raise self._uneven_batches(stepping=True)
         self._steps += 1
-        self.agreed_request = code if code < 1 else 0.0
+        self.agreed_to_settle = code == _SETTLE
+        self.agreed_request = code if _SETTLE < code < 1 else 0.0
         return rmmc, code
 
     def verify_no_step(self, device: torch.device) -> None:

@@ -20,18 +20,28 @@ class Anchors:
         return sum(anchor.nbytes for anchor in self._anchor.values())
 
     def capture(self, parameters: Iterable[Tensor]) -> None:
-        """Give every parameter without an anchor its present value as anchor."""
+        """Make the present values of parameters their anchors; they must be equal on all replicas."""
         for parameter in parameters:
             if parameter not in self._anchor:
                 # At least float32: a narrow parameter would round a mean of small displacements away.
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
-                anchor = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
-                self._anchor[parameter] = anchor.copy_(parameter.detach())
+                self._anchor[parameter] = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+            self._anchor[parameter].copy_(parameter.detach())
+
+    def set_to_zero(self, parameters: Iterable[Tensor]) -> None:
+        """Let the displacements of parameters be their whole values, which need no common anchor to be averaged."""
+        self.capture(parameters := list(parameters))
+        for parameter in parameters:
+            self._anchor[parameter].zero_()
 
     def drop(self, parameters: Iterable[Tensor]) -> None:
-        """Forget the anchors of parameters that were set to something else."""
+        """Forget the anchors of parameters that no longer move, or were set to something else."""
         for parameter in parameters:
             self._anchor.pop(parameter, None)
+
+    def missing(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether any of the parameters has no anchor."""
+        return any(parameter not in self._anchor for parameter in parameters)
 
     def of(self, parameter: Tensor) -> Tensor:
         """The anchor of a parameter: contiguous, at least float32."""

@@ -15,7 +15,7 @@ mean travel together, whatever their number and formats:
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
 from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, split_tensors, write_back
+from .digests import digest
 from .errors import explain_failure
 from .payloads import Payload
 from .settings import CHUNK
@@ -63,11 +64,33 @@ class Collectives:
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 
-    def all_reduce_max(self, signal: Tensor) -> None:
-        """Replace ``signal`` by its element-wise maximum over the replicas."""
+    def all_reduce_max(self, signal: Tensor, purpose: str = "the RMMC all-reduce") -> None:
+        """Replace ``signal`` by its element-wise maximum over the replicas.
+
+        Args:
+            signal: Of one size on every rank.
+            purpose: What the collective is for, in an error.
+        """
         self.bytes_sent += signal.nbytes
-        with explain_failure("the RMMC all-reduce"):
+        with explain_failure(purpose):
             dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
+
+    def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the tensors whose bits are not the same on all replicas. Sends 16 bytes a tensor.
+
+        Args:
+            tensors: By name, the same names on every rank.
+        """
+        if not tensors or self.world_size == 1:
+            return {}
+        # A module may keep a buffer on the CPU, where some backends cannot reduce.
+        device = max((tensor.device for tensor in tensors.values()), key=lambda device: device.type != "cpu")
+        digests = torch.stack([digest(tensor).to(device) for tensor in tensors.values()])
+        # The maximum of the complement is the complement of the minimum.
+        extremes = torch.stack([digests, ~digests])
+        self.all_reduce_max(extremes, "the comparison of digests")
+        differ = (extremes[0] != ~extremes[1]).tolist()
+        return {name: tensor for (name, tensor), differs in zip(tensors.items(), differ, strict=True) if differs}
 
     def all_gather(self, own: Tensor) -> Tensor:
         """The flat tensor of every replica, shape (replicas, elements)."""
@@ -128,7 +151,7 @@ class Collectives:
         """At full width: one all-reduce."""
         wide = any(part.payload.wire_format == "float64" for part in slices)
         flat = flatten(slices, torch.float64 if wide else torch.float32)
-        # Divided first: the sum cannot overflow, and equal numbers on 2, 3 or 4 replicas keep their exact value.
+        # Divided first: the sum cannot overflow, and equal numbers on 2 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         self.bytes_sent += flat.nbytes
         with record_function("curvadion::collective"), explain_failure("an all-reduce"):

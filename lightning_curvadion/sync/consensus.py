@@ -1,16 +1,17 @@
 """Consensus outside of a sync step: before validation, before a checkpoint, and at the end of fit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
+from ..optim.optimizer_state import set_step_counts, state_tensors
 from .collectives import Collectives
-from .module_buffers import ModuleBuffers
 from .parameter_payloads import ParameterPayloads
 from .payloads import Payload, full_width_payloads
+from .untrained_tensors import UntrainedTensors
 
 
 class Reached(IntEnum):
@@ -26,27 +27,56 @@ class Consensus:
     """An exact average of the replicas at full width, whatever the settings of the sync step.
 
     The error-feedback residuals are flushed into the parameters, so that every consensus is the same model, whether it
-    is validated, saved or returned. Nothing is sent twice: what is in consensus since the last step is left out.
+    is validated, saved or returned. Nothing is sent twice: what is in consensus since the last step is left out. So is
+    an untrained tensor that a comparison of digests finds equal on all replicas.
 
     Args:
         collectives: Of the process group.
         parameters: Makes the payloads of parameters.
-        buffers: Of the module.
+        untrained: Tensors of the module that no step trains.
     """
 
-    def __init__(self, collectives: Collectives, parameters: ParameterPayloads, buffers: ModuleBuffers) -> None:
+    def __init__(self, collectives: Collectives, parameters: ParameterPayloads, untrained: UntrainedTensors) -> None:
         self._collectives = collectives
         self._parameters = parameters
-        self._buffers = buffers
+        self._untrained = untrained
         self._reached: dict[CurvaDion, Reached] = {}
+        # Optimizers whose parameters were set to something else than their last step left in them.
+        self._unsettled: set[CurvaDion] = set()
 
     def lose(self, optimizer: CurvaDion) -> None:
-        """A step, or a loaded state, ends the consensus of an optimizer."""
+        """A step ends the consensus of an optimizer."""
         self._reached.pop(optimizer, None)
 
     def reached_in_step(self, optimizer: CurvaDion) -> None:
         """A sync step has averaged the parameters of an optimizer, up to their error-feedback residuals."""
         self._reached[optimizer] = Reached.QUANTIZED_PARAMETERS
+
+    # -- parameters that were set to something else -----------------------------------------------------------------
+
+    def unsettle(self, optimizer: CurvaDion) -> None:
+        """Note that parameters of an optimizer were set to something else, perhaps not to the same on all replicas."""
+        self.lose(optimizer)
+        self._unsettled.add(optimizer)
+        self._parameters.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
+
+    def is_unsettled(self, optimizer: CurvaDion) -> bool:
+        """Whether replicas may disagree on where the next displacements of its parameters start."""
+        return optimizer in self._unsettled or self._parameters.lack_anchors(optimizer)
+
+    def settle(self, optimizer: CurvaDion) -> None:
+        """Make the parameters of an optimizer equal at full width, by their values, before its step changes them.
+
+        Quantized displacements would take many sync steps over a distance that was not walked in steps. What is equal
+        already, as after a rollback to one checkpoint, is not sent.
+        """
+        parameters = dict(optimizer.named_parameters())
+        differing = self._collectives.differing(parameters)
+        self._collectives.average(self._parameters.by_value(optimizer, differing))
+        self._parameters.capture_anchors(optimizer)
+        self._unsettled.discard(optimizer)
+
+    # -- reaching ----------------------------------------------------------------------------------------------------
 
     def reach(self, optimizers: Iterable[CurvaDion], include_state: bool) -> None:
         """Average what is not in consensus yet.
@@ -57,42 +87,58 @@ class Consensus:
         """
         if self._collectives.world_size == 1:
             return
-        buffers = self._buffers.synchronize_changed()
-        wanted = Reached.STATE if include_state else Reached.PARAMETERS
+        optimizers = list(optimizers)
         for optimizer in optimizers:
-            reached = self._reached.get(optimizer, Reached.NOTHING)
+            optimizer.init_state()
+        untrained = self._untrained_of(optimizers)
+        device = next(optimizers[0].members())[1].device
+        so_far = [self._reached.get(optimizer, Reached.NOTHING) for optimizer in optimizers]
+        progress = {"consensus so far": torch.tensor(so_far, device=device)}
+        anchors = {f"anchors {number}": self._anchors_digest(o) for number, o in enumerate(optimizers)}
+        differing = self._collectives.differing({**untrained, **anchors, **progress})
+        others = {name: tensor for name, tensor in untrained.items() if name in differing}
+        wanted = Reached.STATE if include_state else Reached.PARAMETERS
+        for number, optimizer in enumerate(optimizers):
+            # A replica alone may have noticed that its parameters were set to something else.
+            agreed = not differing.keys() & progress.keys()
+            reached = self._reached.get(optimizer, Reached.NOTHING) if agreed else Reached.NOTHING
             if reached < wanted:
-                self._average(optimizer, buffers, include_state, stepped=reached == Reached.NOTHING)
-                buffers = {}
+                payloads = self._parameters.of_consensus(
+                    optimizer, stepped=reached == Reached.NOTHING, by_value=f"anchors {number}" in differing
+                )
+                self._average_with(payloads, others, optimizer if include_state else None)
+                others = {}
                 self._reached[optimizer] = wanted
-        if buffers:
-            self.average(buffers)
+                self._unsettled.discard(optimizer)
+        if others:
+            self._average_with([], others)
 
-    def average(self, tensors: dict[str, Tensor]) -> None:
-        """Replace tensors by their mean over the replicas, integer tensors by rank 0's."""
-        if self._collectives.world_size > 1:
-            self._average_with([], tensors)
+    def average(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors that differ by their mean over the replicas, integer tensors by rank 0's."""
+        self._average_with([], self._collectives.differing(tensors))
 
-    def _average(self, optimizer: CurvaDion, others: dict[str, Tensor], include_state: bool, stepped: bool) -> None:
-        optimizer.init_state()
-        trainable = trainable_parameters(optimizer)
-        due = dict(trainable) if stepped else {}
-        # A parameter that was frozen since its last sync step still has a residual.
-        due.update((name, p) for name, p in optimizer.named_parameters() if "residual" in optimizer.state[p])
-        state: dict[str, Tensor] = {}
-        if include_state:
-            state = state_tensors(optimizer)
-            frozen = {name: p for name, p in optimizer.named_parameters() if not p.requires_grad and name not in due}
-            others = {**others, **frozen, **state}
-        payloads = self._parameters.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
-        self._average_with(payloads, others)
-        if include_state:
+    def _untrained_of(self, optimizers: Iterable[CurvaDion]) -> dict[str, Tensor]:
+        untrained = {**self._untrained.buffers(), **self._untrained.parameters_outside()}
+        for number, optimizer in enumerate(optimizers):
+            frozen = self._parameters.untrained(optimizer)
+            untrained.update((f"{name} of optimizer {number}", parameter) for name, parameter in frozen.items())
+        return untrained
+
+    def _anchors_digest(self, optimizer: CurvaDion) -> Tensor:
+        digest = self._parameters.anchors_digest(optimizer)
+        # Where they are missing, no two replicas agree: their parameters are then averaged by value.
+        return torch.tensor(self._collectives.rank) if digest is None else digest
+
+    def _average_with(
+        self, payloads: list[Payload], tensors: Mapping[str, Tensor], optimizer: CurvaDion | None = None
+    ) -> None:
+        """Average payloads and tensors, and the state of an optimizer."""
+        state = state_tensors(optimizer) if optimizer is not None else {}
+        means, from_rank_0 = full_width_payloads({**tensors, **state})
+        self._collectives.average([*payloads, *means])
+        self._collectives.broadcast(from_rank_0)
+        if optimizer is not None:
             set_step_counts(optimizer, state)
             optimizer.replicas_share_state()
             # A run that resumes has no other anchors than the parameters.
-            self._parameters.anchors.drop(trainable.values())
-
-    def _average_with(self, payloads: list[Payload], tensors: dict[str, Tensor]) -> None:
-        means, from_rank_0 = full_width_payloads(tensors)
-        self._collectives.average([*payloads, *means])
-        self._collectives.broadcast(from_rank_0)
+            self._parameters.capture_anchors(optimizer)

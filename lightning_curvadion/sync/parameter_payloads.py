@@ -1,12 +1,14 @@
 """What parameters send: themselves, or their displacement from the last consensus with error feedback."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
+from ..optim.optimizer_state import trainable_parameters
 from .anchors import Anchors
+from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
 from .payloads import DisplacementPayload, Payload, TensorPayload
@@ -28,6 +30,95 @@ class ParameterPayloads:
         self._settings = settings
         self.anchors = Anchors()
         self.meter: DriftMeter | None = None
+        # Parameters that have stepped since the last sync step of their optimizer.
+        self._moved: dict[CurvaDion, set[Tensor]] = {}
+
+    # -- anchors -----------------------------------------------------------------------------------------------------
+
+    def capture_anchors(self, optimizer: CurvaDion) -> None:
+        """Measure displacements from here on. All replicas must hold the same parameters now."""
+        self._moved.pop(optimizer, None)
+        if self._settings.needs_anchors:
+            self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
+            self.anchors.capture(trainable_parameters(optimizer).values())
+
+    def lack_anchors(self, optimizer: CurvaDion) -> bool:
+        """Whether a parameter that needs an anchor has none, as after it was unfrozen or added."""
+        parameters = trainable_parameters(optimizer).values()
+        return self._settings.needs_anchors and self.anchors.missing(parameters)
+
+    def anchors_digest(self, optimizer: CurvaDion) -> Tensor | None:
+        """A digest of the anchors of an optimizer's parameters, int64; ``None`` where one that is needed is missing."""
+        if self.lack_anchors(optimizer):
+            return None
+        parameters = trainable_parameters(optimizer).values() if self._settings.needs_anchors else ()
+        digests = [digest(self.anchors.of(parameter)) for parameter in parameters]
+        return torch.stack(digests) if digests else torch.zeros(1, dtype=torch.int64)
+
+    # -- payloads ----------------------------------------------------------------------------------------------------
+
+    def record_step(self, optimizer: CurvaDion) -> None:
+        """Note that the trainable parameters of an optimizer step now."""
+        self._moved.setdefault(optimizer, set()).update(trainable_parameters(optimizer).values())
+
+    def forget(self, optimizer: CurvaDion, parameters: Iterable[Tensor]) -> None:
+        """Note that parameters were set to something else, of which nothing is left to send."""
+        for parameter in parameters:
+            self._moved.get(optimizer, set()).discard(parameter)
+            optimizer.state[parameter].pop("residual", None)
+
+    def untrained(self, optimizer: CurvaDion) -> dict[str, Tensor]:
+        """Frozen parameters of an optimizer, without those of which :meth:`of_sync_step` still sends something."""
+        moved = self._moved.get(optimizer, set())
+        return {
+            f"frozen {name}": parameter
+            for name, parameter in optimizer.named_parameters()
+            if not parameter.requires_grad and parameter not in moved and "residual" not in optimizer.state[parameter]
+        }
+
+    def of_sync_step(self, optimizer: CurvaDion, leave_out: Collection[Tensor] = ()) -> list[Payload]:
+        """The payloads of a sync step: what has moved since the last one, in the wire format.
+
+        A parameter that was frozen meanwhile still sends what it moved. At the sync step after that it sends what
+        quantization left of it, at full width, and from then on nothing.
+
+        Args:
+            optimizer: It steps now.
+            leave_out: Parameters that are synchronised otherwise.
+        """
+        self.record_step(optimizer)
+        moved = self._moved.pop(optimizer)
+        named = {name: parameter for name, parameter in optimizer.named_parameters() if parameter not in leave_out}
+        moving = {name: parameter for name, parameter in named.items() if parameter in moved}
+        resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
+        self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
+        return [
+            *self.of(optimizer, moving, self._settings.wire_format),
+            *self.of(optimizer, resting, "float32", flush_residuals=True),
+        ]
+
+    def of_consensus(self, optimizer: CurvaDion, stepped: bool, by_value: bool) -> list[Payload]:
+        """The payloads of an exact consensus, at full width.
+
+        Args:
+            optimizer: Of the parameters.
+            stepped: Whether it has stepped since the last sync step; only residuals are left to send otherwise.
+            by_value: Whether the replicas have no common anchors.
+        """
+        untrained = set(self.untrained(optimizer).values())
+        self._moved.pop(optimizer, None)
+        due = {name: parameter for name, parameter in optimizer.named_parameters() if parameter not in untrained}
+        if by_value:
+            return self.by_value(optimizer, due)
+        if not stepped:
+            due = {name: parameter for name, parameter in due.items() if "residual" in optimizer.state[parameter]}
+        return self.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
+
+    def by_value(self, optimizer: CurvaDion, parameters: Mapping[str, Tensor]) -> list[Payload]:
+        """Payloads of the parameters' values with their residuals, which need no common anchors and no outer step."""
+        if self._settings.needs_anchors:
+            self.anchors.set_to_zero(parameters.values())
+        return self.of(optimizer, parameters, "float32", flush_residuals=True, outer_step=False)
 
     def of(
         self,
@@ -50,7 +141,6 @@ class ParameterPayloads:
             self.meter.start()
         if not self._settings.needs_anchors:
             return [TensorPayload(name, parameter, meter=self.meter) for name, parameter in parameters.items()]
-        self.anchors.capture(parameters.values())
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
             state = optimizer.state[parameter]

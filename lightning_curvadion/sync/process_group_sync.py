@@ -5,28 +5,26 @@ What a step sends is in ``agreement.py`` and ``sync_step.py``, what a consensus 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.profiler import record_function
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
+from ..optim.optimizer_state import set_step_counts, state_tensors
 from .agreement import Agreement
 from .collectives import Collectives
 from .consensus import Consensus
 from .drift import DriftMeter
-from .module_buffers import ModuleBuffers
+from .load_notice import notify_of_loads
 from .parameter_payloads import ParameterPayloads
 from .replica_checks import describe_module, describe_optimizer, verify_same_across_replicas, verify_wire_formats
-from .settings import CHUNK, SyncSettings
+from .settings import CHUNK, SyncSettings, resolve_settings
 from .sync_step import SyncStep
-
-# Chosen by loss, see examples/benchmarks/README.md.
-_FACTOR_FORMATS = {"float32": "float32", "bfloat16": "bfloat16"}
-_QUANTIZED_FACTOR_FORMAT = "int4"
+from .untrained_tensors import UntrainedTensors
 
 
 class ProcessGroupSync:
@@ -44,11 +42,15 @@ class ProcessGroupSync:
         wire_format: Format of the parameters on the wire. ``"float32"`` sends them. ``"bfloat16"``, ``"int8"``,
             ``"int4"``, ``"int2"`` and ``"sign"`` (16, 8.1, 4.3, 2.3 and 1.1 bits a number) send their quantized
             displacement since the last consensus. The quantization error is stored in ``state[p]["residual"]`` and
-            sent later (error feedback).
+            sent later (error feedback). ``None`` is ``"sign"`` with the consensus ``"average"``, the fewest bytes for
+            the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with the others and for parameters in
+            float64.
         momentum: What a sync step does to the momentum. ``"factors"``: all replicas step along the factors of the mean
             momentum, and the part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same
             factors, and each replica keeps its own momentum. ``"average"``: momentum and Q are averaged. ``"local"``:
-            nothing; each replica takes its own Dion step (local SGD). Consensus ``"none"`` implies ``"dion"``.
+            nothing; each replica takes its own Dion step (local SGD). ``None`` is ``"local"`` with the consensus
+            ``"average"``: bytes were better spent on more sync steps than on the momentum. It is ``"factors"`` with
+            ``"factors"``. Consensus ``"none"`` implies ``"dion"``.
         outer_lr: Learning rate of the outer step on the averaged displacement; 1 takes the average itself.
         outer_momentum: Nesterov momentum of the outer step, as in DiLoCo.
         factor_format: Format of the momentum on the wire, its factors or the whole of it. Also of the factors of
@@ -89,8 +91,8 @@ class ProcessGroupSync:
         self,
         group: ProcessGroup | None = None,
         consensus: str = "average",
-        wire_format: str = "float32",
-        momentum: str = "factors",
+        wire_format: str | None = None,
+        momentum: str | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         factor_format: str | None = None,
@@ -98,27 +100,38 @@ class ProcessGroupSync:
         residual_dtype: str = "float32",
         chunk: int = CHUNK,
     ) -> None:
-        self.settings = SyncSettings(
-            consensus=consensus,
-            wire_format=wire_format,
-            momentum=momentum,
-            outer_lr=outer_lr,
-            outer_momentum=outer_momentum,
-            factor_format=factor_format or _FACTOR_FORMATS.get(wire_format, _QUANTIZED_FACTOR_FORMAT),
-            sync_rank_fraction=sync_rank_fraction,
-            residual_dtype=str(residual_dtype).removeprefix("torch."),
-            chunk=chunk,
-        )
-        self.momentum = "dion" if consensus == "none" else momentum
-        self.sync_rank_fraction = sync_rank_fraction
-        self.averages_vector_gradients = consensus == "none"
+        self._arguments: dict[str, Any] = {
+            "consensus": consensus,
+            "wire_format": wire_format,
+            "momentum": momentum,
+            "outer_lr": outer_lr,
+            "outer_momentum": outer_momentum,
+            "factor_format": factor_format,
+            "sync_rank_fraction": sync_rank_fraction,
+            "residual_dtype": str(residual_dtype).removeprefix("torch."),
+            "chunk": chunk,
+        }
         self._collectives = self._make_collectives(group, chunk)
-        self._parameters = ParameterPayloads(self.settings)
-        self._buffers = ModuleBuffers()
+        self._untrained = UntrainedTensors()
         self.agreement = Agreement(self._collectives)
-        self._sync_step = SyncStep(self.settings, self._collectives, self._parameters, self._buffers)
-        self._consensus = Consensus(self._collectives, self._parameters, self._buffers)
-        self._attached: set[Tensor] = set()
+        self._optimizers: list[CurvaDion] = []
+        self._stepping: CurvaDion | None = None
+        self._configure(resolve_settings(**self._arguments))
+
+    def _configure(self, settings: SyncSettings) -> None:
+        self.settings = settings
+        self.momentum = settings.momentum
+        self.sync_rank_fraction = settings.sync_rank_fraction
+        self.averages_vector_gradients = settings.consensus == "none"
+        self._parameters = ParameterPayloads(settings)
+        self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
+        self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
+
+    def settings_for(self, optimizer: CurvaDion) -> SyncSettings:
+        """The settings with which the parameters of an optimizer synchronise: parameters in float64 have others."""
+        if all(parameter.dtype != torch.float64 for _, parameter in optimizer.named_parameters()):
+            return self.settings
+        return resolve_settings(**self._arguments, quantizable=False)
 
     def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
         return Collectives(group, chunk)
@@ -175,6 +188,8 @@ class ProcessGroupSync:
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
         self._collectives.join()
+        if not self._optimizers:
+            self._configure(self.settings_for(optimizer))
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
         for parameter in parameters:
             optimizer.state[parameter].pop("residual", None)
@@ -184,47 +199,72 @@ class ProcessGroupSync:
         formats = {name: getattr(self.settings, name) for name in ("wire_format", "factor_format")}
         verify_wire_formats(self._collectives, optimizer, formats, device)
         state = state_tensors(optimizer)
-        self._collectives.broadcast(parameters + list(state.values()))
+        self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})
         set_step_counts(optimizer, state)
-        self._attached.update(parameters)
+        self._register(optimizer)
+        optimizer.register_load_state_dict_post_hook(lambda loaded: self._consensus.unsettle(cast(CurvaDion, loaded)))
+
+    def _register(self, optimizer: CurvaDion) -> None:
+        """Take part in the steps of an optimizer whose parameters are equal on all replicas."""
+        self._optimizers.append(optimizer)
+        self._untrained.exclude(parameter for _, parameter in optimizer.named_parameters())
+        if self.world_size > 1:
+            self._parameters.capture_anchors(optimizer)
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
-        optimizer.register_load_state_dict_post_hook(lambda loaded: self._after_load(cast(CurvaDion, loaded)))
+
+    def _take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
+        """Send what is not equal already, as it is where every process has built the model from one seed."""
+        self._collectives.broadcast(list(self._collectives.differing(tensors).values()))
 
     def include_module(self, module: nn.Module) -> None:
-        """Let the module's persistent buffers take part in every consensus: floating-point ones as means, others
-        as rank 0's.
+        """Let what no optimizer trains take part in every consensus: persistent buffers, and parameters outside every
+        optimizer, such as those of an EMA teacher or of a target network.
 
-        Also broadcasts rank 0's buffers and the parameters that no attached optimizer holds. Call it on every rank,
-        after the hook is attached.
+        They become their mean; integers become rank 0's. Only what differs between the replicas is sent. Sync steps in
+        a wire format below 16 bits leave such parameters to the consensus outside of steps. Call it on every rank,
+        after the hooks are attached; it sets parameters outside and buffers to rank 0's values.
         """
-        self._buffers.include(module)
+        self._untrained.include(module)
         # Before the broadcast: a rank with nothing to send would not join the ranks that have something.
         verify_same_across_replicas(self._collectives, describe_module(module), next(module.parameters()).device)
-        rest = [parameter for parameter in module.parameters() if parameter not in self._attached]
-        self._collectives.broadcast(rest + list(module.buffers()))
+        self._take_from_rank_0({**self._untrained.parameters_outside(), **dict(module.named_buffers())})
+        notify_of_loads(module, self.note_other_values)
 
-    def expect_other_buffers(self) -> None:
-        """Note that buffers may have changed since the last consensus, as a forward pass without a step does."""
-        self._buffers.changed = True
+    def note_other_values(self, parameters: Iterable[Tensor]) -> None:
+        """Note that parameters were set to something else than their last step left in them, as by a rollback.
+
+        Before the next step changes them they are compared, and averaged at full width where they differ. The
+        ``load_state_dict`` of an included module calls it, and loading an optimizer's state does as much; after other
+        writes, call it yourself. It communicates nothing, and one rank may call it alone.
+        """
+        other = set(parameters)
+        for optimizer in self._optimizers:
+            members = [parameter for _, parameter in optimizer.named_parameters() if parameter in other]
+            self._parameters.forget(optimizer, members)
+            if any(parameter.requires_grad for parameter in members):
+                self._consensus.unsettle(optimizer)
 
     def _before_step(self, optimizer: CurvaDion) -> None:
+        self._stepping = optimizer
         self._consensus.lose(optimizer)
-        self.expect_other_buffers()
         if self._parameters.meter is not None:
             self._parameters.meter.start()
-        if self.settings.needs_anchors and self.world_size > 1:
-            self._parameters.anchors.capture(trainable_parameters(optimizer).values())
-
-    def _after_load(self, optimizer: CurvaDion) -> None:
-        """A state was loaded: the anchor is wherever the parameters are at the next step."""
-        self._consensus.lose(optimizer)
-        self._parameters.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
+        if self.world_size > 1 and self.settings.consensus != "none":
+            self.agreement.settle_request = self._consensus.is_unsettled(optimizer)
+            self._parameters.record_step(optimizer)
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 
     def agree(self, signal: Tensor) -> tuple[float, float]:
-        """The element-wise maximum of ``signal`` over the replicas: all that a local step sends."""
-        return self.agreement.reach(signal)
+        """The element-wise maximum of ``signal`` over the replicas: all that a local step sends.
+
+        Where a replica's parameters were set to something else, all settle theirs before the step.
+        """
+        numbers = self.agreement.reach(signal)
+        if self.agreement.agreed_to_settle and self._stepping is not None:
+            with record_function("curvadion::consensus"):
+                self._consensus.settle(self._stepping)
+        return numbers
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step."""
@@ -256,7 +296,7 @@ class ProcessGroupSync:
         self._consensus.reach([optimizers] if isinstance(optimizers, CurvaDion) else optimizers, include_state)
 
     def average(self, tensors: dict[str, Tensor]) -> None:
-        """Replace tensors that no optimizer holds by their means, such as a moving average of the weights.
+        """Replace tensors that no optimizer holds by their means where they differ, such as moving averages.
 
         Args:
             tensors: By name, the same on every rank; integer tensors become rank 0's.

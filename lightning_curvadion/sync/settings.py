@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ Consensus = Literal["average", "factors", "none"]
 Momentum = Literal["factors", "dion", "average", "local"]
 ResidualDtype = Literal["float32", "bfloat16"]
 _RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# How a momentum travels where nothing else is said, chosen by loss, see examples/benchmarks/README.md.
+_FACTOR_FORMATS = {"float32": "float32", "bfloat16": "bfloat16"}
+_QUANTIZED_FACTOR_FORMAT = "int4"
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 
@@ -67,7 +70,7 @@ class SyncSettings:
             warnings.warn(
                 f"a whole momentum in {self.factor_format} is known to hurt the loss; use factor_format='int4', or"
                 " momentum='factors'",
-                stacklevel=5,
+                stacklevel=7,
             )
 
     @property
@@ -85,3 +88,41 @@ class SyncSettings:
     def dtype_of_residuals(self) -> torch.dtype:
         """``residual_dtype`` as a ``torch.dtype``."""
         return _RESIDUAL_DTYPES[self.residual_dtype]
+
+
+def resolve_settings(
+    *,
+    consensus: str,
+    wire_format: str | None,
+    momentum: str | None,
+    factor_format: str | None,
+    quantizable: bool = True,
+    **others: Any,
+) -> SyncSettings:
+    """The settings of a hook with all defaults filled in: the one place that says what they are.
+
+    Args:
+        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for all but ``quantizable``.
+        wire_format: ``None`` for the default.
+        momentum: ``None`` for the default.
+        factor_format: ``None`` for the default.
+        quantizable: Whether the parameters can be quantized.
+        **others: Settings that no default depends on.
+
+    Example:
+        >>> others = dict(outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32", chunk=1)
+        >>> settings = resolve_settings(
+        ...     consensus="average", wire_format=None, momentum=None, factor_format=None, **others)
+        >>> settings.wire_format, settings.momentum
+        ('sign', 'local')
+    """
+    averages = consensus == "average"
+    wire_format = wire_format or ("sign" if averages and quantizable else "float32")
+    momentum = momentum or ("local" if averages else "factors")
+    if consensus == "none" and momentum == "factors":
+        # Nothing brings the momenta together where nothing brings the parameters together.
+        momentum = "dion"
+    factor_format = factor_format or _FACTOR_FORMATS.get(wire_format, _QUANTIZED_FACTOR_FORMAT)
+    return SyncSettings(
+        consensus=consensus, wire_format=wire_format, momentum=momentum, factor_format=factor_format, **others
+    )

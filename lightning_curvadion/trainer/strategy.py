@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
 
@@ -47,14 +48,10 @@ class CurvaDionStrategy(DDPStrategy):
     Args:
         consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next eight.
         wire_format: Format of the parameters on the wire, from ``"float32"`` down to ``"int2"`` and ``"sign"``.
-            ``None`` is ``"sign"`` with the consensus ``"average"``, the fewest bytes for the loss in the comparison. It
-            is ``"float32"`` with the others and for parameters in float64.
-        momentum: What a sync step does to the momentum. ``None`` is ``"local"`` with the consensus ``"average"``: bytes
-            were better spent on more sync steps than on the momentum. It is ``"factors"`` with the others.
+        momentum: What a sync step does to the momentum.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
-        factor_format: Format of the momentum on the wire. ``None`` is ``wire_format`` at 16 bits and more, and
-            ``"int4"`` below.
+        factor_format: Format of the momentum on the wire.
         sync_rank_fraction: Rank of the momentum's factors on the wire, to make it lower than the optimizer's.
         residual_dtype: Of the error-feedback residuals; ``"bfloat16"`` halves their memory.
         chunk: Numbers that are quantized and sent at a time; fewer need less memory.
@@ -68,8 +65,8 @@ class CurvaDionStrategy(DDPStrategy):
         start_method: How processes are started.
         **unsupported: Refused: arguments of ``DistributedDataParallel``, and unknown ones with the nearest name.
 
-    The defaults were chosen by ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
-    :class:`~lightning_curvadion.ProcessGroupSync` itself defaults to full width.
+    The defaults are those of :class:`~lightning_curvadion.ProcessGroupSync`, chosen by
+    ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
 
     Failures: a collective that a lost or stalled rank breaks raises an error that says what to do. SIGTERM on any rank
     stops all of them after the same step, and ``on_exception`` callbacks save the consensus. After any other exception
@@ -122,7 +119,7 @@ class CurvaDionStrategy(DDPStrategy):
         self._sync_settings: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
-            "momentum": momentum or ("local" if consensus == "average" else "factors"),
+            "momentum": momentum,
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,
             "factor_format": factor_format,
@@ -135,19 +132,14 @@ class CurvaDionStrategy(DDPStrategy):
         self._stop_requests: StopRequests | None = None
         self._training = False
 
-    def make_sync_hook(self, quantizable: bool = True) -> ProcessGroupSync:
+    def make_sync_hook(self) -> ProcessGroupSync:
         """A new hook with the strategy's settings.
-
-        Args:
-            quantizable: Whether the parameters can be quantized, which decides the default ``wire_format``.
 
         Raises:
             MisconfigurationException: On a bad setting.
         """
-        quantized = quantizable and self._sync_settings["consensus"] == "average"
-        wire_format = self._sync_settings["wire_format"] or ("sign" if quantized else "float32")
         try:
-            return ProcessGroupSync(**{**self._sync_settings, "wire_format": wire_format})
+            return ProcessGroupSync(**self._sync_settings)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 
@@ -172,8 +164,7 @@ class CurvaDionStrategy(DDPStrategy):
         share_gradient_scaler(self.precision_plugin, self.root_device)
         log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
         # A second fit has new optimizers, which the first one's consensus does not concern.
-        dtypes = {parameter.dtype for optimizer in optimizers for _, parameter in optimizer.named_parameters()}
-        self.sync = self.make_sync_hook(quantizable=torch.float64 not in dtypes)
+        self.sync = self.make_sync_hook()
         try:
             for optimizer in optimizers:
                 optimizer.register_sync_hook(self.sync)
@@ -229,12 +220,14 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state, in consensus: a checkpoint asks for it first, on every rank."""
-        self.reach_consensus_in_training(include_state=True)
+        self.reach_consensus_in_training()
         return super().lightning_module_state_dict()
 
     @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.sync.expect_other_buffers()
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """An optimizer's state, in consensus: a checkpoint of more than weights asks for it, on every rank."""
+        self.reach_consensus_in_training(include_state=True)
+        return super().optimizer_state(optimizer)
 
     @override
     def on_train_end(self) -> None:

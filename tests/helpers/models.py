@@ -26,6 +26,15 @@ class Net(nn.Module):
         return self.head(self.norm(x))
 
 
+# The hook whose means are exact: what a test says of it, it says of the method and not of a format.
+EXACT = {"wire_format": "float32", "momentum": "factors"}
+
+
+def exact_sync(**hook) -> ProcessGroupSync:
+    """A hook of the given arguments over EXACT."""
+    return ProcessGroupSync(**{**EXACT, **hook})
+
+
 class QuantizesAlone(ProcessGroupSync):
     """A hook that makes one replica take sync steps, which it would leave out: quantized as among several."""
 
@@ -35,12 +44,12 @@ class QuantizesAlone(ProcessGroupSync):
 def build(
     layers: int = 2, hook: dict | None = None, seed: int = 0, hook_class: type = ProcessGroupSync, **options
 ) -> tuple[Net, CurvaDion]:
-    """The same model and optimizer everywhere; with ``hook`` a ProcessGroupSync of those arguments is attached."""
+    """The same model and optimizer everywhere; with ``hook`` a ProcessGroupSync of those arguments over EXACT."""
     torch.manual_seed(seed)
     model = Net(layers)
     optimizer = CurvaDion(split_parameters(model), **options)
     if hook is not None:
-        sync = hook_class(**hook)
+        sync = hook_class(**{**EXACT, **hook})
         optimizer.register_sync_hook(sync)
         sync.include_module(model)
     return model, optimizer

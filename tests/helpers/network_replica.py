@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import build, train_step
+from models import build, exact_sync, train_step
 from torch import nn
 
 from examples.benchmarks.compare_replica import kernel_sent
 from examples.byte_gpt import GPT
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
+from lightning_curvadion import CurvaDion, EveryNSteps, split_parameters
 
 # Steps from one sync to the next. The sync steps of the GPT are compared with each other, so that few are enough there.
 PERIODS = {"small": 10, "gpt": 3}
@@ -26,7 +26,7 @@ def build_gpt(hook: dict, trigger: EveryNSteps) -> tuple[GPT, CurvaDion]:
     torch.manual_seed(0)
     model = GPT(layers=4, width=96, heads=4, context=128)
     optimizer = CurvaDion(split_parameters(model), trigger=trigger)
-    optimizer.register_sync_hook(ProcessGroupSync(**hook))
+    optimizer.register_sync_hook(exact_sync(**hook))
     return model, optimizer
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from models import build, parameters_of, train_step
+from models import build, exact_sync, parameters_of, train_step
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion import CurvaDion, EveryNSteps
 
 NEVER = EveryNSteps(10**6)
 
@@ -15,7 +15,7 @@ def outer(rank, world, outer_lr, outer_momentum):
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(6, 4))
     optimizer = CurvaDion([parameter], trigger=EveryNSteps(2))
-    optimizer.register_sync_hook(ProcessGroupSync(momentum="local", outer_lr=outer_lr, outer_momentum=outer_momentum))
+    optimizer.register_sync_hook(exact_sync(momentum="local", outer_lr=outer_lr, outer_momentum=outer_momentum))
     anchor = parameter.detach().clone()
     reference = nn.Parameter(anchor.clone())
     sgd = torch.optim.SGD([reference], lr=outer_lr, momentum=outer_momentum, nesterov=outer_momentum > 0)

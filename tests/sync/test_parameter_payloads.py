@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import build, equal, state_of, train_step
+from models import build, equal, exact_sync, state_of, train_step
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion import CurvaDion, EveryNSteps
 from lightning_curvadion.sync import quantization
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
@@ -18,7 +18,7 @@ def with_given_gradients(rank, world, hook, steps, settle=True):
     parameters = [nn.Parameter(torch.randn(shape, generator=start)) for shape in SHAPES.values()]
     groups = [{"params": parameters[:2]}, {"params": parameters[2:], "algorithm": "adamw"}]
     optimizer = CurvaDion(groups, weight_decay=0.0, trigger=EveryNSteps(3))
-    optimizer.register_sync_hook(ProcessGroupSync(momentum="local", **hook))
+    optimizer.register_sync_hook(exact_sync(momentum="local", **hook))
     generator = torch.Generator().manual_seed(1 + rank)
     for _ in range(steps):
         for parameter in parameters:

@@ -2,35 +2,55 @@
 
 import pytest
 import torch
-from models import build, parameters_of, train_step
+from models import build, exact_sync, parameters_of, train_step
 from replicas import counted_collectives
 
-from lightning_curvadion import EveryNSteps, ProcessGroupSync
+from lightning_curvadion import EveryNSteps
 
 
-def start(rank, world):
-    model, optimizer = build(seed=rank)
+def start(rank, world, seeds):
+    model, optimizer = build(seed=seeds[rank])
+    if seeds[rank] > 0:
+        model.batch_norm.running_mean.fill_(1.0)
     with counted_collectives() as calls:
-        sync = ProcessGroupSync()
+        sync = exact_sync()
         optimizer.register_sync_hook(sync)
         sync.include_module(model)
-    return parameters_of(model), [b.clone() for b in model.buffers()], [name for name, _ in calls]
+    return parameters_of(model), [b.clone() for b in model.buffers()], list(calls), sync.bytes_sent
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_all_replicas_start_from_rank_zeros_values(replicas, world):
-    answers = replicas.run(world, start)
-    expected = parameters_of(build(seed=0)[0])
-    for parameters, buffers, names in answers:
+    answers = replicas.run(world, start, range(world))
+    model = build(seed=0)[0]
+    expected = parameters_of(model)
+    for parameters, buffers, calls, _ in answers:
         assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(buffers, answers[0][1], strict=True))
-        assert names.count("all_gather") == 2, "one check for the optimizer, one for the module"
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+        assert [name for name, _ in calls].count("all_gather") == 2, "one check for the optimizer, one for the module"
+
+
+def test_what_is_equal_already_is_not_sent_when_a_hook_attaches(replicas):
+    model, optimizer = build()
+    optimizer.init_state()
+    # Two digests of the model and of the settings, then those of each parameter, its state, and each buffer.
+    steps = 1
+    state = sum(isinstance(value, torch.Tensor) for own in optimizer.state.values() for value in own.values()) + steps
+    tensors = len(list(model.parameters())) + state + len(list(model.buffers()))
+    compared = 2 * 32 + 16 * tensors
+    # Random numbers of the seed: a norm and biases that start at ones or zeros are equal too.
+    random = [p for p in model.parameters() if p.unique().numel() > 1]
+    sent = 4 * (sum(p.numel() for p in random) + 16)
+    for seeds, expected in (([0, 0], 0), ([0, 1], sent)):
+        answers = replicas.run(2, start, seeds)
+        assert [counted for *_, counted in answers] == [compared + expected, compared]
+        assert sum(size for name, size in answers[0][2] if name == "broadcast") == expected
 
 
 def second_hook(rank, world):
     _, optimizer = build(hook={})
     with pytest.raises(ValueError, match="already"):
-        optimizer.register_sync_hook(ProcessGroupSync())
+        optimizer.register_sync_hook(exact_sync())
 
 
 def test_a_second_hook(replicas):
@@ -45,7 +65,7 @@ def test_a_hook_without_a_process_group():
 def gan(rank, world):
     generator, first = build(trigger=EveryNSteps(2))
     critic, second = build(layers=1, trigger=EveryNSteps(3))
-    sync = ProcessGroupSync()
+    sync = exact_sync()
     for optimizer in (first, second):
         optimizer.register_sync_hook(sync)
     for step in range(6):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from models import exact_sync
 from reference import Matrix
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion import CurvaDion, EveryNSteps
 
 SHAPES = [(12, 8), (8, 12), (8, 8), (12, 8), (5, 1)]
 STEPS = 7
@@ -26,7 +27,7 @@ def ours(rank, world, period, momentum, consensus, rank_fraction):
     optimizer = CurvaDion(
         parameters, lr=0.1, mu=0.9, weight_decay=0.1, rank_fraction=rank_fraction, trigger=EveryNSteps(period)
     )
-    optimizer.register_sync_hook(ProcessGroupSync(momentum=momentum, consensus=consensus))
+    optimizer.register_sync_hook(exact_sync(momentum=momentum, consensus=consensus))
     history = []
     for step in range(STEPS):
         for parameter, gradient in zip(parameters, gradients(rank, step), strict=True):

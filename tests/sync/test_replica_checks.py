@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from models import exact_sync
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
+from lightning_curvadion import CurvaDion, EveryNSteps, split_parameters
 
 OPTIONS = {
     "max_local_steps": {"max_local_steps": 2},
@@ -35,7 +36,7 @@ def different(rank, world, what):
     trigger = EveryNSteps(3 if what == "trigger" and rank == 1 else 2)
     options = OPTIONS.get(what, {}) if rank == 1 else {}
     optimizer = CurvaDion(split_parameters(model), trigger=trigger, **options)
-    hook = ProcessGroupSync(momentum="local" if what == "hook" and rank == 1 else "factors")
+    hook = exact_sync(momentum="local" if what == "hook" and rank == 1 else "factors")
     try:
         optimizer.register_sync_hook(hook)
     except ValueError as error:
@@ -56,7 +57,7 @@ def different_buffers(rank, world, persistent):
     if rank == 1:
         model.register_buffer("extra", torch.zeros(3), persistent=persistent)
     optimizer = CurvaDion(split_parameters(model))
-    sync = ProcessGroupSync()
+    sync = exact_sync()
     optimizer.register_sync_hook(sync)
     with pytest.raises(ValueError, match="replicas differ: rank 0 has 4 entries and rank 1 has 5"):
         sync.include_module(model)
@@ -72,7 +73,7 @@ def error_at_attach(rank, world, hooks, dtype=torch.float32):
     model = nn.Sequential(nn.Linear(8, 8, bias=False)).to(dtype)
     optimizer = CurvaDion([(name, p) for name, p in model.named_parameters()])
     try:
-        optimizer.register_sync_hook(ProcessGroupSync(**hooks[rank % len(hooks)]))
+        optimizer.register_sync_hook(exact_sync(**hooks[rank % len(hooks)]))
     except ValueError as error:
         return str(error)
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from models import build, equal, parameters_of, state_of, train_step
+from models import build, equal, exact_sync, parameters_of, state_of, train_step
 from replicas import counted_collectives
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion import CurvaDion, EveryNSteps
 from lightning_curvadion.sync import quantization
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
@@ -19,7 +19,7 @@ def sums(rank, world, hook):
     torch.manual_seed(rank)
     parameter = nn.Parameter(torch.zeros(60, 40))
     optimizer = CurvaDion([parameter], lr=0.1, mu=0.9999999, weight_decay=0.0, trigger=EveryNSteps(2))
-    optimizer.register_sync_hook(ProcessGroupSync(**hook))
+    optimizer.register_sync_hook(exact_sync(**hook))
     parameter.grad = torch.randn(60, 40)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.0

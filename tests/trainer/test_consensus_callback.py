@@ -3,8 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import parameters_of
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from models import equal, parameters_of, state_of
 from training import Module, fingerprint, same, trainer_for
 
 from lightning_curvadion import CurvaDionStrategy, EveryNSteps
@@ -76,3 +76,44 @@ def test_what_is_validated_saved_and_returned_is_one_model(replicas, tmp_path, o
     answers = replicas.run(2, validated_saved_and_returned, str(tmp_path), options, timeout=120)
     for monitored, reloaded, saved_was_validated, returned_was_validated_last in answers:
         assert reloaded == monitored and saved_was_validated and returned_was_validated_last
+
+
+class SaveAt(Callback):
+    """Saves after a local step, and tells what that sent and which of the optimizer's state it changed."""
+
+    def __init__(self, path, weights_only):
+        self.path, self.weights_only = path, weights_only
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 5:
+            optimizer = trainer.optimizers[0]
+            before, sent = state_of(optimizer), trainer.strategy.sync.bytes_sent
+            trainer.save_checkpoint(self.path, weights_only=self.weights_only)
+            self.sent = trainer.strategy.sync.bytes_sent - sent
+            after = state_of(optimizer)
+            self.changed = {key.rpartition(".")[2] for key in after if not equal({"": before[key]}, {"": after[key]})}
+
+
+def save_in_between(rank, world, path, weights_only):
+    pl.seed_everything(0, verbose=False)
+    module, save = Module(trigger=EveryNSteps(3)), SaveAt(path, weights_only)
+    trainer_for(rank, world, max_steps=6, limit_val_batches=0, callbacks=[save]).fit(module)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    return save.sent, save.changed, fingerprint(saved.values())
+
+
+def test_a_checkpoint_of_weights_sends_weights_and_leaves_the_momenta_alone(replicas, tmp_path):
+    module = Module()
+    tensors = [*module.parameters(), *module.buffers()]
+    weights = 4 * sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
+    # Three buffers, the anchors, and how far the consensus is; before it, that nobody steps.
+    compared = 5 * 16 + 16
+    in_whole, alone = (
+        replicas.run(2, save_in_between, str(tmp_path / f"{weights_only}.ckpt"), weights_only, timeout=120)
+        for weights_only in (False, True)
+    )
+    state = {"momentum", "Q", "norm", "exp_avg", "exp_avg_sq"}
+    for (sent, changed, saved), (sent_in_whole, changed_in_whole, saved_in_whole) in zip(alone, in_whole, strict=True):
+        assert sent == compared + weights and sent_in_whole > 2 * sent
+        assert changed.isdisjoint(state) and state <= changed_in_whole
+        assert saved == saved_in_whole

@@ -93,7 +93,7 @@ def test_a_local_training_batch_makes_one_collective_of_16_bytes(fitted):
         assert [synced for synced, _ in rank["batches"]] == [False, False, True] * 2 + [False, False]
         for synced, calls in rank["batches"]:
             payload = [size for _, size in calls if size]
-            assert payload == [16] if not synced else len(payload) == 3
+            assert payload == [16] if not synced else len(payload) == 4
 
 
 def test_nothing_is_sent_between_batches_not_by_lightning_either(fitted):
@@ -163,22 +163,22 @@ def accumulate(rank, world, strategy_options):
 
 def test_accumulated_batches_send_nothing(replicas):
     for payloads in replicas.run(2, accumulate, FACTORS):
-        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 3
+        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 4
 
 
 def test_by_default_a_sync_step_sends_one_bit_for_each_number(replicas):
     numbers = sum(parameter.numel() for parameter in Module().parameters())
     for payloads in replicas.run(2, accumulate, {}):
         assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == []
-        agreement, quantized = payloads[5]
+        agreement, digests, quantized = payloads[5]
         # One bit and a scale a block; blocks of small tensors are not full.
-        assert agreement == 16 and numbers / 8 < quantized < numbers / 4
+        assert agreement == 16 and digests == 3 * 16 and numbers / 8 < quantized < numbers / 4
 
 
 def test_by_default_other_kinds_of_consensus_send_at_full_width():
-    for consensus in ("factors", "none"):
+    for consensus, momentum in (("factors", "factors"), ("none", "dion")):
         settings = CurvaDionStrategy(consensus=consensus).sync.settings
-        assert (settings.wire_format, settings.momentum) == ("float32", "factors")
+        assert (settings.wire_format, settings.momentum) == ("float32", momentum)
 
 
 class Poison(Callback):

@@ -5,9 +5,10 @@ the collectives. A plan can therefore not differ from what the training sends, w
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -59,8 +60,19 @@ class CollectiveRecorder(Collectives):
         self.world_size = replicas
         self.traffic = StepTraffic()
 
-    def all_reduce_max(self, signal: Tensor) -> None:  # noqa: D102
+    def all_reduce_max(self, signal: Tensor, purpose: str = "") -> None:  # noqa: D102
         self._record(ALL_REDUCE, signal.nbytes, bytes_sent=signal.nbytes)
+
+    def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Floating-point buffers differ, as running statistics do; frozen parameters and counters are equal."""
+        if tensors:
+            nbytes = 2 * torch.int64.itemsize * len(tensors)
+            self._record(ALL_REDUCE, nbytes, bytes_sent=nbytes)
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter)
+        }
 
     def all_gather(self, own: Tensor) -> Tensor:
         """Nothing is gathered: shape (0, elements)."""
@@ -120,7 +132,7 @@ class DryRunSync(ProcessGroupSync):
         return self.recorder
 
     def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
-        optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer))
+        self._register(optimizer)
 
     def agree(self, signal: Tensor) -> tuple[float, float]:
         """RMMC 0 and finite gradients: there are no values to look at."""

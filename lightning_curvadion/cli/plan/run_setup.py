@@ -103,8 +103,7 @@ def _sync_settings(trainer_config: dict[str, Any], optimizer: CurvaDion, notes: 
         notes.append(f"The config's strategy is {name!r}; this plans CurvaDionStrategy with its defaults.")
         options = {}
     planned = CurvaDionStrategy(**{key: options[key] for key in SyncSettings.__dataclass_fields__ if key in options})
-    quantizable = all(parameter.dtype != torch.float64 for _, parameter in optimizer.named_parameters())
-    return planned.make_sync_hook(quantizable).settings
+    return planned.make_sync_hook().settings_for(optimizer)
 
 
 def _backend(trainer_config: dict[str, Any], notes: list[str]) -> str:
