@@ -332,13 +332,13 @@ def write(folder: Path, size: int = 2**28) -> None:
         f"AtomicCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
     )
     writer = preloaded.start(script, str(place), folder=folder, output=folder / "write.log", **environment())
-    part = folder / ".last.ckpt.part"
     deadline = time.time() + 60
-    while not (part.exists() and part.stat().st_size > size // 10):
+    while not any(part.stat().st_size > size // 10 for part in folder.glob(".last.ckpt.*.part")):
         assert writer.poll() is None and time.time() < deadline, f"it ended before it was killed: {logs(folder)}"
         time.sleep(0.001)
     writer.kill()
     assert writer.wait() == -signal.SIGKILL
+    (part,) = folder.glob(".last.ckpt.*.part")
     written = part.stat().st_size
     assert 0 < written < size
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(place)["state_dict"]["x"], torch.arange(5))
