@@ -287,6 +287,20 @@ def stall(folder: Path, timeout: float = 5.0) -> float:
     return result[0].seconds
 
 
+def lose_on_gpus(folder: Path, what: str, timeout: float = 20.0, accelerator: str = "gpu") -> float:
+    """A rank is killed or stopped where NCCL communicates: the other ends, and its output says that a rank is missing.
+
+    By PyTorch's own watchdog, after the timeout, unless NCCL notices the loss before.
+    """
+    job = Job(str(folder), steps=10**6, timeout=timeout, victim=1, step=7, what=what, accelerator=accelerator)
+    result = ends(job, start(job), within=timeout + 90, stopped=what == "stop")
+    assert result[0].status != 0
+    words = ("ReplicaLostError", "Watchdog caught collective operation timeout", "ncclRemoteError")
+    assert any(word in result[0].output for word in words), result[0].output[-3000:]
+    print(f"{what} on a GPU with a timeout of {timeout:.0f} s: the other rank ended after {result[0].seconds:.1f} s")
+    return result[0].seconds
+
+
 def memory(folder: Path, steps: int = 20_000, settled: int = 2_000) -> tuple[float, int]:
     """A long run on two ranks: MiB by which resident memory grew since step ``settled``, and files opened since."""
     job = Job(str(folder), steps=steps, watch=settled // 2)
