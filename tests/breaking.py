@@ -287,6 +287,20 @@ def stall(folder: Path, timeout: float = 5.0) -> float:
     return result[0].seconds
 
 
+def lose_on_gpus(folder: Path, what: str, timeout: float = 20.0, accelerator: str = "gpu") -> float:
+    """A rank is killed or stopped where NCCL communicates: the other ends, and its output says that a rank is missing.
+
+    By PyTorch's own watchdog, after the timeout, unless NCCL notices the loss before.
+    """
+    job = Job(str(folder), steps=10**6, timeout=timeout, victim=1, step=7, what=what, accelerator=accelerator)
+    result = ends(job, start(job), within=timeout + 90, stopped=what == "stop")
+    assert result[0].status != 0
+    words = ("ReplicaLostError", "Watchdog caught collective operation timeout", "ncclRemoteError")
+    assert any(word in result[0].output for word in words), result[0].output[-3000:]
+    print(f"{what} on a GPU with a timeout of {timeout:.0f} s: the other rank ended after {result[0].seconds:.1f} s")
+    return result[0].seconds
+
+
 def memory(folder: Path, steps: int = 20_000, settled: int = 2_000) -> tuple[float, int]:
     """A long run on two ranks: MiB by which resident memory grew since step ``settled``, and files opened since."""
     job = Job(str(folder), steps=steps, watch=settled // 2)
@@ -332,13 +346,13 @@ def write(folder: Path, size: int = 2**28) -> None:
         f"AtomicCheckpointIO().save_checkpoint({{'x': torch.zeros({size // 4})}}, sys.argv[1])"
     )
     writer = preloaded.start(script, str(place), folder=folder, output=folder / "write.log", **environment())
-    part = folder / ".last.ckpt.part"
     deadline = time.time() + 60
-    while not (part.exists() and part.stat().st_size > size // 10):
+    while not any(part.stat().st_size > size // 10 for part in folder.glob(".last.ckpt.*.part")):
         assert writer.poll() is None and time.time() < deadline, f"it ended before it was killed: {logs(folder)}"
         time.sleep(0.001)
     writer.kill()
     assert writer.wait() == -signal.SIGKILL
+    (part,) = folder.glob(".last.ckpt.*.part")
     written = part.stat().st_size
     assert 0 < written < size
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(place)["state_dict"]["x"], torch.arange(5))

@@ -308,7 +308,8 @@ def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
             color, marker = f"C{number % 10}", "osD^vP"[number // 10 % 6]
             if method in QUOTED:
                 axes.plot(x, y, color=color, linewidth=2.5 if method == DEFAULT else 1.2)
-            axes.plot(x[-1:], y[-1:], marker=marker, linestyle="", color=color, label=method)
+            named = CHOICES.get(method, method).replace("ours: ", "CurvaDion, ")
+            axes.plot(x[-1:], y[-1:], marker=marker, linestyle="", color=color, label=named)
         axes.set(xlabel=label, ylabel="validation loss, nats a byte", xscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=2)

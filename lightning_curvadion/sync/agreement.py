@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .collectives import Collectives
-from .errors import UnevenBatchesError
+from .errors import UnevenBatchesError, explain_failure
 
 # In place of a gradient code, below all codes. From a rank that takes no step: above all stop requests.
 _NO_STEP = 0.9
@@ -44,11 +44,11 @@ class Agreement:
 
         Raises:
             UnevenBatchesError: Another rank takes no step now.
+            ReplicaLostError: Another rank has ended, or does not arrive.
         """
         if request := self.stop_request or _SETTLE * self.settle_request:
             signal[1].clamp_(min=request)
-        self._collectives.all_reduce_max(signal)
-        rmmc, code = signal.tolist()
+        rmmc, code = self._maximum(signal)
         if code == _NO_STEP:
             raise self._uneven_batches(stepping=True)
         self._steps += 1
@@ -66,14 +66,22 @@ class Agreement:
 
         Raises:
             UnevenBatchesError: Another rank takes a step.
+            ReplicaLostError: Another rank has ended, or does not arrive.
         """
         if self._collectives.world_size == 1:
             return
         signal = torch.tensor([-1.0, _NO_STEP], dtype=torch.float64, device=device)
-        self._collectives.all_reduce_max(signal)
+        rmmc, _ = self._maximum(signal)
         # RMMC is never negative: somebody has sent one.
-        if signal[0].item() >= 0:
+        if rmmc >= 0:
             raise self._uneven_batches(stepping=False)
+
+    def _maximum(self, signal: Tensor) -> tuple[float, float]:
+        self._collectives.all_reduce_max(signal)
+        # With NCCL the all-reduce has only been enqueued: this read is the first to wait for the other ranks.
+        with explain_failure("the RMMC all-reduce"):
+            rmmc, code = signal.tolist()
+        return rmmc, code
 
     def _uneven_batches(self, stepping: bool) -> UnevenBatchesError:
         ranks = self._collectives.all_gather_object((stepping, self._steps))

@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
-# The backends raise RuntimeError for everything; only the text says why.
+# The backends raise RuntimeError for everything; only the text says why. "ncclSystemError" alone is none of these: it
+# may as well be full shared memory on this machine.
 _TIMEOUTS = ("timed out", "timeout")
 _LOST_CONNECTIONS = (
     "connection closed by peer",
+    "connection closed by remote peer",
+    "connection was likely closed",
     "connection reset by peer",
     "broken pipe",
     "connection refused",
@@ -40,7 +44,8 @@ def explain_failure(collective: str) -> Iterator[None]:
     """
     try:
         yield
-    except ReplicaLostError:
+    except (ReplicaLostError, torch.AcceleratorError):
+        # The second is about this rank's device: any earlier kernel's error comes up where the host next waits.
         raise
     except RuntimeError as error:
         reason = str(error).strip()

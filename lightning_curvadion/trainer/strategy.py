@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
@@ -61,14 +60,17 @@ class CurvaDionStrategy(DDPStrategy):
         checkpoint_io: What writes checkpoints.
         precision_plugin: Numerical precision.
         process_group_backend: Backend of ``torch.distributed``; by default NCCL on GPUs and gloo on CPUs.
-        timeout: How long a collective waits for a rank that does not arrive.
+        timeout: How long a collective waits for a rank that does not arrive. ``None`` is the backend's own default, 10
+            minutes with NCCL and 30 with gloo. The replicas agree at every step, so a rank waits no longer than the
+            slowest batch, validation or checkpoint of another takes.
         start_method: How processes are started.
         **unsupported: Refused: arguments of ``DistributedDataParallel``, and unknown ones with the nearest name.
 
     The defaults are those of :class:`~lightning_curvadion.ProcessGroupSync`, chosen by
     ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
 
-    Failures: a collective that a lost or stalled rank breaks raises an error that says what to do. SIGTERM on any rank
+    Failures: a collective that a lost or stalled rank breaks raises an error that says what to do; with NCCL the
+    process may end without it, see "Failures with NCCL" in ``examples/guide.md``. SIGTERM on any rank
     stops all of them after the same step, and ``on_exception`` callbacks save the consensus. After any other exception
     a rank saves its own replica, and starts no collective that the others would not join.
 
@@ -100,7 +102,7 @@ class CurvaDionStrategy(DDPStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **unsupported: Any,
     ) -> None:

@@ -46,6 +46,7 @@ class Job:
         save: Whether an exception leaves a checkpoint.
         resume: A checkpoint, or ``"last"``.
         watch: Steps from one reading of memory and open files to the next; 0 for none.
+        accelerator: ``"cpu"`` or ``"gpu"``.
     """
 
     folder: str
@@ -60,6 +61,7 @@ class Job:
     save: bool = True
     resume: str | None = None
     watch: int = 0
+    accelerator: str = "cpu"
 
 
 class Module(pl.LightningModule):
@@ -71,7 +73,7 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * self.trainer.global_rank + self.trainer.global_step)
-        tokens = torch.randint(0, 11, (24,), generator=generator)
+        tokens = torch.randint(0, 11, (24,), generator=generator).to(self.device)
         return nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11)
 
     def configure_optimizers(self) -> CurvaDion:
@@ -155,7 +157,7 @@ def main() -> None:
             ModelCheckpoint(job.folder, "{step}", every_n_train_steps=job.every, save_top_k=-1, save_last=True)
         )
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=job.accelerator,
         devices=job.devices,
         strategy=CurvaDionStrategy(timeout=timedelta(seconds=job.timeout)),
         max_steps=job.steps,

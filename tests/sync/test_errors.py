@@ -1,10 +1,14 @@
 """A collective that fails because of another rank is an error that begins with what to do."""
 
 import pytest
+import torch
 from models import build, train_step
 from replicas import Failed
+from torch.distributed import DistBackendError
 
-from lightning_curvadion.sync.errors import explain_failure
+from lightning_curvadion.sync.agreement import Agreement
+from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.errors import ReplicaLostError, explain_failure
 
 
 def lost_rank(rank, world):
@@ -27,3 +31,71 @@ def test_an_error_that_is_about_no_other_rank_stays_as_it_is():
     with pytest.raises(RuntimeError, match=r"^out of memory$") as caught, explain_failure("an all-reduce"):
         raise RuntimeError("out of memory")
     assert type(caught.value) is RuntimeError
+
+
+# Texts of ProcessGroupNCCL, NCCLUtils, TCPStore and NCCL.
+NCCL_LOST = [
+    "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\n"
+    "ncclInternalError: Internal check failed.\nLast error:\nNet : Connection closed by remote peer node1<50260>",
+    "NCCL error: remote process exited or there was a network error, NCCL version 2.19.3\nncclRemoteError: A call"
+    " failed possibly due to a network error or a remote process exiting prematurely.\nLast error:\nNET/IB : Got"
+    " completion from peer 10.42.0.2<47534> with error 5, opcode 48, len 32764, vendor err 244",
+    "NCCL communicator was aborted on rank 1. ",
+    "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by"
+    " store->get('0'), but store->get('0') got error: Failed to recv, got 0 bytes. Connection was likely closed. Did"
+    " the remote server shutdown or crash?",
+]
+NCCL_LATE = [
+    "NCCL communicator was aborted on rank 3.  Original reason for failure was: [Rank 3] Watchdog caught collective"
+    " operation timeout: WorkNCCL(SeqNum=56693, OpType=ALLREDUCE, Timeout(ms)=1800000) ran for 1804371 milliseconds"
+    " before timing out.",
+    "NCCL timeout in communicator initialization.",
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(text, "Rank 0 lost the connection to another rank during") for text in NCCL_LOST]
+    + [(text, "On rank 0 an all-reduce timed out") for text in NCCL_LATE],
+)
+def test_what_nccl_says_of_another_rank_is_explained(text, words):
+    with pytest.raises(ReplicaLostError, match=words) as caught, explain_failure("an all-reduce"):
+        raise DistBackendError(text)
+    assert text.strip() in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DistBackendError(
+            "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:317, unhandled system error (run with"
+            " NCCL_DEBUG=INFO for details), NCCL version 2.21.5\nncclSystemError: System call (e.g. socket, malloc) or"
+            " external library call failed or device error.\nLast error:\nError while creating shared memory segment"
+            " /dev/shm/nccl-EoOvZr (size 7340384)"
+        ),
+        torch.AcceleratorError("CUDA error: the launch timed out and was terminated"),
+    ],
+)
+def test_an_error_of_this_machine_stays_as_it_is(error):
+    with pytest.raises(RuntimeError) as caught, explain_failure("an all-reduce"):
+        raise error
+    assert caught.value is error
+
+
+class LateError(torch.Tensor):
+    """Fails where the host reads it, as a tensor does whose collective has only been enqueued."""
+
+    def tolist(self):
+        raise DistBackendError(NCCL_LATE[0])
+
+
+def read_late(rank, world):
+    collectives = Collectives()
+    collectives.join()
+    signal = torch.zeros(2, dtype=torch.float64).as_subclass(LateError)
+    with pytest.raises(ReplicaLostError, match=f"On rank {rank} the RMMC all-reduce timed out"):
+        Agreement(collectives).reach(signal)
+
+
+def test_an_error_that_comes_up_where_the_agreement_is_read_is_explained_too(replicas):
+    replicas.run(2, read_late)

@@ -2,6 +2,7 @@
 
 import breaking
 import pytest
+import torch
 
 
 @pytest.mark.parametrize(("world", "where"), [(2, "forward"), (3, "sync"), (2, "agreement")])
@@ -19,6 +20,13 @@ def test_a_stalled_rank_ends_the_others_after_the_timeout(tmp_path):
 
 def test_an_exception_reaches_the_user_from_the_rank_that_had_it(tmp_path):
     assert breaking.exception(tmp_path) < 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("what", ["kill", "stop"])
+def test_on_gpus_a_lost_or_stalled_rank_ends_the_other_after_the_timeout(tmp_path, what):
+    assert breaking.lose_on_gpus(tmp_path, what) < 110
 
 
 def test_memory_stays_flat_and_no_file_stays_open(tmp_path):

@@ -1,5 +1,7 @@
 """A checkpoint is one consensus, whoever reads or writes it, and a complete file or none."""
 
+import os
+import time
 from pathlib import Path
 
 import breaking
@@ -123,3 +125,38 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
     AtomicCheckpointIO().save_checkpoint({"x": torch.ones(2)}, tmp_path / "deep" / "a.ckpt")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.ckpt"]
+
+
+def save_at_the_same_time(rank, world, path):
+    """Save 60 times and load after each; the values that were found, and names that are not the checkpoint's."""
+    found, io = set(), AtomicCheckpointIO()
+    for _ in range(60):
+        io.save_checkpoint({"x": torch.full((100_000,), float(rank))}, path)
+        found.update(io.load_checkpoint(path)["x"].unique().tolist())
+    torch.distributed.barrier()
+    return found, [entry.name for entry in Path(path).parent.iterdir()]
+
+
+def test_processes_that_save_to_one_path_at_the_same_time_leave_a_whole_checkpoint(replicas, tmp_path):
+    for found, names in replicas.run(3, save_at_the_same_time, str(tmp_path / "a.ckpt")):
+        assert found <= {0.0, 1.0, 2.0} and names == ["a.ckpt"]
+
+
+def test_what_a_killed_process_left_an_hour_ago_is_removed_by_the_next_save(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "b.ckpt")
+    kept = [".a.ckpt.0123456789abcdef.part", ".download.part", "b.ckpt"]
+    for name in (".b.ckpt.fedcba9876543210.part", *kept):
+        (tmp_path / name).touch()
+        hours_ago = time.time() - (0.9 if name == kept[0] else 1.1) * 3600
+        os.utime(tmp_path / name, (hours_ago, hours_ago))
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a.ckpt"])
+
+
+def test_others_may_read_a_checkpoint_as_any_other_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.ckpt").stat().st_mode & 0o777 == 0o640

@@ -1,6 +1,8 @@
 """CurvaDionStrategy under a real Trainer, with real processes."""
 
 import io
+import os
+from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
@@ -227,6 +229,19 @@ def evaluate(rank, world):
 def test_validating_without_training_needs_no_optimizer(replicas):
     a, b = replicas.run(2, evaluate)
     assert a == b
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_by_default_collectives_time_out_as_the_backend_has_it(monkeypatch, accelerator):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    trainer = pl.Trainer(accelerator=accelerator, devices=1, strategy="curvadion", logger=False)
+    trainer.strategy.setup_environment()
+    try:
+        group = torch.distributed.distributed_c10d._get_default_group()
+        timeout = group._get_backend(trainer.strategy.root_device).options._timeout
+    finally:
+        torch.distributed.destroy_process_group()
+    assert timeout == timedelta(minutes=30 if accelerator == "cpu" else 10)
 
 
 def test_the_names_are_registered():

@@ -55,15 +55,16 @@ def page_html(title: str, sections: Iterable[str]) -> str:
 
 
 def heading_html(run: LoggedRun) -> str:
-    r"""Name and source of a run.
+    r"""Name and source of a run, and the step at which its logs end.
 
     Example::
 
         >>> from pathlib import Path
-        >>> heading_html(LoggedRun("a&b", Path("logs"), {}))
-        '<h2>a&amp;b</h2>\n<p class="soft">From logs.</p>'
+        >>> from lightning_curvadion.cli.report.logged_run import Series
+        >>> heading_html(LoggedRun("a&b", Path("logs"), {"loss": Series([4, 9], [2.5, 2.0])}))
+        '<h2>a&amp;b</h2>\n<p class="soft">From logs, up to step 9, the last that was logged.</p>'
     """
-    source = f"From {run.source}. {run.note}".strip()
+    source = f"From {run.source}, up to step {run.num_steps - 1}, the last that was logged. {run.note}".strip()
     return f'<h2>{escape(run.name)}</h2>\n<p class="soft">{escape(source)}</p>'
 
 
@@ -73,7 +74,7 @@ def table_html(runs: Sequence[LoggedRun]) -> str:
     Example::
 
         >>> from pathlib import Path
-        >>> "<tr><th>optimizer steps</th><td>0</td></tr>" in table_html([LoggedRun("a", Path(), {})])
+        >>> "<tr><th>logged optimizer steps</th><td>0</td></tr>" in table_html([LoggedRun("a", Path(), {})])
         True
     """
     columns = [_totals(run) for run in runs]
@@ -87,7 +88,7 @@ def _totals(run: LoggedRun) -> dict[str, str]:
     rate, sent, seconds = run.metric("sync_rate"), run.metric("bytes_sent"), run.metric("seconds")
     ddp = run.ddp_bytes
     return {
-        "optimizer steps": str(run.num_steps),
+        "logged optimizer steps": str(run.num_steps),
         "sync rate": f"{100 * rate.last:.1f} %" if rate else "–",
         "sent per replica": format_bytes(sent.last) if sent else "–",
         "DDP would send": format_bytes(ddp.last) if ddp else "–",

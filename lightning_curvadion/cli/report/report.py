@@ -1,5 +1,6 @@
 """Writes the report: one page with figures of what runs logged."""
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -50,9 +51,9 @@ def build_report(
         comparison = plot_comparison(logged)
         _write_images(comparison, "", output)
         sections += ["<h2>All runs</h2>", table_html(logged), *map(figure_html, comparison)]
-    for run in logged:
+    for run, file_name in zip(logged, _file_names([run.name for run in logged]), strict=True):
         figures = plot_run(run)
-        _write_images(figures, f"{_file_name(run.name)}-", output)
+        _write_images(figures, f"{file_name}-", output)
         sections += [heading_html(run), table_html([run]), *map(figure_html, figures)]
     title = f"{logged[0].name}: training and communication" if len(logged) == 1 else "Comparison of runs"
     return _write_file(output / "report.html", page_html(title, sections).encode())
@@ -78,8 +79,16 @@ def _write_images(figures: Sequence[ReportFigure | MissingFigure], prefix: str, 
             _write_file(output / f"{prefix}{figure.name}.png", figure.png)
 
 
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+def _file_names(run_names: Sequence[str]) -> list[str]:
+    """A file name for each run, with a number where runs differ only in characters that file names cannot have."""
+    file_names: list[str] = []
+    for name in run_names:
+        stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        # Some file systems take a capital for a small letter.
+        taken = {file_name.lower() for file_name in file_names}
+        file_names.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
+    return file_names
 
 
 def _write_file(path: Path, data: bytes) -> Path:

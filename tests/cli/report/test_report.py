@@ -77,6 +77,26 @@ def test_captions_state_the_numbers_of_the_run(page, trained):
         assert words in text, words
 
 
+def test_runs_with_similar_names_have_pictures_of_their_own(tmp_path):
+    names = ["a b", "a-b", "a?b", "A-B", "a-b-2"]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(f"loss,step\n{number + 3},9\n2,19\n")
+    page = build_report([tmp_path / name for name in names], tmp_path / "report").read_text()
+    embedded = {base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
+    beside = [path.read_bytes() for path in (tmp_path / "report").glob("*.png")]
+    assert len(beside) == len(embedded) == len(names) and set(beside) == embedded
+    # Where a capital is a small letter.
+    assert len({path.name.lower() for path in (tmp_path / "report").glob("*.png")}) == len(names)
+
+
+def test_the_page_says_at_which_step_the_logs_end(tmp_path):
+    (tmp_path / "metrics.csv").write_text("loss,step\n3,49\n2,99\n")
+    page = build_report([tmp_path], tmp_path / "report").read_text()
+    assert ", up to step 99, the last that was logged." in page
+    assert "<th>logged optimizer steps</th><td>100</td>" in page
+
+
 def test_errors_are_one_line_and_status_2(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unused").mkdir()
