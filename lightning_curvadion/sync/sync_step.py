@@ -24,6 +24,9 @@ Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``
 before it. The result is the same, and it saves a collective.
 
 Buffers of which no mean can be formed, such as counters, follow in a broadcast from rank 0.
+
+A mean of quantized tensors is written on all replicas or, where one of them holds a number that cannot be quantized, on
+none. Each replica has taken its own step by then, and a first mean that succeeded stays.
 """
 
 from collections.abc import Sequence
