@@ -33,6 +33,7 @@ from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.chunks import PayloadSlice
 from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.payload_checks import PayloadCheck
 from lightning_curvadion.sync.payloads import TensorPayload
 
 
@@ -120,15 +121,16 @@ def print_collective_seconds(numel: int, rounds: int) -> None:
     collectives = Collectives()
     collectives.join()
     for wire_format in ("int8", "int2"):
-        slices = [PayloadSlice(TensorPayload("numbers", torch.randn(numel), wire_format), 0, numel)]
+        payload = TensorPayload("numbers", torch.randn(numel), wire_format)
+        slices, check = [PayloadSlice(payload, 0, numel)], PayloadCheck([payload])
 
-        def all_gather(slices: list[PayloadSlice] = slices) -> None:
+        def all_gather(slices: list[PayloadSlice] = slices, check: PayloadCheck = check) -> None:
             dist.barrier()
-            collectives.average_by_all_gather(slices)
+            collectives.average_by_all_gather(slices, check)
 
-        def all_to_all(slices: list[PayloadSlice] = slices) -> None:
+        def all_to_all(slices: list[PayloadSlice] = slices, check: PayloadCheck = check) -> None:
             dist.barrier()
-            collectives.average_by_all_to_all(slices)
+            collectives.average_by_all_to_all(slices, check)
 
         times = median_seconds([all_gather, all_to_all], rounds)
         if dist.get_rank() == 0:

@@ -80,18 +80,8 @@ class Bucket:
             self.shards[shard].sub_(self.dequantize(row, shard))
 
     def write_back(self, means: Sequence[Tensor]) -> None:
-        """Give the payloads the mean, shard by shard, and their quantization error.
-
-        Raises:
-            ValueError: The mean is not finite. Every replica dequantized the same bytes, so all of them raise, before
-                anything of this bucket is written.
-        """
-        flat = torch.cat(list(means))
-        if self.wire_format not in FULL_WIDTH and not bool(torch.isfinite(flat).all()):
-            for (payload, _, _), part in zip(self._slices, unflatten(self._slices, flat), strict=True):
-                if not bool(torch.isfinite(part).all()):
-                    raise ValueError(quantization.not_quantizable(payload.name))
-        write_back(self._slices, flat, self.values)
+        """Give the payloads the mean, shard by shard, and their quantization error."""
+        write_back(self._slices, torch.cat(list(means)), self.values)
 
 
 def _padded(packed: Tensor, width: int) -> Tensor:

@@ -12,6 +12,9 @@ mean travel together, whatever their number and formats:
   with the number of replicas.) The owner of a shard adds the quantization error of its mean to its own error, once for
   every replica. The mean is therefore exactly the mean of what the replicas count as sent.
 
+The first collective of a quantized mean also carries one byte from each replica: whether all its numbers can be
+quantized (``payload_checks.py``). Nothing is written before all replicas have read it.
+
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
 """
 
@@ -24,9 +27,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
+from . import quantization
 from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, split_tensors, write_back
 from .digests import digest
 from .errors import explain_failure
+from .payload_checks import PayloadCheck
 from .payloads import Payload
 from .settings import CHUNK
 
@@ -92,6 +97,20 @@ class Collectives:
         differ = (extremes[0] != ~extremes[1]).tolist()
         return {name: tensor for (name, tensor), differs in zip(tensors.items(), differ, strict=True) if differs}
 
+    def all_reduce_sum(self, flat: Tensor) -> None:
+        """Replace ``flat`` by its sum over the replicas."""
+        self.bytes_sent += flat.nbytes
+        with record_function("curvadion::collective"), explain_failure("an all-reduce"):
+            dist.all_reduce(flat, group=self._group)
+
+    def all_to_all(self, outgoing: Tensor) -> Tensor:
+        """Row k of replica i becomes row i of replica k; shape (replicas, elements)."""
+        incoming = torch.empty_like(outgoing)
+        self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
+        with record_function("curvadion::collective"), explain_failure("an all-to-all"):
+            dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
+        return incoming
+
     def all_gather(self, own: Tensor) -> Tensor:
         """The flat tensor of every replica, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
@@ -134,16 +153,19 @@ class Collectives:
         """Replace the tensors of the payloads by their means over the replicas.
 
         Raises:
-            ValueError: A quantized tensor of some replica holds a number that is not finite; raised on all replicas.
+            ValueError: A quantized tensor of some replica holds a number that is not finite, or far too large. Raised
+                on all replicas, naming the rank and the tensor, before any tensor of any payload has changed. Numbers
+                at full width are not checked.
         """
-        quantized = any(payload.wire_format not in FULL_WIDTH for payload in payloads)
+        quantized = [payload for payload in payloads if payload.numel and payload.wire_format not in FULL_WIDTH]
+        check = PayloadCheck(quantized) if quantized else None
         for slices in split_into_chunks(payloads, self._chunk):
-            if not quantized:
+            if check is None:
                 self.average_by_all_reduce(slices)
             elif self.world_size <= 2:
-                self.average_by_all_gather(slices)
+                self.average_by_all_gather(slices, check)
             else:
-                self.average_by_all_to_all(slices)
+                self.average_by_all_to_all(slices, check)
         for payload in payloads:
             payload.finish()
 
@@ -153,36 +175,34 @@ class Collectives:
         flat = flatten(slices, torch.float64 if wide else torch.float32)
         # Divided first: the sum cannot overflow, and equal numbers on 2 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
-        self.bytes_sent += flat.nbytes
-        with record_function("curvadion::collective"), explain_failure("an all-reduce"):
-            dist.all_reduce(flat, group=self._group)
+        self.all_reduce_sum(flat)
         write_back(slices, flat, None)
 
-    def average_by_all_gather(self, slices: Sequence[PayloadSlice]) -> None:
+    def average_by_all_gather(self, slices: Sequence[PayloadSlice], check: PayloadCheck) -> None:
         """Quantized, up to two replicas: one all-gather."""
         with record_function("curvadion::quantize"):
             buckets = buckets_of(slices, shards=1)
-            own = torch.cat([bucket.quantize(bucket.values) for bucket in buckets])
-        gathered = self.all_gather(own)
-        widths = [bucket.width for bucket in buckets]
+            flag = check.take_flag()
+            own = torch.cat([*(bucket.quantize(bucket.values) for bucket in buckets), flag])
+        widths = [*(bucket.width for bucket in buckets), flag.numel()]
+        *gathered, flags = self.all_gather(own).split(widths, dim=1)
+        self.verify_flags(flags, check)
         with record_function("curvadion::dequantize"):
-            for bucket, received, sent in zip(buckets, gathered.split(widths, dim=1), own.split(widths), strict=True):
+            *rows, _ = own.split(widths)
+            for bucket, received, sent in zip(buckets, gathered, rows, strict=True):
                 bucket.subtract_sent(sent.unsqueeze(0))
                 bucket.write_back([bucket.mean(received, shard=0)])
 
-    def average_by_all_to_all(self, slices: Sequence[PayloadSlice]) -> None:
+    def average_by_all_to_all(self, slices: Sequence[PayloadSlice], check: PayloadCheck) -> None:
         """Quantized, more replicas: an all-to-all of shards, then an all-gather of their quantized means."""
         with record_function("curvadion::quantize"):
             buckets = buckets_of(slices, shards=self.world_size)
             rows = [torch.stack([bucket.quantize(shard) for shard in bucket.shards]) for bucket in buckets]
-            outgoing = torch.cat(rows, dim=1)
-        incoming = torch.empty_like(outgoing)
-        self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
-        with record_function("curvadion::collective"), explain_failure("an all-to-all"):
-            dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
-        widths = [bucket.width for bucket in buckets]
+            flag = check.take_flag()
+            outgoing = torch.cat([*rows, flag.expand(self.world_size, -1)], dim=1)
+        *received, flags = self.all_to_all(outgoing).split([*(bucket.width for bucket in buckets), flag.numel()], dim=1)
+        self.verify_flags(flags, check)
         with record_function("curvadion::dequantize"):
-            received = incoming.split(widths, dim=1)
             means = [bucket.mean(packed, self.rank) for bucket, packed in zip(buckets, received, strict=True)]
         with record_function("curvadion::quantize"):
             own = torch.cat([bucket.quantize_mean(mean) for bucket, mean in zip(buckets, means, strict=True)])
@@ -193,6 +213,13 @@ class Collectives:
                 shard_means = [bucket.dequantize_mean(packed, shard) for shard, packed in enumerate(packed_means)]
                 bucket.shards[self.rank].add_(mean - shard_means[self.rank], alpha=self.world_size)
                 bucket.write_back(shard_means)
+
+    def verify_flags(self, flags: Tensor, check: PayloadCheck) -> None:
+        """Raise on all replicas where one of them has flagged its payloads."""
+        if flags.numel() and bool(flags.any()):
+            names = self.all_gather_object(check.first_unusable())
+            rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+            raise ValueError(quantization.not_quantizable(f"rank {rank}: {name}"))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

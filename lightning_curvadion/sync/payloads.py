@@ -6,7 +6,7 @@ this difference is the replica's quantization error. Stored and sent with the ne
 (error feedback: Seide et al., 2014; Karimireddy et al., 2019, arXiv:1901.09847).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class Payload:
         self.name = name
         self.numel = numel
         self.wire_format = wire_format
+
+    @property
+    def sources(self) -> Sequence[Tensor]:
+        """Tensors whose sum is what :meth:`read` returns, up to signs and rounding: finite, if these are."""
+        raise NotImplementedError
 
     def read(self, start: int, stop: int) -> Tensor:
         """The flat elements from ``start`` to ``stop``, to send."""
@@ -60,6 +65,10 @@ class TensorPayload(Payload):
         self._meter = meter
         self._tensor = tensor.detach()
         self._flat = self._tensor.reshape(-1)
+
+    @property
+    def sources(self) -> Sequence[Tensor]:  # noqa: D102
+        return [self._flat]
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self._flat[start:stop]
@@ -92,6 +101,10 @@ class FactorPayload(Payload):
     def mean(self) -> Tensor:
         """Mean of the replicas' factors, shape (k, m, r), once :meth:`finish` was called."""
         return self._columns.mT
+
+    @property
+    def sources(self) -> Sequence[Tensor]:  # noqa: D102
+        return [self._flat]
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         return self._flat[start:stop]
@@ -138,6 +151,10 @@ class DisplacementPayload(Payload):
         self._residual = residual.view(-1) if residual is not None else None
         self._outer_step = outer_step
         self._meter = meter
+
+    @property
+    def sources(self) -> Sequence[Tensor]:  # noqa: D102
+        return [self._flat, self._anchor] + ([self._residual] if self._residual is not None else [])
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         # A narrow parameter started from the rounded anchor, not from the anchor.

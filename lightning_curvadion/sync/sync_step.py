@@ -25,6 +25,9 @@ before it. The result is the same, and it saves a collective.
 
 An all-reduce of digests tells before which buffers differ, and only those are sent. Those of which no mean can be
 formed, such as counters, follow in a broadcast from rank 0.
+
+A mean of quantized tensors is written on all replicas or, where one of them holds a number that cannot be quantized, on
+none. Each replica has taken its own step by then, and a first mean that succeeded stays.
 """
 
 from collections.abc import Sequence

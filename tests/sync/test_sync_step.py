@@ -116,7 +116,7 @@ def diverged(rank, world, wire_format, value):
         parameter.grad = torch.zeros_like(parameter)
     if rank == 1:
         model.down[1].weight.data[3, 3] = value
-    with pytest.raises(ValueError, match=r"displacement of down\.1\.weight holds NaN.* cannot be quantized"):
+    with pytest.raises(ValueError, match=r"rank 1: displacement of down\.1\.weight holds NaN.* cannot be quantized"):
         optimizer.step()
     return [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
 
@@ -126,3 +126,66 @@ def diverged(rank, world, wire_format, value):
 def test_a_replica_that_diverged_is_an_error_on_all_of_them(replicas, wire_format, value, world):
     answers = replicas.run(world, diverged, wire_format, value, timeout=20)
     assert answers == [["down.1.weight"] if rank == 1 else [] for rank in range(world)], "nobody took it over"
+
+
+def everything(model, optimizer):
+    """All that a sync step writes: parameters, buffers, the state with its residuals, and the anchors."""
+    anchors = optimizer.sync_hook._parameters.anchors
+    tensors = [*model.parameters(), *model.buffers(), *(anchors.of(p) for p in model.parameters())]
+    residuals = [optimizer.state[p]["residual"] for p in model.parameters()]
+    return [tensor.detach().clone() for tensor in [*tensors, *residuals]]
+
+
+def bits(tensor):
+    """Of which NaN is equal to itself."""
+    return tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def refused(rank, world, hook, value):
+    """Whether the bits of anything have changed when a mean of many chunks is refused for the last of its tensors."""
+    model, optimizer = build(hook={"momentum": "local", "chunk": 100, **hook}, trigger=EveryNSteps(1))
+    train_step(model, optimizer, 0, shard=rank)
+    sync = optimizer.sync_hook
+    *_, (name, last) = optimizer.named_parameters()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * (1 + rank))
+        if rank == world - 1:
+            last.view(-1)[-1] = value
+    before = everything(model, optimizer)
+    with counted_collectives() as calls, pytest.raises(ValueError, match=f"rank {world - 1}: .*{name} holds NaN"):
+        sync.mean_right(optimizer, [], [])
+    after = everything(model, optimizer)
+    return [bits(a) == bits(b) for a, b in zip(before, after, strict=True)], list(calls)
+
+
+@pytest.mark.parametrize(
+    ("hook", "value"),
+    [({"wire_format": f}, math.nan) for f in CODED]
+    + [({"wire_format": "sign"}, math.inf), ({"wire_format": "int8", "outer_momentum": 0.5}, 1e30)],
+    ids=str,
+)
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_mean_that_cannot_be_quantized_changes_nothing_on_any_replica(replicas, hook, value, world):
+    for unchanged, calls in replicas.run(world, refused, hook, value, timeout=20):
+        assert all(unchanged), "not a bit, of the tensors before the bad one either"
+        _, _, *others = [name for name, _ in calls]
+        assert others == ["all_gather_object"], "after the comparison of buffers the first chunk tells it"
+
+
+def large(rank, world, wire_format, value):
+    model, optimizer = build(hook={"wire_format": wire_format, "momentum": "local"}, trigger=EveryNSteps(1))
+    train_step(model, optimizer, 0, shard=rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+            optimizer.sync_hook._parameters.anchors.of(parameter).fill_(-value)
+            optimizer.state[parameter]["residual"].fill_(value)
+    optimizer.sync_hook.mean_right(optimizer, [], [])
+    return all(bool(torch.isfinite(tensor).all()) for tensor in everything(model, optimizer))
+
+
+@pytest.mark.parametrize("wire_format", CODED)
+def test_the_largest_numbers_that_pass_the_check_stay_finite(replicas, wire_format):
+    # Of the largest tensor, 512 numbers, so that its norm is just below 2**58.
+    assert all(replicas.run(3, large, wire_format, 2.0**53))

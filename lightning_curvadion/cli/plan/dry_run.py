@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ...optim.curvadion import CurvaDion
 from ...optim.triggers import EveryNSteps, LocalStepCap
-from ...sync.chunks import Bucket, PayloadSlice, buckets_of
+from ...sync.chunks import FULL_WIDTH
 from ...sync.collectives import Collectives
+from ...sync.payload_checks import PayloadCheck
 from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.settings import SyncSettings
@@ -71,12 +72,20 @@ class CollectiveRecorder(Collectives):
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter)
+            if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
         }
 
-    def all_gather(self, own: Tensor) -> Tensor:
-        """Nothing is gathered: shape (0, elements)."""
-        return own.new_empty(0, own.numel())
+    def all_reduce_sum(self, flat: Tensor) -> None:  # noqa: D102
+        self._record(ALL_REDUCE, flat.nbytes, bytes_sent=flat.nbytes)
+
+    def all_to_all(self, outgoing: Tensor) -> Tensor:  # noqa: D102
+        to_others = outgoing.nbytes // self.world_size * (self.world_size - 1)
+        self._record(ALL_TO_ALL, outgoing.nbytes, bytes_sent=to_others)
+        return torch.empty_like(outgoing)
+
+    def all_gather(self, own: Tensor) -> Tensor:  # noqa: D102
+        self._record(ALL_GATHER, own.nbytes, bytes_sent=own.nbytes)
+        return own.new_empty(self.world_size, own.numel())
 
     def broadcast_bytes(self, flat: Tensor) -> None:  # noqa: D102
         self._record(BROADCAST, flat.nbytes, bytes_sent=flat.nbytes)
@@ -86,30 +95,13 @@ class CollectiveRecorder(Collectives):
         buffered = min(self._chunk, sum(payload.numel for payload in payloads))
         temporaries = 4 * (2 * factors + _BUFFERS_PER_CHUNK * buffered)
         self.traffic.temporaries = max(self.traffic.temporaries, temporaries)
+        for payload in payloads:
+            wire_format = "float32" if payload.wire_format in FULL_WIDTH else payload.wire_format
+            self.traffic.numbers[wire_format] += payload.numel
         super().average(payloads)
 
-    def average_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
-        itemsize = 8 if any(part.payload.wire_format == "float64" for part in slices) else 4
-        numel = sum(part.stop - part.start for part in slices)
-        self.traffic.numbers["float32"] += numel
-        self._record(ALL_REDUCE, itemsize * numel, bytes_sent=itemsize * numel)
-
-    def average_by_all_gather(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
-        own = sum(bucket.width for bucket in self._count_numbers(slices, shards=1))
-        self._record(ALL_GATHER, own, bytes_sent=own)
-
-    def average_by_all_to_all(self, slices: Sequence[PayloadSlice]) -> None:  # noqa: D102
-        buckets = self._count_numbers(slices, shards=self.world_size)
-        outgoing = self.world_size * sum(bucket.width for bucket in buckets)
-        mean = sum(bucket.mean_width for bucket in buckets)
-        self._record(ALL_TO_ALL, outgoing, bytes_sent=outgoing // self.world_size * (self.world_size - 1))
-        self._record(ALL_GATHER, mean, bytes_sent=mean)
-
-    def _count_numbers(self, slices: Sequence[PayloadSlice], shards: int) -> list[Bucket]:
-        buckets = buckets_of(slices, shards)
-        for bucket in buckets:
-            self.traffic.numbers[bucket.wire_format] += bucket.values.numel()
-        return buckets
+    def verify_flags(self, flags: Tensor, check: PayloadCheck) -> None:
+        """There are no values to look at."""
 
     def _record(self, kind: str, nbytes: int, bytes_sent: int) -> None:
         self.traffic.collectives.append(Collective(kind, nbytes))
@@ -130,6 +122,9 @@ class DryRunSync(ProcessGroupSync):
 
     def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
         return self.recorder
+
+    def include_module(self, module: nn.Module) -> None:  # noqa: D102
+        self._untrained.include(module)
 
     def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
         self._register(optimizer)
