@@ -90,6 +90,34 @@ def first_moment_norms(moments: list[Tensor], gradients: Sequence[Tensor | None]
     return tensor_norms(torch._foreach_lerp(moments, towards, 1.0 - beta))
 
 
+def norms_before_feedback(momenta: Sequence[Tensor], R: Tensor, mu: float) -> Tensor:
+    """``||B||`` of every matrix, given what error feedback left of it: ``M = B - (1 - mu) P R^T`` with ``R = B^T P``.
+
+    The columns of P are orthonormal, so ``||B||^2 = ||M||^2 + (1 - mu^2) ||R||^2``.
+
+    Args:
+        momenta: k matrices M.
+        R: Shape (k, n, r).
+        mu: Momentum decay.
+
+    Example:
+        >>> norms_before_feedback([torch.tensor([[1.5], [4.0]])], R=torch.tensor([[[3.0]]]), mu=0.5)  # B = [[3], [4]]
+        tensor([5.])
+    """
+    used = torch.linalg.vector_norm(R, dim=(-2, -1), dtype=_accumulator(R)).float()
+    return torch.sqrt(tensor_norms(momenta).square() + (1.0 - mu**2) * used.square())
+
+
+def norm_ratios(norms: Tensor, others: Tensor) -> Tensor:
+    """``norms / others``, and 1 where there is nothing to compare with.
+
+    Example:
+        >>> norm_ratios(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
+        tensor([1.5000, 1.0000])
+    """
+    return torch.where(others == 0, 1.0, norms / others)
+
+
 def _accumulator(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
 

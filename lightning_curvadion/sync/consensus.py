@@ -6,7 +6,7 @@ from enum import IntEnum
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
+from ..optim.optimizer_state import averageable_state, set_averaged_state, trainable_parameters
 from .collectives import Collectives
 from .module_buffers import ModuleBuffers
 from .parameter_payloads import ParameterPayloads
@@ -81,13 +81,13 @@ class Consensus:
         due.update((name, p) for name, p in optimizer.named_parameters() if "residual" in optimizer.state[p])
         state: dict[str, Tensor] = {}
         if include_state:
-            state = state_tensors(optimizer)
+            state = averageable_state(optimizer)
             frozen = {name: p for name, p in optimizer.named_parameters() if not p.requires_grad and name not in due}
             others = {**others, **frozen, **state}
         payloads = self._parameters.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
         self._collectives.average([*payloads, *self._full_width(others)])
         if include_state:
-            set_step_counts(optimizer, state)
+            set_averaged_state(optimizer, state)
             optimizer.replicas_share_state()
             # A run that resumes has no other anchors than the parameters.
             self._parameters.anchors.drop(trainable.values())
