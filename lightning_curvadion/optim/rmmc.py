@@ -34,7 +34,8 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
         gradients: The gradient of each, ``None`` where there is none.
 
     Returns:
-        Float32, shape (k,). Not finite where the gradient is not.
+        Float32, shape (k,). Not finite where the gradient is not, or where the norm is too large for float16 momenta:
+        their products with Q and P could overflow.
 
     Example:
         >>> momentum_norms([torch.ones(2, 2), torch.ones(2, 2)], [torch.ones(2, 2), None])
@@ -42,9 +43,12 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
     """
     if momenta[0].device.type == "cpu":
         buffer = torch.empty(min(_BUFFER_ELEMENTS, momenta[0].numel()), dtype=_accumulator(momenta[0]))
-        return torch.stack([_norm_of_sum(m, g, buffer) for m, g in zip(momenta, gradients, strict=True)]).float()
-    sums = [m if g is None else m + g for m, g in zip(momenta, gradients, strict=True)]
-    return torch.stack(torch._foreach_norm(sums, dtype=_accumulator(momenta[0]))).float()
+        norms = torch.stack([_norm_of_sum(m, g, buffer) for m, g in zip(momenta, gradients, strict=True)]).float()
+    else:
+        norms = tensor_norms([m if g is None else m + g for m, g in zip(momenta, gradients, strict=True)])
+    if momenta[0].dtype == torch.float16:
+        norms = norms.masked_fill(norms > torch.finfo(torch.float16).max, torch.inf)
+    return norms
 
 
 def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, buffer: Tensor) -> Tensor:
