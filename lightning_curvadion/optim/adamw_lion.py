@@ -30,7 +30,8 @@ def adamw_(
         lr: Learning rate.
         betas: Decay of the two moments.
         weight_decay: Decoupled, multiplied by ``lr``.
-        eps: Added to the root of the second moment.
+        eps: Added to the root of the second moment; at least the root of the smallest number of its dtype, which is
+            2.4e-4 in float16. Smaller squares round to zero there, and would be divided by.
     """
     beta1, beta2 = betas
     torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
@@ -39,8 +40,14 @@ def adamw_(
     torch._foreach_addcmul_(second_moments, gradients, gradients, 1.0 - beta2)
     denominators = torch._foreach_sqrt(second_moments)
     torch._foreach_div_(denominators, [(1.0 - beta2**step) ** 0.5 for step in steps])
-    torch._foreach_add_(denominators, eps)
+    torch._foreach_add_(denominators, [max(eps, _smallest(moment) ** 0.5) for moment in second_moments])
     torch._foreach_addcdiv_(parameters, first_moments, denominators, [-lr / (1.0 - beta1**step) for step in steps])
+
+
+def _smallest(tensor: Tensor) -> float:
+    """The smallest positive number of a tensor's dtype."""
+    numbers = torch.finfo(tensor.dtype)
+    return numbers.smallest_normal * numbers.eps
 
 
 def lion_(

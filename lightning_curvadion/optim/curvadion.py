@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.profiler import record_function
 
 from . import gradient_checks
 from .local_step import local_step
 from .optimizer_state import StackedOptimizer
-from .step_signal import SignalMeter, StepSignal
+from .step_signal import FIRST_MOMENTS, SignalMeter, StepSignal
 from .sync_hook import SyncHook
 from .sync_step import sync_step
 from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
@@ -40,7 +41,7 @@ class StepReport:
     """What the last step did.
 
     Attributes:
-        rmmc: The largest RMMC of any matrix on any replica; infinite at the first step.
+        rmmc: The largest RMMC of any momentum on any replica; infinite at the first step.
         synced: Whether the trigger fired; with a hook, whether the replicas synchronised.
         bytes_sent: Payload of this replica's collectives in bytes; an all-reduce of n bytes counts n.
     """
@@ -195,14 +196,18 @@ class CurvaDion(StackedOptimizer):
         return {**super().__getstate__(), **own, "last_step": self.last_step}
 
     def rmmc_by_parameter(self) -> dict[str, float]:
-        """Relative change of each matrix's momentum on this replica in the last step, by the parameter's name.
+        """Relative change of each momentum that RMMC counts, on this replica in the last step.
 
-        Infinite in a matrix's first step. Reading it makes the host wait for the device.
+        Of a matrix under the parameter's name, and of all others together under ``"first moments"``. Infinite in a
+        matrix's first step. Reading it makes the host wait for the device.
         """
         if self._signal is None:
             return {}
-        change_of = dict(zip(self._signal.parameters, self._signal.changes.tolist(), strict=True))
-        return {name: change_of[parameter] for name, parameter in self.named_parameters() if parameter in change_of}
+        # Where all parameters are matrices there is no last change.
+        counted: list[Tensor | str] = [*self._signal.parameters, FIRST_MOMENTS]
+        change_of = dict(zip(counted, self._signal.changes.tolist(), strict=False))
+        named: list[tuple[str, Tensor | str]] = [*self.named_parameters(), (FIRST_MOMENTS, FIRST_MOMENTS)]
+        return {name: change_of[key] for name, key in named if key in change_of}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -176,10 +176,12 @@ def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
                 [0.8000, 1.0000]])
     """
     # Not vector_norm, which is several times slower along this dimension on a CPU.
-    length = R.to(torch.promote_types(R.dtype, torch.float32)).square().sum(dim=-2, keepdim=True).sqrt()
+    wide_enough = R.to(torch.promote_types(R.dtype, torch.float32))
+    length = wide_enough.square().sum(dim=-2, keepdim=True).sqrt()
     noise = _NOISE * torch.finfo(length.dtype).eps * length.amax(dim=-1, keepdim=True)
     alive = (length > noise.clamp_min(eps)).to(R.dtype)
-    unit = R * (alive / (length + eps)).to(R.dtype)
+    # The inverse of a short length is infinite in float16, its product with the column is not.
+    unit = (wide_enough * (alive / (length + eps))).to(R.dtype)
     return unit, torch.addcmul(unit, Q, 1 - alive)
 
 

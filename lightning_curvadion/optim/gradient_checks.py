@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 _REMEDIES = (
-    "has a gradient that is not finite; lower the learning rate, clip gradients, or skip the batch that caused it",
+    "has a gradient that is not finite, or too large for float16; lower the learning rate, clip gradients, or skip the"
+    " batch that caused it",
     "has a sparse gradient; build the embedding with sparse=False",
     "has a complex gradient; train its real and imaginary part as two real parameters",
 )

@@ -10,8 +10,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .matrix_stacks import MatrixStack, batches, new_matrix_state
 from .parameter_groups import Group, check_group
+from .rmmc import norm_ratios, tensor_norms
 
 STEP_COUNTS = "step counts"
+MOMENTUM_NORMS = "momentum norms"
 
 
 class StackedOptimizer(Optimizer):
@@ -152,6 +154,31 @@ def state_tensors(optimizer: StackedOptimizer) -> dict[str, Tensor]:
     if step_counts:
         tensors[STEP_COUNTS] = torch.tensor(step_counts, dtype=torch.int64, device=device)
     return tensors
+
+
+def averageable_state(optimizer: StackedOptimizer) -> dict[str, Tensor]:
+    """:func:`state_tensors`, and what :func:`set_averaged_state` needs once they are means over the replicas.
+
+    The norm of a mean momentum is not the mean of the norms: noise that differs between replicas cancels. So the norms
+    of the momenta, ``"momentum norms"``, are averaged too, and tell how far the mean's norm has fallen.
+    """
+    state = state_tensors(optimizer)
+    if matrices := _matrix_states(optimizer):
+        state[MOMENTUM_NORMS] = tensor_norms([own["momentum"] for own in matrices])
+    return state
+
+
+def set_averaged_state(optimizer: StackedOptimizer, state: Mapping[str, Tensor]) -> None:
+    """Take over the copies of an :func:`averageable_state`, and let each norm fall as far as its momentum's has."""
+    set_step_counts(optimizer, state)
+    if matrices := _matrix_states(optimizer):
+        norms = tensor_norms([own["momentum"] for own in matrices])
+        for own, ratio in zip(matrices, norm_ratios(norms, state[MOMENTUM_NORMS]), strict=True):
+            own["norm"].mul_(ratio)
+
+
+def _matrix_states(optimizer: StackedOptimizer) -> list[dict[str, Any]]:
+    return [own for _, p in optimizer.named_parameters() if "norm" in (own := optimizer.state[p])]
 
 
 def set_step_counts(optimizer: StackedOptimizer, state: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ Group = dict[str, Any]
 
 ALGORITHMS = ("dion", "adamw", "lion")
 LOCAL_UPDATES = ("dion", "sgd")
+TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUP_OPTIONS = (
     "algorithm",
     "lr",
@@ -62,6 +63,11 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
         raise ValueError(
             f"{name} is {parameter.dtype}; only real floating-point parameters can be trained"
             " (a complex one as its real and imaginary part)"
+        )
+    if parameter.dtype not in TRAINABLE_DTYPES:
+        raise ValueError(
+            f"{name} is {parameter.dtype}, which has no arithmetic to train in: keep it in bfloat16 or float32 and"
+            " cast it in the forward pass, or leave it out of the groups if it is frozen"
         )
     if algorithm == "dion" and (parameter.dim() != 2 or parameter.numel() == 0):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,7 +9,10 @@ from torch import Tensor
 from . import gradient_checks
 from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
-from .rmmc import gradient_norms, momentum_norms, relative_change
+from .rmmc import first_moment_norms, momentum_norms, relative_change, tensor_norms
+
+# What RMMC counts beside the matrices: the first moments of all AdamW and Lion parameters, as one vector.
+FIRST_MOMENTS = "first moments"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class StepSignal:
         numbers: RMMC, and the code of an unusable gradient or 0; float64, shape (2,), on the device.
         norms: ``||B||_F`` of the matrices, one tensor a stack; empty where a gradient has an unusable layout.
         parameters: The matrices, in the order of the stacks.
-        changes: Relative change of each matrix's norm; empty where there are no norms.
+        changes: Relative change of each matrix's norm, and last of the first moments', where there are any; empty where
+            a gradient has an unusable layout.
     """
 
     numbers: Tensor
@@ -52,23 +55,25 @@ class SignalMeter:
 
         numbers = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
         matrices = [parameter for stack in stacks for parameter in stack.parameters]
-        changes = numbers.new_empty(0)
         for parameter in parameters:
             if parameter.requires_grad and parameter.grad is not None:
                 kind = gradient_checks.unusable_layout(parameter.grad)
                 if kind is not None:
                     numbers[1] = code(kind, parameter)
-                    return StepSignal(numbers, [], [], changes)
+                    return StepSignal(numbers, [], [], numbers.new_empty(0))
 
         norms = [momentum_norms(stack.momenta, stack.gradients) for stack in stacks]
-        if norms:
-            changes = relative_change(torch.cat(norms), torch.cat([stack.norm for stack in stacks]))
-            numbers[0] = changes.max()
-        vectors = [p for _, members in optimizer.vector_groups() for p in members if p.grad is not None]
-        checked_norms = norms + ([gradient_norms([cast(Tensor, p.grad) for p in vectors])] if vectors else [])
-        if checked_norms:
-            codes = [code(gradient_checks.NOT_FINITE, parameter) for parameter in [*matrices, *vectors]]
-            numbers[1] = (self._on_device(codes, numbers) * ~torch.isfinite(torch.cat(checked_norms))).max()
+        vectors, vector_norms, previous_vector_norms = _first_moments(optimizer)
+        measured = torch.cat([numbers.new_empty(0, dtype=torch.float32), *norms, *vector_norms])
+        if measured.numel() == 0:
+            return StepSignal(numbers, norms, matrices, measured)
+        codes = [code(gradient_checks.NOT_FINITE, parameter) for parameter in [*matrices, *vectors]]
+        numbers[1] = (self._on_device(codes, numbers) * ~torch.isfinite(measured)).max()
+        joint = [torch.cat(own).norm().view(1) for own in (vector_norms, previous_vector_norms) if own]
+        changes = relative_change(
+            torch.cat([*norms, *joint[:1]]), torch.cat([*(stack.norm for stack in stacks), *joint[1:]])
+        )
+        numbers[0] = changes.max()
         return StepSignal(numbers, norms, matrices, changes)
 
     def _on_device(self, codes: list[int], like: Tensor) -> Tensor:
@@ -76,3 +81,21 @@ class SignalMeter:
         if self._codes is None or self._codes[0] != codes or self._codes[1].device != like.device:
             self._codes = codes, torch.tensor(codes, dtype=like.dtype, device=like.device)
         return self._codes[1]
+
+
+def _first_moments(optimizer: StackedOptimizer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The trainable AdamW and Lion parameters, the norms of their first moments after this step, and before it.
+
+    The norm before the step needs no place in the state: the moment is what the step before has written, or the mean
+    over the replicas since. Before the first step it is zero, which makes the first change infinite.
+    """
+    vectors: list[Tensor] = []
+    norms, previous = [], []
+    for group, members in optimizer.vector_groups():
+        if members:
+            moments = [optimizer.state[parameter]["exp_avg"] for parameter in members]
+            beta = group["betas"][group["algorithm"] == "lion"]
+            vectors += members
+            norms.append(first_moment_norms(moments, [parameter.grad for parameter in members], beta))
+            previous.append(tensor_norms(moments))
+    return vectors, norms, previous

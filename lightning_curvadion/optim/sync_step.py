@@ -7,6 +7,9 @@ replica i, gradient included,
 
 and all replicas step along :math:`P R^\top`. With ``"average"`` the momenta themselves become their mean. With
 ``"local"`` each replica takes its own step. The hook sends all of it, and synchronises the parameters too.
+
+Where a momentum takes over a part of the others', the noise of the replicas cancels in it and its norm falls. The next
+RMMC compares with the norm after that, or every sync would look like a bend of the loss surface.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from . import dion
 from .local_step import dion_step, local_step, step_vector_groups
 from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
+from .rmmc import norm_ratios, norms_before_feedback, tensor_norms
 from .sync_hook import SyncHook
 
 
@@ -57,6 +61,7 @@ def _average_momenta(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack],
         stack.accumulate()
     hook.mean_left(optimizer, [], [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)])
     for stack in stacks:
+        stack.norm.copy_(tensor_norms(stack.momenta))
         dion_step(stack)
     step_vector_groups(optimizer)
     hook.mean_right(optimizer, [], [])
@@ -74,7 +79,10 @@ def _share_leading_columns(
     shared_P = [dion.orthonormalize(mean) for mean in hook.mean_left(optimizer, left, [])]
     own_R = [dion.right_factor(stack.B, P) for stack, P in zip(stacks, shared_P, strict=True)]
     for stack, P, sent, R in zip(stacks, shared_P, own_R, hook.mean_right(optimizer, own_R, []), strict=True):
+        own_norms = tensor_norms(stack.momenta)
         dion.feed_back_error_(stack.B, P, sent - R, share=1.0)
+        # The step is taken, so B is gone. Its norm and that of what is left of it change by about the same factor.
+        stack.norm.mul_(norm_ratios(tensor_norms(stack.momenta), own_norms))
 
 
 def _step_along_mean_factors(
@@ -100,10 +108,11 @@ def _step_along_mean_factors(
         step_vector_groups(optimizer)
     right = iter(hook.mean_right(optimizer, [own_R[stack] for stack in factored], list(gradients.values())))
     for stack in stacks:
-        if stack in dense_B:
-            stack.descend(P[stack], own_R[stack])
-        else:
-            stack.descend(P[stack], next(right), own_R[stack] if hook.momentum == "factors" else None)
+        shares_momentum = hook.momentum == "factors"
+        R = own_R[stack] if stack in dense_B else next(right)
+        stack.descend(P[stack], R, own_R[stack] if shares_momentum and stack not in dense_B else None)
+        if shares_momentum:
+            stack.norm.copy_(norms_before_feedback(stack.momenta, R, stack.group["mu"]))
     if gradients:
         step_vector_groups(optimizer, gradients)
 

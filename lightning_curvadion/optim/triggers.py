@@ -23,7 +23,7 @@ class Trigger(ABC):
         """Whether to synchronise at this step. Called exactly once a step.
 
         Args:
-            rmmc: The largest RMMC of any matrix on any replica; infinite at the first step.
+            rmmc: The largest RMMC of any momentum on any replica; infinite at the first step.
         """
 
     def stepped(self, synced: bool) -> None:  # noqa: B027

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors
+from ..optim.optimizer_state import averageable_state, set_averaged_state
 from .collectives import Collectives
 from .parameter_payloads import ParameterPayloads
 from .payloads import Payload, full_width_payloads
@@ -133,12 +133,12 @@ class Consensus:
         self, payloads: list[Payload], tensors: Mapping[str, Tensor], optimizer: CurvaDion | None = None
     ) -> None:
         """Average payloads and tensors, and the state of an optimizer."""
-        state = state_tensors(optimizer) if optimizer is not None else {}
+        state = averageable_state(optimizer) if optimizer is not None else {}
         means, from_rank_0 = full_width_payloads({**tensors, **state})
         self._collectives.average([*payloads, *means])
         self._collectives.broadcast(from_rank_0)
         if optimizer is not None:
-            set_step_counts(optimizer, state)
+            set_averaged_state(optimizer, state)
             optimizer.replicas_share_state()
             # A run that resumes has no other anchors than the parameters.
             self._parameters.capture_anchors(optimizer)

@@ -206,7 +206,7 @@ class Drift(Metric):
 
 
 class RMMC(Metric):
-    """The largest Relative Maximum Momentum Change since the last reset, of all matrices and of each group.
+    """The largest Relative Maximum Momentum Change since the last reset, of all momenta and of each group.
 
     First steps, whose change counts as infinite, are left out.
 
@@ -234,8 +234,8 @@ class RMMC(Metric):
         """Add a step.
 
         Args:
-            rmmc: Of all matrices, ``optimizer.last_step.rmmc``.
-            by_group: Of each group; a missing one had no trained matrix.
+            rmmc: Of all momenta, ``optimizer.last_step.rmmc``.
+            by_group: Of each group; a missing one had nothing to train.
         """
         by_group = by_group or {}
         values = [rmmc, *(by_group.get(name, 0.0) for name in self.groups)]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..optim.curvadion import CurvaDion
+from ..optim.step_signal import FIRST_MOMENTS
 from ..sync.process_group_sync import ProcessGroupSync
 from .advice import RunSoFar, advice_on_model, advice_on_run
 from .lightning_internals import is_logging_step, optimizer_steps
@@ -23,7 +24,7 @@ class CommunicationMonitor(Callback):
 
     Logged at the Trainer's ``log_every_n_steps``, through its loggers:
 
-    - ``curvadion/rmmc``: of the last step, the largest of all matrices and replicas;
+    - ``curvadion/rmmc``: of the last step, the largest of all momenta and replicas;
       ``curvadion/rmmc_group/...`` and ``curvadion/rmmc_layer/...``: of each parameter group and layer on this replica,
     - ``curvadion/sync_rate``: share of all steps so far that synchronised, ``curvadion/steps_since_sync``,
     - ``curvadion/bytes_sent``: payload of this replica so far, ``curvadion/bytes_saved``: DDP's payload less this one,
@@ -228,15 +229,17 @@ def rmmc_by_group(optimizer: CurvaDion) -> dict[str, float]:
 
     Returns:
         ``rmmc_group/<name>`` and ``rmmc_layer/<layer>``; a layer is a parameter's name up to its last number, such as
-        ``gpt.blocks.3``, or the module that holds the parameter.
+        ``gpt.blocks.3``, or the module that holds the parameter. AdamW and Lion groups are together one group and one
+        layer, ``first moments``, since RMMC counts them as one.
     """
     changes = optimizer.rmmc_by_parameter()
     name_of = {parameter: name for name, parameter in optimizer.named_parameters()}
-    members: dict[str, str] = {}
+    members = {FIRST_MOMENTS: f"rmmc_group/{FIRST_MOMENTS}"}
     for number, group in enumerate(optimizer.param_groups):
         of_group = f"rmmc_group/{group.get('name', number)}"
         members.update({name_of[p]: of_group for p in group["params"] if name_of[p] in changes})
-    metric = RMMC([*dict.fromkeys(members.values()), *dict.fromkeys(map(_layer, changes))], sync_on_compute=False)
+    groups = dict.fromkeys(members[name] for name in changes)
+    metric = RMMC([*groups, *dict.fromkeys(map(_layer, changes))], sync_on_compute=False)
     for name, change in changes.items():
         metric.update(change, {members[name]: change, _layer(name): change})
     return {name: float(value) for name, value in metric.compute().items() if name != "max"}

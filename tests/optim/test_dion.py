@@ -60,7 +60,7 @@ def one_update(B, Q, method, mu=0.9):
 
 
 @pytest.mark.parametrize("method", ["qr", "cholesky", "checked_cholesky"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "r"), [(24, 16, 4), (16, 16, 16), (9, 1, 1), (1, 1, 1)])
 def test_zero_deficient_and_thin_matrices_stay_finite_in_every_dtype(method, dtype, m, n, r):
     Q = torch.stack([dion.initial_right_factor(n, r, seed, torch.empty((), dtype=dtype)) for seed in range(2)])

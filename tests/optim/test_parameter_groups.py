@@ -41,3 +41,7 @@ def test_bad_parameters():
         CurvaDion([("bias", nn.Parameter(torch.zeros(3)))])
     with pytest.raises(ValueError, match="complex64; only real"):
         CurvaDion([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for algorithm in ("dion", "adamw"):
+            with pytest.raises(ValueError, match=rf"weight is {dtype}.* keep it in bfloat16 or float32"):
+                CurvaDion([{"params": [("weight", nn.Parameter(torch.zeros(2, 2).to(dtype)))], "algorithm": algorithm}])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from models import with_gradients
 
 from lightning_curvadion import CurvaDion, RMMCThreshold
-from lightning_curvadion.optim.rmmc import gradient_norms, momentum_norms, relative_change
+from lightning_curvadion.optim.rmmc import first_moment_norms, momentum_norms, relative_change, tensor_norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -34,7 +35,23 @@ def test_one_bad_number_makes_the_norm_not_finite(bad, where):
     gradient = torch.zeros(600, 400)
     gradient.view(-1)[where] = bad
     assert not momentum_norms([torch.ones(600, 400)], [gradient]).isfinite().any()
-    assert not gradient_norms([gradient]).isfinite().any()
+    assert not first_moment_norms([torch.ones(600, 400)], [gradient], beta=0.9).isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("algorithm", ["adamw", "lion"])
+def test_the_norm_of_a_first_moment_is_that_of_what_the_step_writes(dtype, algorithm):
+    parameters = [torch.nn.Parameter(torch.zeros(9, dtype=dtype)) for _ in range(3)]
+    optimizer = CurvaDion([{"params": parameters, "algorithm": algorithm}], betas=(0.8, 0.6))
+    for step in range(3):
+        with_gradients(*parameters, seed=step)
+        parameters[1].grad = None if step else parameters[1].grad
+        moments = [optimizer.state[p].get("exp_avg", torch.zeros_like(p)) for p in parameters]
+        before = [m.clone() for m in moments]
+        norms = first_moment_norms(moments, [p.grad for p in parameters], 0.8 if algorithm == "adamw" else 0.6)
+        assert all(torch.equal(a, b) for a, b in zip(moments, before, strict=True))
+        optimizer.step()
+        assert torch.equal(norms, tensor_norms([optimizer.state[p]["exp_avg"] for p in parameters]))
 
 
 def test_relative_change():

@@ -41,6 +41,10 @@ def test_reaching_consensus_is_the_exact_mean_whatever_the_settings(replicas, wo
         assert all(torch.equal(torch.as_tensor(r), torch.as_tensor(results[0])) for r in results)
         if key.endswith(".step"):
             assert results[0] == values[0]
+        elif key.endswith(".norm"):
+            momenta = [own[0][key.replace(".norm", ".momentum")] for own, *_ in answers]
+            fallen = sum(momenta).norm() / sum(momentum.norm() for momentum in momenta)
+            torch.testing.assert_close(results[0], fallen * sum(values) / world)
         else:
             torch.testing.assert_close(results[0], sum(v / world for v in values), rtol=1e-5, atol=1e-6)
     for number, buffer in enumerate(answers[0][1][1]):

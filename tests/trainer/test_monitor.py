@@ -63,6 +63,7 @@ def test_it_logs_at_the_trainers_interval_and_every_sync_step_once(monitored):
     at_interval = [row for row in logged if "curvadion/sync_rate" in row]
     assert [int(row["step"]) for row in at_interval] == [3, 7, 11]
     expected = {"rmmc", "sync_rate", "steps_since_sync", "bytes_sent", "bytes_saved", "seconds", "rmmc_group/matrices"}
+    expected |= {"rmmc_group/first moments", "rmmc_layer/first moments"}
     layers = {f"rmmc_layer/net.{kind}.{number}" for kind in ("up", "down") for number in (0, 1)}
     for row in at_interval:
         assert {f"curvadion/{name}" for name in expected | layers} <= row.keys()
