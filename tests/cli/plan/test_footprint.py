@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models import build, train_step
+from models import build, exact_sync, train_step
 from replicas import counted_collectives
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.byte_gpt import GPT
-from lightning_curvadion import EveryNSteps, ProcessGroupSync
+from lightning_curvadion import EveryNSteps
 from lightning_curvadion.cli.plan.collective_costs import ALL_TO_ALL
 from lightning_curvadion.cli.plan.footprint import ddp_buckets, measure_footprint
 
@@ -44,7 +44,7 @@ def test_a_dry_run_sends_and_stores_what_real_replicas_do(replicas, world):
     for hook, (steps, optimizer_state, residuals) in zip(SETTINGS, real, strict=True):
         with torch.device("meta"):
             model, optimizer = build()
-        footprint = measure_footprint(model, optimizer, ProcessGroupSync(**hook).settings, world)
+        footprint = measure_footprint(model, optimizer, exact_sync(**hook).settings, world)
         assert (footprint.optimizer_state, footprint.residuals) == (optimizer_state, residuals), hook
         for traffic, (calls, sent) in zip((footprint.local, footprint.sync), steps, strict=True):
             recorded = [
