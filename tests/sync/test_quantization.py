@@ -112,9 +112,9 @@ def test_rows_are_quantized_like_one_tensor(wire_format, numel):
 
 def test_zeros_that_fill_up_a_block_do_not_make_its_step_smaller():
     for wire_format in CODED:
-        whole = torch.linspace(-1, 1, 128)
-        once, many = there_and_back(whole[:100], wire_format), there_and_back(whole[:100].repeat(2), wire_format)
-        assert (once - whole[:100]).norm() <= 1.2 * (many[:100] - whole[:100]).norm()
+        assert torch.equal(
+            there_and_back(torch.ones(100), wire_format), there_and_back(torch.ones(128), wire_format)[:100]
+        )
 
 
 @pytest.mark.parametrize("wire_format", INTEGERS)
