@@ -28,6 +28,9 @@ from torch import Tensor
 _SAFE_SINE = 0.1
 # Columns of R below this many rounding errors of the largest one are noise of a rank-deficient momentum.
 _NOISE = 32.0
+# A shorter column than this share of the longest takes a shorter step. Near full rank rounding decides the directions
+# of such columns, and whole steps along them would drive replicas with equal data apart.
+_SHORTEST_WHOLE_STEP = 3e-3
 # From this many numbers on the product of a matrix is worth a call of its own.
 _LARGE = 2**18
 _ORTHONORMALIZERS = ("qr", "cholesky", "checked_cholesky")
@@ -182,7 +185,9 @@ def unit_columns(R: Tensor, Q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     alive = (length > noise.clamp_min(eps)).to(R.dtype)
     # The inverse of a short length is infinite in float16, its product with the column is not.
     unit = (wide_enough * (alive / (length + eps))).to(R.dtype)
-    return unit, torch.addcmul(unit, Q, 1 - alive)
+    shortest = _SHORTEST_WHOLE_STEP * length.amax(dim=-1, keepdim=True)
+    step = (wide_enough * (alive / (length.clamp_min(shortest) + eps))).to(R.dtype)
+    return step, torch.addcmul(unit, Q, 1 - alive)
 
 
 def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:

@@ -17,6 +17,11 @@ def unit(R: Tensor, eps: float = 1e-8) -> Tensor:
     return R / (R.norm(dim=0) + eps)
 
 
+def step_along(R: Tensor, eps: float = 1e-8) -> Tensor:
+    lengths = R.norm(dim=0)
+    return R / (lengths.clamp_min(3e-3 * lengths.max()) + eps)
+
+
 def mean(tensors: list[Tensor]) -> Tensor:
     return sum(tensors) / len(tensors)
 
@@ -60,7 +65,7 @@ class Matrix:
         for i in replicas:
             self.M[i] = B[i] - (1 - mu) * P[i] @ R[i].T
             self.Q[i] = unit(R[i])
-            self.X[i] = (1 - lr * wd) * self.X[i] - lr * self.scale * P[i] @ self.Q[i].T
+            self.X[i] = (1 - lr * wd) * self.X[i] - lr * self.scale * P[i] @ step_along(R[i]).T
         if through_factors and momentum in ("average", "local"):
             self.meet_through_factors(self.common_basis() if P_displacement is None else P_displacement)
         if sync and consensus == "average":

@@ -142,3 +142,22 @@ def test_the_start_of_Q_is_orthonormal_reproducible_and_leaves_the_global_genera
 def test_on_a_gpu_the_default_method_agrees_with_qr(shape):
     Y = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     torch.testing.assert_close(dion.orthonormalize(Y), dion.orthonormalize(Y, "qr"), rtol=0, atol=1e-3)
+
+
+def test_at_full_rank_a_step_depends_on_the_rounding_of_its_momentum_as_little_as_at_half_rank():
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(2, 64, 64, generator=generator))
+    # Singular values over six decades, as the momentum of small batches has them.
+    B = left * torch.logspace(0, -6, 64) @ torch.linalg.qr(torch.randn(2, 64, 64, generator=generator))[0]
+    moved = {}
+    for rank in (32, 64):
+        Q = torch.stack([dion.initial_right_factor(64, rank, seed, B) for seed in range(2)])
+        noisy = B + 1e-7 * torch.randn(B.shape, generator=generator)
+        steps = []
+        for momentum in (B, noisy):
+            kept = Q
+            for _ in range(20):
+                P, step, kept, _ = one_update(momentum, kept, None)
+            steps.append(P @ step.mT)
+        moved[rank] = float((steps[0] - steps[1]).norm() / steps[0].norm())
+    assert moved[64] < 3 * moved[32] + 1e-3
