@@ -206,6 +206,21 @@ METHODS: dict[str, Method] = {
     "ours: budget 0.8, outer 0.7, 0.6": _curvadion(IntegratedRMMC(0.8), **OUTER_DION),
     "ours: outer 1.0, 0.3": _curvadion(outer_lr=1.0, outer_momentum=0.3),
     "ours: full rank": Method(options={"rank_fraction": 1.0}, sweep=DEFAULT),
+    **{
+        f"ours: full rank, {vectors} for the rest": Method(
+            hook={"vector_format": vectors}, options={"rank_fraction": 1.0}, sweep=DEFAULT
+        )
+        for vectors in ("int2", "int4", "int8")
+    },
+    **{
+        f"ours: full rank, int4 for the rest, budget {budget}": Method(
+            trigger=IntegratedRMMC(budget),
+            hook={"vector_format": "int4"},
+            options={"rank_fraction": 1.0},
+            sweep=DEFAULT,
+        )
+        for budget in (0.4, 0.6)
+    },
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
     "ours: rank 1/4, momentum factors": Method(
         hook={"momentum": "factors"}, options={"rank_fraction": 0.25}, sweep=DEFAULT

@@ -77,7 +77,7 @@ class ParameterPayloads:
         }
 
     def of_sync_step(self, optimizer: CurvaDion, leave_out: Collection[Tensor] = ()) -> list[Payload]:
-        """The payloads of a sync step: what has moved since the last one, in the wire format.
+        """The payloads of a sync step: what has moved since the last one, in the wire formats.
 
         A parameter that was frozen meanwhile still sends what it moved. At the sync step after that it sends what
         quantization left of it, at full width, and from then on nothing.
@@ -92,8 +92,10 @@ class ParameterPayloads:
         moving = {name: parameter for name, parameter in named.items() if parameter in moved}
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
+        matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
         return [
-            *self.of(optimizer, moving, self._settings.wire_format),
+            *self.of(optimizer, {n: p for n, p in moving.items() if p in matrices}, self._settings.wire_format),
+            *self.of(optimizer, {n: p for n, p in moving.items() if p not in matrices}, self._settings.vector_format),
             *self.of(optimizer, resting, "float32", flush_residuals=True),
         ]
 

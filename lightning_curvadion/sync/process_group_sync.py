@@ -45,6 +45,8 @@ class ProcessGroupSync:
             sent later (error feedback). ``None`` is ``"sign"`` with the consensus ``"average"``, the fewest bytes for
             the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with the others and for parameters in
             float64.
+        vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings. ``None`` is
+            ``wire_format``.
         momentum: What a sync step does to the momentum. ``"factors"``: all replicas step along the factors of the mean
             momentum, and the part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same
             factors, and each replica keeps its own momentum. ``"average"``: momentum and Q are averaged. ``"local"``:
@@ -92,6 +94,7 @@ class ProcessGroupSync:
         group: ProcessGroup | None = None,
         consensus: str = "average",
         wire_format: str | None = None,
+        vector_format: str | None = None,
         momentum: str | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
@@ -103,6 +106,7 @@ class ProcessGroupSync:
         self._arguments: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
+            "vector_format": vector_format,
             "momentum": momentum,
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,
@@ -196,7 +200,7 @@ class ProcessGroupSync:
         device = parameters[0].device
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
         verify_same_across_replicas(self._collectives, description, device)
-        formats = {name: getattr(self.settings, name) for name in ("wire_format", "factor_format")}
+        formats = {name: getattr(self.settings, name) for name in ("wire_format", "vector_format", "factor_format")}
         verify_wire_formats(self._collectives, optimizer, formats, device)
         state = state_tensors(optimizer)
         self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})

@@ -31,6 +31,7 @@ class SyncSettings:
 
     consensus: str
     wire_format: str
+    vector_format: str
     momentum: str
     outer_lr: float
     outer_momentum: float
@@ -42,6 +43,7 @@ class SyncSettings:
     def __post_init__(self) -> None:
         check_choice("consensus", self.consensus, get_args(Consensus))
         check_choice("wire_format", self.wire_format, WIRE_FORMATS)
+        check_choice("vector_format", self.vector_format, WIRE_FORMATS)
         check_choice("momentum", self.momentum, get_args(Momentum))
         check_choice("factor_format", self.factor_format, WIRE_FORMATS)
         check_choice("residual_dtype", self.residual_dtype, get_args(ResidualDtype))
@@ -81,7 +83,7 @@ class SyncSettings:
     @property
     def needs_anchors(self) -> bool:
         """Whether parameters are averaged through their displacements."""
-        quantized = self.consensus == "average" and self.wire_format != "float32"
+        quantized = self.consensus == "average" and {self.wire_format, self.vector_format} != {"float32"}
         return self.consensus == "factors" or self.has_outer_step or quantized
 
     @property
@@ -94,6 +96,7 @@ def resolve_settings(
     *,
     consensus: str,
     wire_format: str | None,
+    vector_format: str | None,
     momentum: str | None,
     factor_format: str | None,
     quantizable: bool = True,
@@ -104,6 +107,7 @@ def resolve_settings(
     Args:
         consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for all but ``quantizable``.
         wire_format: ``None`` for the default.
+        vector_format: ``None`` for the default.
         momentum: ``None`` for the default.
         factor_format: ``None`` for the default.
         quantizable: Whether the parameters can be quantized.
@@ -112,17 +116,23 @@ def resolve_settings(
     Example:
         >>> others = dict(outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32", chunk=1)
         >>> settings = resolve_settings(
-        ...     consensus="average", wire_format=None, momentum=None, factor_format=None, **others)
+        ...     consensus="average", wire_format=None, vector_format=None, momentum=None, factor_format=None, **others)
         >>> settings.wire_format, settings.momentum
         ('sign', 'local')
     """
     averages = consensus == "average"
     wire_format = wire_format or ("sign" if averages and quantizable else "float32")
+    vector_format = vector_format or wire_format
     momentum = momentum or ("local" if averages else "factors")
     if consensus == "none" and momentum == "factors":
         # Nothing brings the momenta together where nothing brings the parameters together.
         momentum = "dion"
     factor_format = factor_format or _FACTOR_FORMATS.get(wire_format, _QUANTIZED_FACTOR_FORMAT)
     return SyncSettings(
-        consensus=consensus, wire_format=wire_format, momentum=momentum, factor_format=factor_format, **others
+        consensus=consensus,
+        wire_format=wire_format,
+        vector_format=vector_format,
+        momentum=momentum,
+        factor_format=factor_format,
+        **others,
     )

@@ -45,8 +45,9 @@ class CurvaDionStrategy(DDPStrategy):
     Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
 
     Args:
-        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next eight.
+        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next nine.
         wire_format: Format of the parameters on the wire, from ``"float32"`` down to ``"int2"`` and ``"sign"``.
+        vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings.
         momentum: What a sync step does to the momentum.
         outer_lr: Learning rate of the outer step.
         outer_momentum: Momentum of the outer step.
@@ -89,6 +90,7 @@ class CurvaDionStrategy(DDPStrategy):
         self,
         consensus: Consensus = "average",
         wire_format: WireFormat | None = None,
+        vector_format: WireFormat | None = None,
         momentum: Momentum | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
@@ -121,6 +123,7 @@ class CurvaDionStrategy(DDPStrategy):
         self._sync_settings: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
+            "vector_format": vector_format,
             "momentum": momentum,
             "outer_lr": outer_lr,
             "outer_momentum": outer_momentum,

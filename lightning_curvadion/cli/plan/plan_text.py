@@ -52,8 +52,8 @@ def _heading(setup: RunSetup, network: Network) -> list[str]:
     return [
         f"{type(setup.model).__name__} on {network.replicas} replicas, each on a link of {speed} with {latency} latency"
         f" ({setup.backend})",
-        f"consensus {settings.consensus}, wire format {settings.wire_format}, momentum {settings.momentum},"
-        f" trigger {type(trigger).__name__}({arguments})",
+        f"consensus {settings.consensus}, wire format {settings.wire_format} ({settings.vector_format} for vectors),"
+        f" momentum {settings.momentum}, trigger {type(trigger).__name__}({arguments})",
         *setup.notes,
     ]
 
