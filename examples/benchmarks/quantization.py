@@ -49,14 +49,14 @@ def median_seconds(functions: list[Callable[[], object]], rounds: int) -> list[f
 
 
 def print_speed(numel: int, rounds: int) -> None:
-    """Print how fast one thread quantizes and dequantizes, beside a copy."""
+    """Print how fast one thread quantizes and dequantizes whole blocks, beside a copy."""
     torch.set_num_threads(1)
-    numbers, out = torch.randn(numel), torch.empty(numel)
-    payloads = {name: quantization.quantize_unchecked(numbers, name) for name in quantization.WIRE_FORMATS[1:]}
+    numbers, out = torch.randn(1, numel), torch.empty(1, numel)
+    payloads = {name: quantization.quantize_rows(numbers, name, numel) for name in quantization.WIRE_FORMATS[1:]}
     functions: list[Callable[[], object]] = [lambda: out.copy_(numbers)]
     for name, payload in payloads.items():
-        functions.append(lambda name=name: quantization.quantize_unchecked(numbers, name))  # type: ignore[misc]
-        functions.append(lambda name=name, payload=payload: quantization.dequantize(payload, name, numel, out=out))  # type: ignore[misc]
+        functions.append(lambda name=name: quantization.quantize_rows(numbers, name, numel))  # type: ignore[misc]
+        functions.append(lambda name=name, payload=payload: quantization.dequantize_rows(payload, name, out))  # type: ignore[misc]
     copy, *times = median_seconds(functions, rounds)
     size = numbers.nbytes / 1e9
     print(f"\n{numel / 1e6:g} M numbers, one thread, GB/s of float32 (a copy: {size / copy:.2f})\n")
@@ -219,7 +219,7 @@ def main() -> None:
     elif options.smoke:
         smoke()
     else:
-        print_speed(25_000_000, rounds=7)
+        print_speed(2**24, rounds=7)
         on_replicas(2, measure_replica)
         on_replicas(4, print_sync_step_shares, 10, 768, 5)
 

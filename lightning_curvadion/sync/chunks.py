@@ -23,73 +23,67 @@ class PayloadSlice(NamedTuple):
 class Bucket:
     """The numbers of a chunk that travel in one format, cut into shards of whole quantization blocks.
 
+    All shards are quantized at once, as rows of one tensor that is filled up with zeros.
+
     Args:
         wire_format: The format.
         slices: Slices of payloads of this format.
         shards: Number of shards.
 
     Attributes:
-        values: The numbers, flat; after :meth:`subtract_sent` their quantization error.
-        shards: Views of ``values``, of equal length but for the last ones, which may be shorter or empty.
-        width: Bytes of the longest quantized shard.
-        mean_format: Format in which the mean of a shard travels.
-        mean_width: Bytes of the longest quantized mean.
+        rows: The numbers, shape (shards, elements). Once what was sent is subtracted, they are the quantization error.
+        width: Bytes of a quantized shard.
+        mean_width: Bytes of the quantized mean of a shard.
     """
 
     def __init__(self, wire_format: str, slices: Sequence[PayloadSlice], shards: int) -> None:
         dtype = torch.float64 if wire_format == "float64" else torch.float32
-        self.wire_format = wire_format
-        self.values = flatten(slices, dtype)
-        self.shards = self._cut(self.values, shards)
-        self.width = quantization.quantized_bytes(self.shards[0].numel(), wire_format)
-        self.mean_format = quantization.mean_format_of(wire_format)
-        self.mean_width = quantization.quantized_bytes(self.shards[0].numel(), self.mean_format)
+        block = quantization.block_of(wire_format)
+        self._numel = sum(stop - start for _, start, stop in slices)
+        length = -(-self._numel // (shards * block)) * block
+        self.rows = flatten(slices, dtype, fill=shards * length - self._numel).view(shards, length)
+        self._format, self._mean_format = wire_format, quantization.mean_format_of(wire_format)
+        self.width = quantization.quantized_bytes(length, self._format)
+        self.mean_width = quantization.quantized_bytes(length, self._mean_format)
         self._slices = slices
+        self._dequantized: Tensor | None = None
 
-    def _cut(self, flat: Tensor, shards: int) -> list[Tensor]:
-        block = quantization.block_of(self.wire_format)
-        length = -(-flat.numel() // (shards * block)) * block
-        return [flat[number * length : (number + 1) * length] for number in range(shards)]
+    def quantize(self) -> Tensor:
+        """The quantized shards, shape (shards, width)."""
+        return quantization.quantize_rows(self.rows, self._format, self._numel)
 
-    def quantize(self, numbers: Tensor) -> Tensor:
-        """A quantized shard, padded to ``width`` bytes."""
-        return _padded(quantization.quantize_unchecked(numbers, self.wire_format), self.width)
-
-    def dequantize(self, packed: Tensor, shard: int) -> Tensor:
-        """The numbers of a quantized shard."""
-        return _numbers(packed, self.wire_format, self.shards[shard].numel())
-
-    def quantize_mean(self, mean: Tensor) -> Tensor:
-        """The quantized mean of a shard, padded to ``mean_width`` bytes."""
-        return _padded(quantization.quantize_unchecked(mean, self.mean_format), self.mean_width)
-
-    def dequantize_mean(self, packed: Tensor, shard: int) -> Tensor:
-        """The numbers of a quantized mean."""
-        return _numbers(packed, self.mean_format, self.shards[shard].numel())
+    def dequantize(self, packed: Tensor) -> Tensor:
+        """The numbers of quantized shards, one in each row of a buffer that the next call overwrites."""
+        return self._dequantize(packed, self._format)
 
     def mean(self, packed: Tensor, shard: int) -> Tensor:
         """Mean of one shard over the replicas, given what each sent of it, shape (replicas, width)."""
-        mean = self.dequantize(packed[0], shard)
-        for row in packed[1:]:
-            mean.add_(self.dequantize(row, shard))
-        return mean.div_(len(packed))
+        mean = self.dequantize(packed).sum(dim=0).div_(len(packed))
+        # Zeros that fill up a block may have been quantized to other numbers.
+        mean[self._numel_of(shard) :] = 0
+        return mean
 
-    def subtract_sent(self, packed: Tensor) -> None:
-        """Subtract what was sent, shape (shards, width), from the values: the quantization error remains."""
-        for shard, row in enumerate(packed):
-            self.shards[shard].sub_(self.dequantize(row, shard))
+    def quantize_mean(self, mean: Tensor, shard: int) -> Tensor:
+        """The quantized mean of a shard, shape (mean width,)."""
+        return quantization.quantize_rows(mean.unsqueeze(0), self._mean_format, self._numel_of(shard))[0]
 
-    def write_back(self, means: Sequence[Tensor]) -> None:
-        """Give the payloads the mean, shard by shard, and their quantization error."""
-        write_back(self._slices, torch.cat(list(means)), self.values)
+    def dequantize_mean(self, packed: Tensor) -> Tensor:
+        """The numbers of the quantized means of all shards, in the same buffer."""
+        return self._dequantize(packed, self._mean_format)
 
+    def write_back(self, mean: Tensor) -> None:
+        """Give the payloads the mean, which has as many elements as ``rows``, and their quantization error."""
+        write_back(self._slices, mean.view(-1)[: self._numel], self.rows.view(-1)[: self._numel])
 
-def _padded(packed: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(packed, (0, width - packed.numel()))
+    def _dequantize(self, packed: Tensor, wire_format: str) -> Tensor:
+        # One buffer for all: on a CPU, new memory takes longer than its numbers.
+        if self._dequantized is None:
+            self._dequantized = self.rows.new_empty(len(packed), self.rows.shape[1])
+        return quantization.dequantize_rows(packed, wire_format, self._dequantized)
 
-
-def _numbers(packed: Tensor, wire_format: str, numel: int) -> Tensor:
-    return quantization.dequantize(packed[: quantization.quantized_bytes(numel, wire_format)], wire_format, numel)
+    def _numel_of(self, shard: int) -> int:
+        length = self.rows.shape[1]
+        return min(length, max(0, self._numel - shard * length))
 
 
 def buckets_of(slices: Sequence[PayloadSlice], shards: int) -> list[Bucket]:
@@ -148,9 +142,10 @@ def _parts(tensor: Tensor, numel: int) -> Iterator[Tensor]:
             yield from _parts(row, numel)
 
 
-def flatten(slices: Sequence[PayloadSlice], dtype: torch.dtype) -> Tensor:
-    """A new flat tensor with the numbers of all slices."""
-    return torch.cat([payload.read(start, stop).to(dtype) for payload, start, stop in slices])
+def flatten(slices: Sequence[PayloadSlice], dtype: torch.dtype, fill: int = 0) -> Tensor:
+    """A new flat tensor with the numbers of all slices, followed by ``fill`` zeros."""
+    numbers = [payload.read(start, stop).to(dtype) for payload, start, stop in slices]
+    return torch.cat([*numbers, numbers[0].new_zeros(fill)])
 
 
 def unflatten(slices: Sequence[PayloadSlice], flat: Tensor) -> Sequence[Tensor]:

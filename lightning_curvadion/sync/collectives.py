@@ -160,36 +160,37 @@ class Collectives:
         with record_function("curvadion::quantize"):
             buckets = buckets_of(slices, shards=1)
             flag = check.take_flag()
-            own = torch.cat([*(bucket.quantize(bucket.values) for bucket in buckets), flag])
+            own = torch.cat([*(bucket.quantize()[0] for bucket in buckets), flag])
         widths = [*(bucket.width for bucket in buckets), flag.numel()]
         *gathered, flags = self.all_gather(own).split(widths, dim=1)
         self.verify_flags(flags, check)
         with record_function("curvadion::dequantize"):
-            *rows, _ = own.split(widths)
-            for bucket, received, sent in zip(buckets, gathered, rows, strict=True):
-                bucket.subtract_sent(sent.unsqueeze(0))
-                bucket.write_back([bucket.mean(received, shard=0)])
+            for bucket, packed in zip(buckets, gathered, strict=True):
+                received = bucket.dequantize(packed)
+                bucket.rows.sub_(received[self.rank])
+                bucket.write_back(received.sum(dim=0).div_(self.world_size))
 
     def average_by_all_to_all(self, slices: Sequence[PayloadSlice], check: PayloadCheck) -> None:
         """Quantized, more replicas: an all-to-all of shards, then an all-gather of their quantized means."""
         with record_function("curvadion::quantize"):
             buckets = buckets_of(slices, shards=self.world_size)
-            rows = [torch.stack([bucket.quantize(shard) for shard in bucket.shards]) for bucket in buckets]
             flag = check.take_flag()
-            outgoing = torch.cat([*rows, flag.expand(self.world_size, -1)], dim=1)
-        *received, flags = self.all_to_all(outgoing).split([*(bucket.width for bucket in buckets), flag.numel()], dim=1)
+            outgoing = torch.cat([*(b.quantize() for b in buckets), flag.expand(self.world_size, -1)], dim=1)
+        widths = [*(bucket.width for bucket in buckets), flag.numel()]
+        *incoming, flags = self.all_to_all(outgoing).split(widths, dim=1)
         self.verify_flags(flags, check)
         with record_function("curvadion::dequantize"):
-            means = [bucket.mean(packed, self.rank) for bucket, packed in zip(buckets, received, strict=True)]
+            means = [bucket.mean(packed, self.rank) for bucket, packed in zip(buckets, incoming, strict=True)]
         with record_function("curvadion::quantize"):
-            own = torch.cat([bucket.quantize_mean(mean) for bucket, mean in zip(buckets, means, strict=True)])
+            own = torch.cat([b.quantize_mean(mean, self.rank) for b, mean in zip(buckets, means, strict=True)])
         gathered = self.all_gather(own).split([bucket.mean_width for bucket in buckets], dim=1)
         with record_function("curvadion::dequantize"):
-            for bucket, mean, packed_means, sent in zip(buckets, means, gathered, rows, strict=True):
-                bucket.subtract_sent(sent)
-                shard_means = [bucket.dequantize_mean(packed, shard) for shard, packed in enumerate(packed_means)]
-                bucket.shards[self.rank].add_(mean - shard_means[self.rank], alpha=self.world_size)
-                bucket.write_back(shard_means)
+            *sent, _ = outgoing.split(widths, dim=1)
+            for bucket, packed, mean, packed_means in zip(buckets, sent, means, gathered, strict=True):
+                bucket.rows.sub_(bucket.dequantize(packed))
+                received = bucket.dequantize_mean(packed_means)
+                bucket.rows[self.rank].add_(mean - received[self.rank], alpha=self.world_size)
+                bucket.write_back(received)
 
     def verify_flags(self, flags: Tensor, check: PayloadCheck) -> None:
         """Raise on all replicas where one of them has flagged its payloads."""

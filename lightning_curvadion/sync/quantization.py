@@ -1,7 +1,7 @@
 r"""Wire formats: block-wise quantization of tensors, as pure functions.
 
-A quantized tensor is one flat tensor of bytes. The integer formats cut the numbers into blocks of consecutive elements.
-Each block has a step s, one bfloat16. A number x becomes the level
+A quantized tensor is one flat tensor of bytes. The integer formats cut the numbers into blocks of consecutive elements,
+the last of them filled up with zeros. Each block has a step s, one bfloat16. A number x becomes the level
 
 .. math:: u = \mathrm{trunc}(x / s + c + 1/2), \qquad \hat x = s\,(u - c),
 
@@ -38,6 +38,7 @@ WIRE_FORMATS = get_args(WireFormat)
 
 # Formats that store numbers as they are. float64 is for tensors that must not be rounded; it is no user's choice.
 _PLAIN = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_STEP_BYTES = torch.bfloat16.itemsize
 # On a CPU so many numbers at a time: the temporaries then stay in its cache.
 _CPU_BATCH = 2**17
 
@@ -50,7 +51,7 @@ class BlockFormat:
         bits: Bits a number.
         block: Elements that share a step.
         centre: Level of the number zero.
-        step: The step of each row of a tensor of shape (blocks, elements).
+        step: The steps of blocks, which are the last dimension of a tensor.
         mean_format: Format of the mean over more than two replicas, where it is another one.
     """
 
@@ -61,6 +62,11 @@ class BlockFormat:
     mean_format: str | None = None
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of the levels of a block."""
+        return self.block * self.bits // 8
+
+    @property
     def clips(self) -> bool:
         """Whether numbers can lie beyond the outermost level."""
         return self.bits < 4
@@ -69,17 +75,17 @@ class BlockFormat:
 def _of_largest(levels: int) -> Callable[[Tensor], Tensor]:
     # Rounded to bfloat16, by up to 1/256 of itself: 127 levels become 126.504 to 127.496, so that the largest number
     # takes the outermost level whichever way the step was rounded, and quantizing twice changes nothing.
-    return lambda blocks: blocks.abs().amax(dim=1).div_(levels)
+    return lambda blocks: blocks.abs().amax(dim=-1).div_(levels)
 
 
 BLOCK_FORMATS = {
     "int8": BlockFormat(8, 128, 128.0, _of_largest(127)),
     "int4": BlockFormat(4, 64, 8.0, _of_largest(7)),
     "int2": BlockFormat(
-        2, 64, 1.5, lambda blocks: torch.linalg.vector_norm(blocks, dim=1).mul_(0.9957 / math.sqrt(blocks.shape[1]))
+        2, 64, 1.5, lambda blocks: torch.linalg.vector_norm(blocks, dim=-1).mul_(0.9957 / math.sqrt(blocks.shape[-1]))
     ),
     # A mean of signs is no sign: quantized to one bit again, it cost four replicas 0.03 of the loss.
-    "sign": BlockFormat(1, 128, 0.5, lambda blocks: blocks.abs().mean(dim=1).mul_(2.0), mean_format="int2"),
+    "sign": BlockFormat(1, 128, 0.5, lambda blocks: blocks.abs().mean(dim=-1).mul_(2.0), mean_format="int2"),
 }
 
 
@@ -109,12 +115,12 @@ def quantized_bytes(numel: int, wire_format: str) -> int:
 
     Example:
         >>> [quantized_bytes(1_000_000, wire_format) for wire_format in ("float32", "int8", "sign")]
-        [4000000, 1015626, 140626]
+        [4000000, 1015690, 140634]
     """
     if wire_format in _PLAIN:
         return numel * _PLAIN[wire_format].itemsize
     block_format = BLOCK_FORMATS[wire_format]
-    return -(-numel * block_format.bits // 8) + 2 * -(-numel // block_format.block)
+    return -(-numel // block_format.block) * (block_format.block_bytes + _STEP_BYTES)
 
 
 def quantize(tensor: Tensor, wire_format: str, name: str = "tensor") -> Tensor:
@@ -136,10 +142,26 @@ def quantize(tensor: Tensor, wire_format: str, name: str = "tensor") -> Tensor:
         >>> dequantize(packed, "int8", 3)
         tensor([ 0.5039, -0.9999,  0.2520])
     """
-    packed = quantize_unchecked(tensor, wire_format)
-    if tensor.numel() and not bool(torch.isfinite(dequantize(packed, wire_format, tensor.numel())).all()):
+    numel = tensor.numel()
+    flat = torch.nn.functional.pad(tensor.reshape(-1), (0, -numel % block_of(wire_format)))
+    packed = quantize_rows(flat.unsqueeze(0), wire_format, numel)[0]
+    if numel and not bool(torch.isfinite(dequantize(packed, wire_format, numel)).all()):
         raise ValueError(not_quantizable(name))
     return packed
+
+
+def dequantize(packed: Tensor, wire_format: str, numel: int) -> Tensor:
+    """The numbers of a quantized tensor, shape ``(numel,)``: float32, or float64 with ``"float64"``.
+
+    Args:
+        packed: What :func:`quantize` returned.
+        wire_format: The same as there.
+        numel: How many numbers were quantized.
+    """
+    filled = -(-numel // block_of(wire_format)) * block_of(wire_format)
+    dtype = torch.float64 if wire_format == "float64" else torch.float32
+    out = torch.empty(1, filled, dtype=dtype, device=packed.device)
+    return dequantize_rows(packed.unsqueeze(0), wire_format, out)[0, :numel]
 
 
 def not_quantizable(name: str) -> str:
@@ -150,68 +172,91 @@ def not_quantizable(name: str) -> str:
     )
 
 
-def quantize_unchecked(tensor: Tensor, wire_format: str) -> Tensor:
-    """:func:`quantize` without the check: a NaN or an infinity makes its whole block NaN or infinite."""
-    flat = tensor.reshape(-1)
+def quantize_rows(numbers: Tensor, wire_format: str, numel: int) -> Tensor:
+    """Quantize the rows of a contiguous tensor, all at once, and unchecked: NaN makes its block anything.
+
+    Args:
+        numbers: Shape (rows, elements), of whole blocks.
+        wire_format: One of ``WIRE_FORMATS``.
+        numel: How many of all elements are numbers. The others are zeros at the end.
+
+    Returns:
+        uint8, shape ``(rows, quantized_bytes(elements, wire_format))``. The levels of a row, then its steps.
+    """
     if wire_format in _PLAIN:
-        return flat.to(_PLAIN[wire_format]).contiguous().view(torch.uint8)
-    flat = flat.to(torch.float32)
-    packed = torch.empty(quantized_bytes(flat.numel(), wire_format), dtype=torch.uint8, device=flat.device)
+        return numbers.to(_PLAIN[wire_format]).view(torch.uint8)
     block_format = BLOCK_FORMATS[wire_format]
-    steps = torch.empty(-(-flat.numel() // block_format.block), dtype=torch.bfloat16, device=flat.device)
-    for blocks, levels, rows in _batches(flat, packed, block_format):
-        _quantize_blocks(blocks, block_format, levels, steps[rows])
-    packed[packed.numel() - steps.nbytes :] = steps.view(torch.uint8)
+    shape = (numbers.shape[1] // block_format.block, block_format.block)
+    blocks = numbers.to(torch.float32).unflatten(1, shape)
+    packed = torch.empty(
+        len(numbers), quantized_bytes(numbers.shape[1], wire_format), dtype=torch.uint8, device=numbers.device
+    )
+    levels = _levels_of(packed, block_format)
+    steps = torch.empty(blocks.shape[:2], dtype=torch.bfloat16, device=numbers.device)
+    for batch in _batches(blocks):
+        _quantize_blocks(blocks[batch], block_format, levels[batch], steps[batch])
+    last, rest = divmod(numel, block_format.block)
+    if rest:
+        # Zeros that are no numbers must not make the step of their block smaller.
+        row, column = divmod(last, blocks.shape[1])
+        batch = (slice(row, row + 1), slice(column, column + 1))
+        _quantize_blocks(blocks[batch], block_format, levels[batch], steps[batch], numel=rest)
+    packed[:, packed.shape[1] - _STEP_BYTES * blocks.shape[1] :] = steps.view(torch.uint8)
     return packed
 
 
-def dequantize(packed: Tensor, wire_format: str, numel: int, out: Tensor | None = None) -> Tensor:
-    """The numbers of a quantized tensor, shape ``(numel,)``: float32, or float64 with ``"float64"``.
+def dequantize_rows(packed: Tensor, wire_format: str, out: Tensor) -> Tensor:
+    """The inverse of :func:`quantize_rows`.
 
     Args:
-        packed: What :func:`quantize` returned.
+        packed: What it returned.
         wire_format: The same as there.
-        numel: How many numbers were quantized.
-        out: Contiguous tensor of the result's shape and dtype to write to.
+        out: Receives all elements, contiguous, shape (rows, elements): float32, or float64 with ``"float64"``.
     """
     if wire_format in _PLAIN:
         # Bytes are copied, not viewed: numbers must start at a multiple of their size.
-        numbers = torch.empty(numel, dtype=_PLAIN[wire_format], device=packed.device)
+        dtype = _PLAIN[wire_format]
+        numbers = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         numbers.view(torch.uint8).copy_(packed)
-        if out is not None:
-            return out.copy_(numbers)
-        return numbers.float() if wire_format == "bfloat16" else numbers
-    numbers = torch.empty(numel, dtype=torch.float32, device=packed.device) if out is None else out
+        return out if numbers is out else out.copy_(numbers)
     block_format = BLOCK_FORMATS[wire_format]
-    count = -(-numel // block_format.block)
-    steps = packed[packed.numel() - 2 * count :].clone().view(torch.bfloat16).float()
-    for blocks, levels, rows in _batches(numbers, packed, block_format):
-        _dequantize_blocks(levels, steps[rows], block_format, blocks)
-    return numbers
+    levels = _levels_of(packed, block_format)
+    blocks = out.unflatten(1, (levels.shape[1], block_format.block))
+    step_bytes = packed[:, packed.shape[1] - _STEP_BYTES * levels.shape[1] :]
+    steps = torch.empty(levels.shape[:2], dtype=torch.bfloat16, device=packed.device)
+    steps.view(torch.uint8).copy_(step_bytes)
+    steps = steps.float()
+    for batch in _batches(blocks):
+        _dequantize_blocks(levels[batch], steps[batch], block_format, blocks[batch])
+    return out
 
 
-def _batches(flat: Tensor, packed: Tensor, block_format: BlockFormat) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Batches of blocks: views of their numbers (rows, elements) and levels (rows, bytes), and the rows themselves."""
-    whole, rest = divmod(flat.numel(), block_format.block)
-    levels = packed[: -(-flat.numel() * block_format.bits // 8)]
-    width = block_format.block * block_format.bits // 8
-    split = whole * width
-    many, many_levels = flat[: flat.numel() - rest].view(whole, block_format.block), levels[:split].view(whole, width)
-    at_a_time = max(1, _CPU_BATCH // block_format.block) if flat.device.type == "cpu" else max(1, whole)
-    for start in range(0, whole, at_a_time):
-        rows = slice(start, min(start + at_a_time, whole))
-        yield many[rows], many_levels[rows], rows
-    if rest:
-        yield flat[flat.numel() - rest :].unsqueeze(0), levels[split:].unsqueeze(0), slice(whole, whole + 1)
+def _levels_of(packed: Tensor, block_format: BlockFormat) -> Tensor:
+    """The levels of quantized rows, shape (rows, blocks, bytes), as a view."""
+    count = packed.shape[1] // (block_format.block_bytes + _STEP_BYTES)
+    return packed[:, : count * block_format.block_bytes].unflatten(1, (count, block_format.block_bytes))
 
 
-def _quantize_blocks(blocks: Tensor, block_format: BlockFormat, levels: Tensor, steps: Tensor) -> None:
-    step = block_format.step(blocks).to(torch.bfloat16)
+def _batches(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Batches of blocks, shape (rows, blocks, elements): a part of one row, or several whole rows."""
+    rows, count, numel = blocks.shape
+    at_a_time = max(1, _CPU_BATCH // numel) if blocks.device.type == "cpu" else max(1, rows * count)
+    several = max(1, at_a_time // max(1, count))
+    for row in range(0, rows, several):
+        for start in range(0, count, at_a_time):
+            yield slice(row, row + several), slice(start, start + at_a_time)
+
+
+def _quantize_blocks(
+    blocks: Tensor, block_format: BlockFormat, levels: Tensor, steps: Tensor, numel: int | None = None
+) -> None:
+    """Write levels and steps. The steps follow from the first ``numel`` elements of each block."""
+    step = block_format.step(blocks[..., :numel]).to(torch.bfloat16)
     # A step too small to be divided by means zero. NaN compares as false, and so stays.
-    step = torch.where(step < torch.finfo(torch.bfloat16).tiny, 0.0, step)
+    step.masked_fill_(step < torch.finfo(torch.bfloat16).tiny, 0.0)
     steps.copy_(step)
-    inverse = torch.where(step == 0, 0.0, step.float().reciprocal())
-    scaled = torch.mul(blocks, inverse.unsqueeze(1)).add_(block_format.centre + 0.5)
+    inverse = step.float().reciprocal_().masked_fill_(step == 0, 0.0)
+    scaled = torch.mul(blocks, inverse.unsqueeze(-1)).add_(block_format.centre + 0.5)
     if block_format.clips:
         scaled.clamp_(0, 2**block_format.bits - 0.5)
     if block_format.bits == 8:
@@ -220,12 +265,10 @@ def _quantize_blocks(blocks: Tensor, block_format: BlockFormat, levels: Tensor, 
     # The k-th share of a byte comes from the k-th part of the block: neighbours stay neighbours, which is fast, as is
     # adding the shares as floating-point numbers, of which a byte is exactly one.
     shares = 8 // block_format.bits
-    if scaled.shape[1] % shares:
-        scaled = torch.nn.functional.pad(scaled, (0, -scaled.shape[1] % shares))
-    parts = scaled.floor_().view(len(blocks), shares, -1)
-    byte = torch.add(parts[:, 0], parts[:, 1], alpha=2**block_format.bits)
+    parts = scaled.floor_().unflatten(-1, (shares, -1))
+    byte = torch.add(parts[..., 0, :], parts[..., 1, :], alpha=2**block_format.bits)
     for k in range(2, shares):
-        byte.add_(parts[:, k], alpha=2 ** (k * block_format.bits))
+        byte.add_(parts[..., k, :], alpha=2 ** (k * block_format.bits))
     levels.copy_(byte)
 
 
@@ -233,9 +276,9 @@ def _dequantize_blocks(levels: Tensor, steps: Tensor, block_format: BlockFormat,
     if block_format.bits == 8:
         blocks.copy_(levels)
     else:
-        mask, width = 2**block_format.bits - 1, levels.shape[1]
-        parts = torch.empty(len(blocks), 8 // block_format.bits, width, dtype=torch.uint8, device=levels.device)
-        for k in range(8 // block_format.bits):
-            torch.bitwise_and(levels >> (k * block_format.bits), mask, out=parts[:, k])
-        blocks.copy_(parts.view(len(blocks), -1)[:, : blocks.shape[1]])
-    blocks.sub_(block_format.centre).mul_(steps.unsqueeze(1))
+        mask, shares = 2**block_format.bits - 1, 8 // block_format.bits
+        parts = torch.empty(*levels.shape[:2], shares, levels.shape[2], dtype=torch.uint8, device=levels.device)
+        for k in range(shares):
+            torch.bitwise_and(levels >> (k * block_format.bits), mask, out=parts[..., k, :])
+        blocks.copy_(parts.view(blocks.shape))
+    blocks.sub_(block_format.centre).mul_(steps.unsqueeze(-1))

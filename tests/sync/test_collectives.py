@@ -4,6 +4,7 @@ import pytest
 import torch
 from replicas import counted_collectives
 
+from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.collectives import Collectives
 from lightning_curvadion.sync.payloads import DisplacementPayload, TensorPayload
@@ -97,6 +98,28 @@ def test_residuals_of_sixteen_bits_lose_what_their_rounding_loses(replicas):
         kept = sum(answer[wire_format][1] for answer in everyone) / 2
         moved = sum(answer[wire_format][2] for answer in everyone) / 2
         assert 1e-6 * moved.norm() < (sent + kept - moved).norm() < 0.02 * moved.norm()
+
+
+def launches(rank, world):
+    """Operators called by one mean in each format: two chunks of so many numbers that all shards are whole blocks."""
+    chunk = 3 * 4 * 5 * 128
+    collectives = Collectives(chunk=chunk)
+    collectives.join()
+    counts = {}
+    for wire_format in CODED:
+        payload = TensorPayload("tensor", torch.randn(2 * chunk), wire_format)
+        with LaunchCounter() as counter:
+            collectives.average([payload])
+        counts[wire_format] = counter.launches
+    return counts
+
+
+def test_a_mean_launches_as_many_kernels_for_any_number_of_replicas_and_the_host_waits_once(replicas):
+    of_three, of_four, of_five = (replicas.run(world, launches)[0] for world in (3, 4, 5))
+    assert of_three == of_four == of_five
+    for counts in of_three.values():
+        assert counts.total() < 300
+        assert counts["_local_scalar_dense"] == 1
 
 
 def tensors_to_broadcast(rank):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
 from lightning_curvadion.optim import dion
 from lightning_curvadion.sync import quantization
 
@@ -23,14 +24,13 @@ def test_sizes(wire_format, numel):
     tensor = torch.randn(numel)
     payload = quantization.quantize(tensor, wire_format)
     block = quantization.block_of(wire_format)
-    steps = 2 * math.ceil(numel / block) if block > 1 else 0
+    blocks = math.ceil(numel / block)
+    steps = 2 * blocks if block > 1 else 0
     assert payload.dtype == torch.uint8
-    assert payload.shape == (math.ceil(numel * BITS[wire_format] / 8) + steps,)
+    assert payload.shape == (blocks * block * BITS[wire_format] // 8 + steps,)
     assert payload.numel() == quantization.quantized_bytes(numel, wire_format)
     decoded = quantization.dequantize(payload, wire_format, numel)
     assert decoded.shape == (numel,) and decoded.dtype == torch.float32
-    out = torch.empty(numel)
-    assert quantization.dequantize(payload, wire_format, numel, out=out) is out and torch.equal(out, decoded)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,36 @@ def test_other_dtypes_and_layouts(dtype):
     tensor = torch.randn(32, 40).to(dtype).T
     expected = there_and_back(tensor.float().contiguous(), "int8")
     assert torch.equal(there_and_back(tensor, "int8"), expected)
+
+
+@pytest.mark.parametrize("wire_format", quantization.WIRE_FORMATS)
+@pytest.mark.parametrize("numel", [3 * 256, 3 * 256 - 1, 600, 128, 100])
+def test_rows_are_quantized_like_one_tensor(wire_format, numel):
+    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.pad(tensor, (0, 3 * 256 - numel)).view(3, 256)
+    packed = quantization.quantize_rows(rows, wire_format, numel)
+    assert packed.shape == (3, quantization.quantized_bytes(256, wire_format))
+    restored = quantization.dequantize_rows(packed, wire_format, torch.empty(3, 256)).view(-1)
+    assert torch.equal(restored[:numel], there_and_back(tensor, wire_format))
+
+
+def test_zeros_that_fill_up_a_block_do_not_make_its_step_smaller():
+    for wire_format in CODED:
+        assert torch.equal(
+            there_and_back(torch.ones(100), wire_format), there_and_back(torch.ones(128), wire_format)[:100]
+        )
+
+
+@pytest.mark.parametrize("wire_format", INTEGERS)
+def test_five_hundred_rows_launch_as_many_kernels_as_two(wire_format):
+    counts = []
+    for rows in (2, 512):
+        numbers = torch.empty(rows, 256, device="meta")
+        with LaunchCounter() as counter:
+            packed = quantization.quantize_rows(numbers, wire_format, numbers.numel() - 100)
+            quantization.dequantize_rows(packed, wire_format, numbers)
+        counts.append(counter.launches)
+    assert counts[0] == counts[1] and 0 < counts[0].total() < 70
 
 
 # -- factors in few bits ----------------------------------------------------------------------------------------------

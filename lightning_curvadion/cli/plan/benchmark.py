@@ -41,9 +41,9 @@ class _LoopbackCollectives(Collectives):
 def measure_quantization(wire_format: str, device: torch.device, numel: int = 2**20) -> float:
     """Measure the seconds that a sync step between two replicas works on one number, without the network.
 
-    That is: read displacement and residual, quantize once, dequantize three times (both replicas' numbers, and this
-    replica's own for the residual), average, write parameter and residual. With more replicas as many numbers are
-    dequantized; quantizing the mean of a shard is not included.
+    That is: read displacement and residual, quantize once, dequantize twice (both replicas' numbers), average, write
+    parameter and residual. With more replicas half as many again are dequantized (this replica's own, which it does not
+    receive); that and quantizing the mean of a shard is not included.
 
     Args:
         wire_format: As in :class:`~lightning_curvadion.ProcessGroupSync`.
