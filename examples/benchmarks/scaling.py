@@ -51,7 +51,8 @@ moves 100 bytes per number at half of 3.35 TB/s. The sync rate is that of our sm
 measured how it changes with size.
 Times are seconds per step. "over DDP" and "over Dion": how many times as fast as DDP, and as Dion with float32 factors
 at every step. Bytes are what a replica sends. The optimizer's own step is left out everywhere, though CurvaDion's local
-step took 3.1 to 3.6 times as long as AdamW's on a CPU (examples/benchmarks/step_time.py)."""
+step took 3.1 to 3.6 times as long as AdamW's on a CPU (examples/benchmarks/step_time.py). "launches": kernels of a sync
+step with the optimizer's own, counted in a dry run; a GPU takes some microseconds for each, which no time here has."""
 
 
 def compute_seconds(model: nn.Module) -> float:
@@ -89,6 +90,7 @@ def row(name: str, link: str, steps: StepPrediction) -> list[str]:
         f"{steps.ddp_seconds / steps.mean_seconds:.2f}",
         f"{steps.dion_seconds / steps.mean_seconds:.2f}",
         *(f"{speed * _SECONDS_PER_DAY / 1e9:,.0f}" for speed in speeds),
+        f"{steps.footprint.sync.launches:,}",
     ]
 
 
@@ -96,7 +98,7 @@ def main() -> None:
     """Print the table as Markdown."""
     rate = expected_sync_rate(CurvaDion([torch.zeros(1, 1)])._cap)
     columns = ["model", "link", "replicas", "compute", "DDP step", "local step", "sync step", "mean step"]
-    columns += ["over DDP", "over Dion", "DDP GB/day", "CurvaDion GB/day"]
+    columns += ["over DDP", "over Dion", "DDP GB/day", "CurvaDion GB/day", "launches"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for name, link, steps in predictions(rate):
         print(f"| {' | '.join(row(name, link, steps))} |")

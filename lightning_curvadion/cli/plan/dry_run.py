@@ -21,6 +21,7 @@ from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.settings import SyncSettings
 from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, Collective
+from .launch_counter import LaunchCounter
 
 # Copies of a chunk during a sync step: its flat buffer, its quantized form, and what is dequantized from that. The
 # memory note of ProcessGroupSync counts the same.
@@ -37,12 +38,15 @@ class StepTraffic:
         bytes_sent: Payload, as counted by
             :attr:`ProcessGroupSync.bytes_sent <lightning_curvadion.ProcessGroupSync.bytes_sent>`.
         temporaries: Bytes that exist during the step only: buffers of a chunk, and factors.
+        launches: Kernel launches of the step, the optimizer's own work included; see
+            :class:`~lightning_curvadion.cli.plan.launch_counter.LaunchCounter`.
     """
 
     collectives: list[Collective] = field(default_factory=list)
     numbers: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
     temporaries: int = 0
+    launches: int = 0
 
 
 class CollectiveRecorder(Collectives):
@@ -144,6 +148,8 @@ def dry_run_step(optimizer: CurvaDion, sync: DryRunSync, synced: bool) -> StepTr
         [Collective(kind='all-reduce', nbytes=16)]
     """
     optimizer._cap = LocalStepCap(EveryNSteps(1 if synced else 2), None)
-    sync.recorder.traffic = StepTraffic()
-    optimizer.step()
-    return sync.recorder.traffic
+    traffic = sync.recorder.traffic = StepTraffic()
+    with LaunchCounter() as counter:
+        optimizer.step()
+    traffic.launches = counter.launches.total()
+    return traffic

@@ -37,7 +37,12 @@ def format_plan(plan: Plan) -> str:
             f"compute {format_seconds(steps.compute_seconds)} per step: {plan.compute_source}",
         ],
         format_table(_step_rows(steps)),
-        [*_comparison(steps), _quantization_speed(steps, plan.quantization_source)],
+        [
+            *_comparison(steps),
+            _quantization_speed(steps, plan.quantization_source),
+            f"Kernel launches in a sync step: {steps.footprint.sync.launches:,}, in a local step:"
+            f" {steps.footprint.local.launches:,}; a GPU takes some microseconds for each.",
+        ],
         format_table(_memory_rows(steps.footprint)),
         _assumptions(setup.backend),
     ]

@@ -31,6 +31,7 @@ def test_the_text_has_every_part(capsys):
         "gradient buckets",
         "times as fast",
         "16 replicas",
+        "Kernel launches in a sync step: ",
     ):
         assert words in text
 
