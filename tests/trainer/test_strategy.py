@@ -92,8 +92,11 @@ def test_a_local_training_batch_makes_one_collective_of_16_bytes(fitted):
     for rank in fitted[1]:
         assert [synced for synced, _ in rank["batches"]] == [False, False, True] * 2 + [False, False]
         for synced, calls in rank["batches"]:
-            payload = [size for _, size in calls if size]
-            assert payload == [16] if not synced else len(payload) == 3
+            if synced:
+                # Agreement, two means, and the counter of a buffer.
+                assert [name for name, _ in calls] == ["all_reduce"] * 3 + ["broadcast"]
+            else:
+                assert [size for _, size in calls if size] == [16]
 
 
 def test_nothing_is_sent_between_batches_not_by_lightning_either(fitted):
@@ -162,15 +165,18 @@ def accumulate(rank, world, strategy_options):
 
 
 def test_accumulated_batches_send_nothing(replicas):
-    for payloads in replicas.run(2, accumulate, FACTORS):
-        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 3
+    for rank, payloads in enumerate(replicas.run(2, accumulate, FACTORS)):
+        assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == []
+        # Rank 0 also sends the counter of a buffer.
+        assert len(payloads[5]) == (4 if rank == 0 else 3)
 
 
 def test_by_default_a_sync_step_sends_one_bit_for_each_number(replicas):
     numbers = sum(parameter.numel() for parameter in Module().parameters())
-    for payloads in replicas.run(2, accumulate, {}):
+    for rank, payloads in enumerate(replicas.run(2, accumulate, {})):
         assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == []
-        agreement, quantized = payloads[5]
+        agreement, quantized, *counter = payloads[5]
+        assert counter == ([8] if rank == 0 else [])
         # One bit and a scale a block; blocks of small tensors are not full.
         assert agreement == 16 and numbers / 8 < quantized < numbers / 4
 
