@@ -50,9 +50,9 @@ of 25 MiB while backward runs, 2/3 of a step. CurvaDion has the strategy's defau
 moves 100 bytes per number at half of 3.35 TB/s. The sync rate is that of our small runs, {{rate:.1%}}; nobody has
 measured how it changes with size.
 Times are seconds per step. "over DDP" and "over Dion": how many times as fast as DDP, and as Dion with float32 factors
-at every step. Bytes are what a replica sends. Launches are the GPU kernels that the optimizer starts in a sync step, at
-a few microseconds each. The optimizer's own step is left out everywhere, though CurvaDion's local
-step took 3.1 to 3.6 times as long as AdamW's on a CPU (examples/benchmarks/step_time.py)."""
+at every step. Bytes are what a replica sends. The optimizer's own step is left out everywhere, though CurvaDion's local
+step took 3.1 to 3.6 times as long as AdamW's on a CPU (examples/benchmarks/step_time.py). "launches": kernels of a sync
+step with the optimizer's own, counted in a dry run; a GPU takes some microseconds for each, which no time here has."""
 
 
 def compute_seconds(model: nn.Module) -> float:

@@ -60,7 +60,7 @@ class Bucket:
         """Mean of one shard over the replicas, given what each sent of it, shape (replicas, width)."""
         mean = self.dequantize(packed).sum(dim=0).div_(len(packed))
         # Zeros that fill up a block may have been quantized to other numbers.
-        mean[self._numel_of(shard) :] = 0
+        mean[self._numel_of(shard) :].zero_()
         return mean
 
     def quantize_mean(self, mean: Tensor, shard: int) -> Tensor:

@@ -38,7 +38,8 @@ class StepTraffic:
         bytes_sent: Payload, as counted by
             :attr:`ProcessGroupSync.bytes_sent <lightning_curvadion.ProcessGroupSync.bytes_sent>`.
         temporaries: Bytes that exist during the step only: buffers of a chunk, and factors.
-        launches: Kernel launches of the optimizer and the sync hook on a GPU.
+        launches: Kernel launches of the step, the optimizer's own work included; see
+            :class:`~lightning_curvadion.cli.plan.launch_counter.LaunchCounter`.
     """
 
     collectives: list[Collective] = field(default_factory=list)
@@ -158,8 +159,8 @@ def dry_run_step(optimizer: CurvaDion, sync: DryRunSync, synced: bool) -> StepTr
         [Collective(kind='all-reduce', nbytes=16)]
     """
     optimizer._cap = LocalStepCap(EveryNSteps(1 if synced else 2), None)
-    sync.recorder.traffic = StepTraffic()
+    traffic = sync.recorder.traffic = StepTraffic()
     with LaunchCounter() as counter:
         optimizer.step()
-    sync.recorder.traffic.launches = counter.launches.total()
-    return sync.recorder.traffic
+    traffic.launches = counter.launches.total()
+    return traffic

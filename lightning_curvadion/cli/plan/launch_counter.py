@@ -7,12 +7,13 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-# Operators that return memory without touching it.
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+# Operators that return memory without touching it, and the profiler's ranges.
+_WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+_WITHOUT_KERNEL |= {"_record_function_enter_new", "_record_function_exit"}
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Counts the operators called inside that launch a kernel: all but views and allocations.
+    """Counts the operators called inside that launch a kernel: not views, allocations and ranges of the profiler.
 
     An operator that launches several kernels, such as a QR decomposition, counts one, and so does a collective.
 
@@ -40,6 +41,6 @@ class LaunchCounter(TorchDispatchMode):
         is_view = any(
             result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns
         )
-        if not is_view and name not in _ALLOCATIONS:
+        if not is_view and name not in _WITHOUT_KERNEL:
             self.launches[name] += 1
         return func(*args, **(kwargs or {}))

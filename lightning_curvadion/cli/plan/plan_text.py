@@ -37,7 +37,12 @@ def format_plan(plan: Plan) -> str:
             f"compute {format_seconds(steps.compute_seconds)} per step: {plan.compute_source}",
         ],
         format_table(_step_rows(steps)),
-        [*_comparison(steps), _quantization_speed(steps, plan.quantization_source)],
+        [
+            *_comparison(steps),
+            _quantization_speed(steps, plan.quantization_source),
+            f"Kernel launches in a sync step: {steps.footprint.sync.launches:,}, in a local step:"
+            f" {steps.footprint.local.launches:,}; a GPU takes some microseconds for each.",
+        ],
         format_table(_memory_rows(steps.footprint)),
         _assumptions(setup.backend),
     ]
@@ -118,7 +123,6 @@ def _step_rows(steps: StepPrediction) -> list[tuple[str, ...]]:
 
 
 def _comparison(steps: StepPrediction) -> list[str]:
-    local, sync = steps.footprint.local, steps.footprint.sync
     over_ddp, over_dion = steps.ddp_seconds / steps.mean_seconds, steps.dion_seconds / steps.mean_seconds
     share = steps.mean_link_bytes / steps.ddp_link_bytes
     share_text = f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
@@ -132,7 +136,6 @@ def _comparison(steps: StepPrediction) -> list[str]:
         f"The mean step is {over_ddp:.2f} times as fast as DDP and {over_dion:.2f} times as fast as Dion, with"
         f" {share_text} of DDP's bytes.",
         break_even,
-        f"On a GPU a local step of the optimizer launches {local.launches:,} kernels, a sync step {sync.launches:,}.",
     ]
 
 

@@ -7,9 +7,14 @@ from replicas import counted_collectives
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.byte_gpt import GPT
-from lightning_curvadion import EveryNSteps
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.cli.plan.collective_costs import ALL_TO_ALL
+from lightning_curvadion.cli.plan.dry_run import CollectiveRecorder
 from lightning_curvadion.cli.plan.footprint import ddp_buckets, measure_footprint
+from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
+from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.payloads import TensorPayload
+from lightning_curvadion.sync.quantization import WIRE_FORMATS
 
 SETTINGS = [
     {"wire_format": "sign", "momentum": "local"},
@@ -54,6 +59,38 @@ def test_a_dry_run_sends_and_stores_what_real_replicas_do(replicas, world):
                 for collective in traffic.collectives
             ]
             assert (recorded, traffic.bytes_sent) == (calls, sent), hook
+
+
+def launches_of_a_mean(collectives, device):
+    """Operators that launch a kernel in one mean of tensors in each format, but for the communication itself."""
+    payloads = [TensorPayload(name, torch.ones(300, 5, device=device), name) for name in WIRE_FORMATS]
+    with LaunchCounter() as counter:
+        collectives.average(payloads)
+    communication = {"allgather_", "alltoall_base_", "any", "_local_scalar_dense"}
+    return {name: count for name, count in counter.launches.items() if name not in communication}
+
+
+def real_launches(rank, world):
+    collectives = Collectives(chunk=2000)
+    collectives.join()
+    return launches_of_a_mean(collectives, "cpu")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_dry_run_launches_the_kernels_that_real_replicas_do(replicas, world):
+    real = replicas.run(world, real_launches)[0]
+    assert launches_of_a_mean(CollectiveRecorder(world, chunk=2000), "meta") == real
+
+
+def test_a_sync_step_of_a_thousand_replicas_launches_as_many_kernels_as_one_of_four():
+    with torch.device("meta"):
+        model = GPT(layers=2, width=256, heads=4, context=64)
+        optimizer = CurvaDion(split_parameters(model))
+    of_four, of_thousand = (
+        measure_footprint(model, optimizer, ProcessGroupSync(wire_format="sign").settings, replicas).sync.launches
+        for replicas in (4, 1024)
+    )
+    assert 0 < of_thousand <= 1.05 * of_four
 
 
 def buckets_of_ddp(rank, world):
