@@ -221,6 +221,15 @@ METHODS: dict[str, Method] = {
         )
         for budget in (0.4, 0.6)
     },
+    **{
+        f"ours: full rank, int4 for the rest, budget {budget}, spread {spread}": Method(
+            trigger=IntegratedRMMC(budget),
+            hook={"vector_format": "int4", "spread": spread},
+            options={"rank_fraction": 1.0},
+            sweep=DEFAULT,
+        )
+        for budget, spread in ((0.15, 2), (0.075, 4), (0.1, 4))
+    },
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
     "ours: rank 1/4, momentum factors": Method(
         hook={"momentum": "factors"}, options={"rank_fraction": 0.25}, sweep=DEFAULT

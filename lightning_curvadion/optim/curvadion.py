@@ -153,6 +153,11 @@ class CurvaDion(StackedOptimizer):
         return self._cap.max_local_steps
 
     @property
+    def sync_steps(self) -> int:
+        """Number of sync steps so far."""
+        return self._cap.sync_steps
+
+    @property
     def sync_hook(self) -> SyncHook | None:
         """The attached hook, if any."""
         return self._hook

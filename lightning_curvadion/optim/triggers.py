@@ -207,6 +207,7 @@ class LocalStepCap:
         self.trigger = trigger
         self.max_local_steps = max_local_steps
         self.local_steps = 0
+        self.sync_steps = 0
 
     def decide(self, rmmc: float) -> bool:
         """Whether this step synchronises. Called exactly once a step."""
@@ -214,14 +215,18 @@ class LocalStepCap:
         if self.max_local_steps is not None and self.local_steps >= self.max_local_steps:
             synced = True
         self.local_steps = 0 if synced else self.local_steps + 1
+        self.sync_steps += synced
         self.trigger.stepped(synced)
         return synced
 
     def state_dict(self) -> State:
-        """State of the trigger and the present run of local steps."""
-        return {"local_steps": self.local_steps, "trigger": self.trigger.state_dict()}
+        """State of the trigger, the present run of local steps, and the number of sync steps."""
+        counts = {"local_steps": self.local_steps, "sync_steps": self.sync_steps}
+        return {**counts, "trigger": self.trigger.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Take over a state of :meth:`state_dict`."""
         self.trigger.load_state_dict(state["trigger"])
         self.local_steps = state["local_steps"]
+        # Version 0.1.0 did not count them.
+        self.sync_steps = state.get("sync_steps", 0)

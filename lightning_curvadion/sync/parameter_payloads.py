@@ -12,6 +12,7 @@ from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
 from .payloads import DisplacementPayload, Payload, TensorPayload
+from .rotation import rotation_part
 from .settings import SyncSettings
 
 
@@ -30,7 +31,7 @@ class ParameterPayloads:
         self._settings = settings
         self.anchors = Anchors()
         self.meter: DriftMeter | None = None
-        # Parameters that have stepped since the last sync step of their optimizer.
+        # Parameters that have stepped since their last sync step.
         self._moved: dict[CurvaDion, set[Tensor]] = {}
 
     # -- anchors -----------------------------------------------------------------------------------------------------
@@ -77,18 +78,21 @@ class ParameterPayloads:
         }
 
     def of_sync_step(self, optimizer: CurvaDion, leave_out: Collection[Tensor] = ()) -> list[Payload]:
-        """The payloads of a sync step: what has moved since the last one, in the wire formats.
+        """The payloads of a sync step: what has moved since its last one, in the wire formats.
 
-        A parameter that was frozen meanwhile still sends what it moved. At the sync step after that it sends what
-        quantization left of it, at full width, and from then on nothing.
+        Where the sync is spread over several steps, only the parameters whose turn it is. A parameter that was frozen
+        meanwhile still sends what it moved. At its next turn it sends what quantization left of it, at full width, and
+        from then on nothing.
 
         Args:
             optimizer: It steps now.
             leave_out: Parameters that are synchronised otherwise.
         """
         self.record_step(optimizer)
-        moved = self._moved.pop(optimizer)
         named = {name: parameter for name, parameter in optimizer.named_parameters() if parameter not in leave_out}
+        named = rotation_part(named, self._settings.spread, optimizer.sync_steps)
+        moved = self._moved[optimizer] & set(named.values())
+        self._moved[optimizer] -= moved
         moving = {name: parameter for name, parameter in named.items() if parameter in moved}
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})

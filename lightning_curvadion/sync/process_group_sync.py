@@ -62,6 +62,9 @@ class ProcessGroupSync:
             lower than the optimizer's. Every replica then takes a local step of full rank, and afterwards the momenta
             are averaged in the span of the leading columns. For ``momentum="factors"``.
         residual_dtype: ``"float32"``, or ``"bfloat16"`` for half the memory; what it rounds away is lost.
+        spread: How many sync steps send every parameter once. 1 sends all at each; n sends an n-th at each, balanced
+            by size. So that every parameter travels as often, let the trigger fire n times as often. The replicas are
+            equal after a consensus outside of a step only. For ``consensus="average"`` with ``momentum="local"``.
         chunk: Numbers that are quantized, sent and dequantized at a time. Larger payloads take more collectives.
 
     Memory: a copy of the parameters in float32 where ``consensus="factors"``, a quantized ``wire_format`` or an outer
@@ -101,6 +104,7 @@ class ProcessGroupSync:
         factor_format: str | None = None,
         sync_rank_fraction: float | None = None,
         residual_dtype: str = "float32",
+        spread: int = 1,
         chunk: int = CHUNK,
     ) -> None:
         self._arguments: dict[str, Any] = {
@@ -113,6 +117,7 @@ class ProcessGroupSync:
             "factor_format": factor_format,
             "sync_rank_fraction": sync_rank_fraction,
             "residual_dtype": str(residual_dtype).removeprefix("torch."),
+            "spread": spread,
             "chunk": chunk,
         }
         self._collectives = self._make_collectives(group, chunk)
@@ -277,7 +282,7 @@ class ProcessGroupSync:
     def mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The second mean of a sync step, parameters and buffers included."""
         means = self._sync_step.mean_right(optimizer, factors, whole)
-        if self.settings.consensus == "average":
+        if self.settings.consensus == "average" and self.settings.spread == 1:
             self._consensus.reached_in_step(optimizer)
         return means
 

@@ -38,6 +38,7 @@ class SyncSettings:
     factor_format: str
     sync_rank_fraction: float | None
     residual_dtype: str
+    spread: int
     chunk: int
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class SyncSettings:
             raise ValueError(f"outer_momentum must be in [0, 1), not {self.outer_momentum}")
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1 number, not {self.chunk}; {CHUNK} is the default")
+        if self.spread < 1:
+            raise ValueError(f"spread must be at least 1 sync step, not {self.spread}; 1 sends all parameters at once")
         if self.sync_rank_fraction is not None and not 0 < self.sync_rank_fraction <= 1:
             raise ValueError(f"sync_rank_fraction must be in (0, 1], not {self.sync_rank_fraction}")
         self._check_together()
@@ -60,6 +63,11 @@ class SyncSettings:
     def _check_together(self) -> None:
         if self.has_outer_step and self.consensus != "average":
             raise ValueError(f'an outer step needs consensus="average", not {self.consensus!r}')
+        if self.spread > 1 and (self.consensus, self.momentum) != ("average", "local"):
+            raise ValueError(
+                'spread needs consensus="average" and momentum="local", which send nothing but parameters; leave it out'
+                f" with consensus={self.consensus!r}, momentum={self.momentum!r}"
+            )
         if self.consensus == "none" and self.momentum not in ("factors", "dion"):
             raise ValueError(f'consensus="none" implies momentum="dion", not {self.momentum!r}')
         if self.sync_rank_fraction is not None and (self.momentum != "factors" or self.consensus == "none"):
@@ -114,9 +122,10 @@ def resolve_settings(
         **others: Settings that no default depends on.
 
     Example:
-        >>> others = dict(outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32", chunk=1)
-        >>> settings = resolve_settings(
-        ...     consensus="average", wire_format=None, vector_format=None, momentum=None, factor_format=None, **others)
+        >>> defaults = dict.fromkeys(["wire_format", "vector_format", "momentum", "factor_format"])
+        >>> others = dict(
+        ...     outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32", spread=1, chunk=1)
+        >>> settings = resolve_settings(consensus="average", **defaults, **others)
         >>> settings.wire_format, settings.momentum
         ('sign', 'local')
     """

@@ -45,7 +45,7 @@ class CurvaDionStrategy(DDPStrategy):
     Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
 
     Args:
-        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next nine.
+        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next ten.
         wire_format: Format of the parameters on the wire, from ``"float32"`` down to ``"int2"`` and ``"sign"``.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings.
         momentum: What a sync step does to the momentum.
@@ -54,6 +54,7 @@ class CurvaDionStrategy(DDPStrategy):
         factor_format: Format of the momentum on the wire.
         sync_rank_fraction: Rank of the momentum's factors on the wire, to make it lower than the optimizer's.
         residual_dtype: Of the error-feedback residuals; ``"bfloat16"`` halves their memory.
+        spread: How many sync steps send every parameter once.
         chunk: Numbers that are quantized and sent at a time; fewer need less memory.
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
@@ -97,6 +98,7 @@ class CurvaDionStrategy(DDPStrategy):
         factor_format: WireFormat | None = None,
         sync_rank_fraction: float | None = None,
         residual_dtype: ResidualDtype = "float32",
+        spread: int = 1,
         chunk: int = CHUNK,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
@@ -130,6 +132,7 @@ class CurvaDionStrategy(DDPStrategy):
             "factor_format": factor_format,
             "sync_rank_fraction": sync_rank_fraction,
             "residual_dtype": residual_dtype,
+            "spread": spread,
             "chunk": chunk,
         }
         self.sync = self.make_sync_hook()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import build, equal, exact_sync, state_of, train_step
+from replicas import counted_collectives
 from torch import nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps
@@ -108,3 +109,32 @@ def test_a_resumed_run_is_the_run_bit_for_bit(replicas, world, wire_format, resi
     for same, residuals in replicas.run(world, resumed, hook, settle, str(tmp_path / "saved")):
         assert same
         assert not any(residuals) if settle else all(residuals)
+
+
+def formats_of_groups(rank, world, hook):
+    model, optimizer = build(hook=hook, trigger=EveryNSteps(1))
+    with counted_collectives() as calls:
+        train_step(model, optimizer, 0, shard=rank)
+    return calls[-1][1]
+
+
+@pytest.mark.parametrize(("wire_format", "vector_format"), [("sign", "int4"), ("int8", "float32"), ("float32", "int8")])
+def test_matrices_and_other_parameters_travel_in_formats_of_their_own(replicas, wire_format, vector_format):
+    model, optimizer = build()
+    of_matrices = {p for group in optimizer.param_groups if group["algorithm"] == "dion" for p in group["params"]}
+    numel = [
+        sum(p.numel() for p in model.parameters() if (p in of_matrices) == is_matrix) for is_matrix in (True, False)
+    ]
+    expected = sum(
+        quantization.quantized_bytes(n, name) for n, name in zip(numel, (wire_format, vector_format), strict=True)
+    )
+    hook = {"wire_format": wire_format, "vector_format": vector_format, "momentum": "local"}
+    running_statistics, flag = 2 * 4 * 16, 1
+    assert replicas.run(2, formats_of_groups, hook) == [expected + running_statistics + flag] * 2
+
+
+def test_with_formats_of_their_own_parameters_settle_as_in_float32(replicas):
+    hook = {"wire_format": "sign", "vector_format": "int4"}
+    expected = replicas.run(2, with_given_gradients, {}, 13)[0][0]
+    for settled, *_ in replicas.run(2, with_given_gradients, hook, 13):
+        torch.testing.assert_close(settled, expected, rtol=0, atol=2e-6)

@@ -24,6 +24,10 @@ from lightning_curvadion import ProcessGroupSync
         ({"sync_rank_fraction": 0.1, "momentum": "local"}, 'is the rank of what momentum="factors" sends'),
         ({"sync_rank_fraction": 0.1, "consensus": "none"}, 'is the rank of what momentum="factors" sends'),
         ({"chunk": 0}, "chunk must be at least 1"),
+        ({"vector_format": "int3"}, "vector_format must be one of 'float32', .*, not 'int3'"),
+        ({"spread": 0}, "spread must be at least 1 sync step, not 0"),
+        ({"spread": 2, "momentum": "factors"}, 'spread needs consensus="average" and momentum="local"'),
+        ({"spread": 2, "consensus": "none"}, 'spread needs consensus="average" and momentum="local"'),
     ],
 )
 def test_bad_arguments(options, message):
