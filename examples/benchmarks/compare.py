@@ -17,6 +17,7 @@ replicas share the loopback interface, without a count and without slow links. T
 - ``disturbed``: runs with a change in the middle
 - ``methods``: every method once
 - ``batches``: other batch sizes
+- ``full rank``, ``full rank of four``: local steps of full rank, and formats for what is no matrix, over seeds
 - ``sweep of four``, ``replicas``: four replicas
 - ``races``: whole runs on the slowest link
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from examples.benchmarks.compare_replica import Outcome, Run
-from examples.benchmarks.methods import DEFAULT, METHODS, PERIODS
+from examples.benchmarks.methods import DEFAULT, FULL_RANK, METHODS, PERIODS
 
 RESULTS = Path(__file__).parent / "results" / "compare.csv"
 
@@ -49,6 +49,8 @@ QUOTED = (
     DEFAULT,
     "no communication",
 )
+# Steps of full rank, with embeddings and head in formats of their own, and with a sync spread over several steps.
+FULL_RANKS = tuple(name for name in METHODS if name.startswith(FULL_RANK))
 BATCH_METHODS = ("DDP, AdamW", "DDP, Dion", "local SGD, H=30", DEFAULT, "no communication")
 # The default trigger, and periods that synchronise about as often. Everything else is equal.
 DISTURBED = (DEFAULT, *[f"ours: H={n}" for n in PERIODS[:2]])
@@ -159,6 +161,8 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
     "methods": lambda rows: tuned(METHODS, rows),
     "batches": lambda rows: [run for batch in BATCHES for run in tuned(BATCH_METHODS, rows, sequences=batch)],
     "sweep of four": lambda rows: sweep(SWEEPS_OF_FOUR, replicas=4),
+    "full rank": lambda rows: [run for seed in SEEDS for run in tuned(FULL_RANKS, rows, seed=seed)],
+    "full rank of four": lambda rows: tuned([FULL_RANK, f"{FULL_RANK}, int4 for the rest"], rows, replicas=4),
     "replicas": lambda rows: tuned([*QUOTED, *BREAKDOWN], rows, replicas=4),
     "races": races,
 }

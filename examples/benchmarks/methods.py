@@ -130,6 +130,7 @@ OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 # Muon and Dion as inner optimizers need less outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT = "ours: defaults"
+FULL_RANK = "ours: full rank"
 PERIODS = (4, 5)
 
 
@@ -157,6 +158,11 @@ def _published(tau: float, **options: Any) -> Method:
 def _curvadion(trigger: Trigger | None = None, **hook: Any) -> Method:
     """CurvaDion with its defaults, but for the arguments."""
     return Method(trigger=trigger, hook=hook, sweep=DEFAULT)
+
+
+def _full_rank(trigger: Trigger | None = None, **hook: Any) -> Method:
+    """CurvaDion with local steps of full rank, which cost time and no bytes."""
+    return Method(trigger=trigger, hook=hook, options={"rank_fraction": 1.0}, sweep=DEFAULT)
 
 
 def _thin(rank_fraction: float) -> dict[str, Any]:
@@ -205,30 +211,17 @@ METHODS: dict[str, Method] = {
     "ours: outer 0.8, 0.5": _curvadion(outer_lr=0.8, outer_momentum=0.5),
     "ours: budget 0.8, outer 0.7, 0.6": _curvadion(IntegratedRMMC(0.8), **OUTER_DION),
     "ours: outer 1.0, 0.3": _curvadion(outer_lr=1.0, outer_momentum=0.3),
-    "ours: full rank": Method(options={"rank_fraction": 1.0}, sweep=DEFAULT),
+    FULL_RANK: _full_rank(),
     **{
-        f"ours: full rank, {vectors} for the rest": Method(
-            hook={"vector_format": vectors}, options={"rank_fraction": 1.0}, sweep=DEFAULT
-        )
+        f"{FULL_RANK}, {vectors} for the rest": _full_rank(vector_format=vectors)
         for vectors in ("int2", "int4", "int8")
     },
+    f"{FULL_RANK}, int4 for the rest, budget 0.4": _full_rank(IntegratedRMMC(0.4), vector_format="int4"),
     **{
-        f"ours: full rank, int4 for the rest, budget {budget}": Method(
-            trigger=IntegratedRMMC(budget),
-            hook={"vector_format": "int4"},
-            options={"rank_fraction": 1.0},
-            sweep=DEFAULT,
+        f"{FULL_RANK}, int4 for the rest, budget {budget}, spread {spread}": _full_rank(
+            IntegratedRMMC(budget), vector_format="int4", spread=spread
         )
-        for budget in (0.4, 0.6)
-    },
-    **{
-        f"ours: full rank, int4 for the rest, budget {budget}, spread {spread}": Method(
-            trigger=IntegratedRMMC(budget),
-            hook={"vector_format": "int4", "spread": spread},
-            options={"rank_fraction": 1.0},
-            sweep=DEFAULT,
-        )
-        for budget, spread in ((0.15, 2), (0.075, 4), (0.1, 4))
+        for budget, spread in ((0.15, 2), (0.1, 4))
     },
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
     "ours: rank 1/4, momentum factors": Method(
