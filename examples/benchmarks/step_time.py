@@ -1,30 +1,42 @@
-"""Time of one optimizer step: CurvaDion (local and sync) beside torch's AdamW and Muon, on the matrices of a GPT.
+"""Time of one optimizer step on the matrices of a GPT: CurvaDion's local step by rank, beside torch's AdamW and Muon.
 
     python examples/benchmarks/step_time.py            # 12 layers, 768 wide: 85 M parameters, minutes
     python examples/benchmarks/step_time.py --smoke    # 2 layers, 64 wide: seconds
 
-One process, one thread, new random gradients at every step. The optimizers take turns, so that a change of the
-machine's speed affects all of them. Quote the ratios of the medians.
+One process, one thread, new random gradients at every step, parameters in float32 and then in bfloat16. The optimizers
+take turns, so that a change of the machine's speed affects all of them. Quote the ratios of the medians, and the
+processor: Muon computes in bfloat16 whatever the parameters, and some processors are slow at that.
 """
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, RMMCThreshold
+from lightning_curvadion import CurvaDion, RMMCThreshold
 from lightning_curvadion.optim.rmmc import momentum_norms
 
+RANK_FRACTIONS = (0.25, 0.5, 1.0)
 
-def matrices(layers: int, width: int) -> list[nn.Parameter]:
+
+def processor() -> str:
+    """The processor's name, and which of its instructions for bfloat16 it has."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    instructions = {"amx_bf16", "avx512_bf16"} & set(fields.get("flags", "").split())
+    return f"{fields.get('model name', 'unknown processor')} ({', '.join(sorted(instructions)) or 'no bfloat16'})"
+
+
+def matrices(layers: int, width: int, dtype: torch.dtype) -> list[nn.Parameter]:
     """Weight matrices of a GPT with random gradients: packed attention projection, its output, the MLP's two."""
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    parameters = [nn.Parameter(0.02 * torch.randn(shape)) for _ in range(layers) for shape in shapes]
+    parameters = [nn.Parameter(0.02 * torch.randn(shape, dtype=dtype)) for _ in range(layers) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     return parameters
@@ -63,37 +75,35 @@ def time_in_turns(
 def print_table(times: dict[str, list[float]]) -> None:
     """Print medians, extremes and ratios."""
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{'':24}{'median':>10}{'min':>10}{'max':>10}{'/ AdamW':>10}{'/ Muon':>10}")
+    print(f"{'':30}{'median':>10}{'min':>10}{'max':>10}{'/ AdamW':>10}{'/ Muon':>10}")
     for name, median in medians.items():
         ratios = f"{median / medians['AdamW']:10.2f}{median / medians['Muon']:10.3f}"
-        print(f"{name:24}{median:9.3f}s{min(times[name]):9.3f}s{max(times[name]):9.3f}s{ratios}")
-    share = medians["RMMC of all matrices"] / medians["CurvaDion, local step"]
-    print(f"RMMC takes {100 * share:.1f} % of a local step")
+        print(f"{name:30}{median:9.3f}s{min(times[name]):9.3f}s{max(times[name]):9.3f}s{ratios}")
 
 
-def measure(layers: int, width: int, rank_fraction: float, rounds: int, muon_rounds: int) -> None:
+def measure(layers: int, width: int, dtype: torch.dtype, rounds: int, muon_rounds: int) -> None:
     """Time the steps and print them."""
-    parameters = matrices(layers, width)
+    parameters = matrices(layers, width, dtype)
     never = RMMCThreshold(float("inf"))
-    local = CurvaDion(parameters, trigger=never, max_local_steps=None, rank_fraction=rank_fraction)
-    sync = CurvaDion(parameters, trigger=EveryNSteps(1), rank_fraction=rank_fraction)
-    sync.register_sync_hook(ProcessGroupSync())
+    by_rank = {
+        fraction: CurvaDion(parameters, trigger=never, max_local_steps=None, rank_fraction=fraction)
+        for fraction in RANK_FRACTIONS
+    }
     times = time_in_turns(
         {
             "AdamW": (torch.optim.AdamW(parameters).step, rounds),
-            "CurvaDion, local step": (local.step, rounds),
-            "CurvaDion, sync step": (sync.step, rounds),
-            "RMMC of all matrices": (lambda: compute_norms(local), rounds),
+            **{f"local step, rank fraction {f}": (optimizer.step, rounds) for f, optimizer in by_rank.items()},
+            "RMMC of all matrices": (partial(compute_norms, by_rank[RANK_FRACTIONS[0]]), rounds),
             "Muon": (torch.optim.Muon(parameters).step, muon_rounds),
         },
         parameters,
     )
     count = sum(parameter.numel() for parameter in parameters)
-    setting = f"rank fraction {rank_fraction}, float32, one thread, torch {torch.__version__}"
-    print(f"{count / 1e6:.1f} M parameters, {setting}")
+    print(f"\n{count / 1e6:.1f} M parameters in {dtype}, one thread of {processor()}, torch {torch.__version__}")
     print_table(times)
     parameter_bytes = sum(parameter.nbytes for parameter in parameters)
-    print(f"state of CurvaDion: {state_bytes(local) / parameter_bytes:.3f} times the parameters (AdamW: 2)")
+    states = [f"{state_bytes(optimizer) / parameter_bytes:.2f} at {f}" for f, optimizer in by_rank.items()]
+    print(f"state over parameters by rank fraction: {', '.join(states)} (AdamW: 2)")
 
 
 def main() -> None:
@@ -101,8 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--rank-fraction", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each optimizer")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each optimizer")
     parser.add_argument("--muon-rounds", type=int, default=2, help="timed steps of Muon, which is slow on a CPU")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and few rounds")
     args = parser.parse_args()
@@ -111,12 +120,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            measure(args.layers, args.width, args.rank_fraction, args.rounds, args.muon_rounds)
-        finally:
-            dist.destroy_process_group()
+    for dtype in (torch.float32, torch.bfloat16):
+        measure(args.layers, args.width, dtype, args.rounds, args.muon_rounds)
 
 
 if __name__ == "__main__":

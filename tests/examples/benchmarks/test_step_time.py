@@ -9,5 +9,7 @@ def test_the_smoke_run_prints_every_optimizer(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step_time.py", "--smoke"])
     step_time.main()
     printed = capsys.readouterr().out
-    for line in ("AdamW", "CurvaDion, local step", "CurvaDion, sync step", "Muon", "RMMC takes", "state of CurvaDion"):
-        assert line in printed
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        assert f"0.1 M parameters in {dtype}, one thread of" in printed
+    for line in ("AdamW", *(f"local step, rank fraction {f}" for f in step_time.RANK_FRACTIONS), "RMMC of all", "Muon"):
+        assert printed.count(f"\n{line}") == 2
