@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from models import build, equal, parameters_of, state_of, train_step
+from models import build, equal, exact_sync, parameters_of, state_of, train_step
 from replicas import counted_collectives
+from training import same
 
 from lightning_curvadion import EveryNSteps
 
@@ -99,3 +100,59 @@ def test_a_consensus_in_inference_mode_leaves_state_that_trains_on(replicas, hoo
     expected = replicas.run(2, train_around_consensus, hook, False)
     for state, other in zip(replicas.run(2, train_around_consensus, hook, True), expected, strict=True):
         assert equal(state, other)
+
+
+def resumed(rank, world, hook, options, dtype):
+    """Whether a run that goes on from a consensus of its state ends where one ends that starts from its checkpoint."""
+
+    def start():
+        model, optimizer = build(**options, trigger=EveryNSteps(3))
+        model.to(dtype)
+        optimizer.register_sync_hook(exact_sync(**hook))
+        return model, optimizer
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            train_step(model, optimizer, step, shard=rank)
+        return parameters_of(model)
+
+    model, optimizer = start()
+    train(model, optimizer, range(5))
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, optimizer, range(5, 12))
+    other, other_optimizer = start()
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    return same(train(other, other_optimizer, range(5, 12)), expected)
+
+
+@pytest.mark.parametrize(
+    ("hook", "options", "dtype"),
+    [
+        ({"wire_format": "sign", "momentum": "local"}, {}, torch.bfloat16),
+        ({}, {"rank_fraction": 1.0}, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_run_that_goes_on_from_a_consensus_of_its_state_is_the_one_that_resumes_from_it(
+    replicas, hook, options, dtype
+):
+    assert replicas.run(2, resumed, hook, options, dtype) == [True, True]
+
+
+def flushed(rank, world):
+    model, optimizer = build(
+        hook={"wire_format": "int2", "momentum": "local", "outer_lr": 0.5}, trigger=EveryNSteps(2), lr=0.05
+    )
+    for step in range(2):
+        train_step(model, optimizer, step, shard=rank)
+    settled = [p.detach() + optimizer.state[p]["residual"] for p in model.parameters()]
+    optimizer.sync_hook.reach_consensus(optimizer)
+    return settled, parameters_of(model)
+
+
+def test_residuals_that_a_consensus_flushes_after_a_sync_step_take_no_second_outer_step(replicas):
+    (own, agreed), (other, _) = replicas.run(2, flushed)
+    for parameter, mine, others in zip(agreed, own, other, strict=True):
+        torch.testing.assert_close(parameter, (mine + others) / 2, rtol=0, atol=2e-6)

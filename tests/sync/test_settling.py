@@ -49,7 +49,7 @@ def test_a_rollback_on_all_ranks_stays_where_it_is(replicas, world, hook):
         assert after[1][1] == after[3][1] == [16], "once"
 
 
-@pytest.mark.parametrize("hook", [SIGN, {}], ids=str)
+@pytest.mark.parametrize("hook", [SIGN, {}, {"outer_lr": 0.7}], ids=str)
 def test_a_rollback_on_one_rank_meets_the_others_in_the_mean_at_the_next_step(replicas, hook):
     (before, *_, after), (_, start, other_after) = replicas.run(2, rolled_back, hook, [1])
     for (parameters, _), (others, _) in zip(after, other_after, strict=True):
@@ -68,11 +68,15 @@ def rolled_back_before_validation(rank, world):
         model.load_state_dict(start)
     own = parameters_of(model)
     optimizer.sync_hook.reach_consensus(optimizer)
-    return own, parameters_of(model)
+    agreed = parameters_of(model)
+    with counted_collectives() as calls:
+        train_step(model, optimizer, 4, shard=rank)
+    return own, agreed, [size for _, size in calls]
 
 
 def test_a_consensus_after_a_rollback_on_one_rank_is_the_mean(replicas):
-    (own, agreed), (other, other_agreed) = replicas.run(2, rolled_back_before_validation)
+    (own, agreed, calls), (other, other_agreed, _) = replicas.run(2, rolled_back_before_validation)
+    assert calls[:2] == [16, 3 * 16], "a sync step that compares buffers, and has nothing to settle"
     assert same(agreed, other_agreed) and not same(own, other)
     for mean, mine, others in zip(agreed, own, other, strict=True):
         torch.testing.assert_close(mean, (mine + others) / 2)
@@ -100,28 +104,32 @@ def frozen_between_syncs(rank, world, hook):
     frozen = model.up[0].weight
     frozen.requires_grad = False
     own = frozen.detach() + optimizer.state[frozen].get("residual", 0.0)
-    sizes = []
+    sizes, anchors = [], []
     for step in range(7, 16):
         with counted_collectives() as calls:
             train_step(model, optimizer, step, shard=rank)
         sizes.append(sum(size for _, size in calls))
+        anchors.append(optimizer.sync_hook.anchor_bytes)
     frozen.grad = None
     at_rest = frozen.detach().clone()
     frozen.requires_grad = True
     for step in range(16, 20):
         train_step(model, optimizer, step, shard=rank)
     optimizer.sync_hook.reach_consensus(optimizer)
-    return own, at_rest, sizes, fingerprint(model.parameters())
+    return own, at_rest, (sizes, [anchors[0] - anchors[-1], frozen.nbytes]), fingerprint(model.parameters())
 
 
 @pytest.mark.parametrize("hook", [SIGN, {"wire_format": "int8", "momentum": "local"}, {}], ids=str)
 def test_a_parameter_frozen_between_two_syncs_ends_equal_on_all_replicas(replicas, hook):
-    (own, frozen, sizes, end), (other, other_frozen, _, other_end) = replicas.run(2, frozen_between_syncs, hook)
+    (own, frozen, (sizes, anchors), end), (other, other_frozen, _, other_end) = replicas.run(
+        2, frozen_between_syncs, hook
+    )
     assert not torch.equal(own, other)
     assert torch.equal(frozen, other_frozen) and end == other_end
     if "wire_format" in hook:
         torch.testing.assert_close(frozen, (own + other) / 2, rtol=1e-4, atol=1e-5)
         assert sizes[7] < sizes[1] < sizes[4], "quantized, then what that left at full width, then nothing"
+        assert anchors[0] == anchors[1], "what rests needs no anchor"
 
 
 def group_added_late(rank, world, hook):
@@ -192,3 +200,22 @@ def test_halves_that_train_by_turns_send_what_they_moved_and_are_not_settled(rep
     assert digest == other_digest
     assert [len(calls) for calls in sizes] == 3 * [1, 1, 1, 2]
     assert sizes[3] == sizes[7] == sizes[11]
+
+
+def frozen_and_loaded(rank, world):
+    model, optimizer = build(hook=SIGN, trigger=EveryNSteps(3), lr=0.05)
+    part = model.up[0]
+    start = copy.deepcopy(part.state_dict())
+    for step in range(5):
+        train_step(model, optimizer, step, shard=rank)
+    part.requires_grad_(False)
+    part.load_state_dict(start)
+    for parameter in part.parameters():
+        parameter.grad = None
+    for step in range(5, 13):
+        train_step(model, optimizer, step, shard=rank)
+    return same(part.parameters(), start.values())
+
+
+def test_a_frozen_part_that_was_loaded_stays_as_it_was_loaded(replicas):
+    assert replicas.run(2, frozen_and_loaded) == [True, True]
