@@ -90,7 +90,7 @@ def test_mixed_formats_are_caught_when_the_hook_attaches(replicas, other):
 
 def test_a_dtype_that_cannot_be_quantized(replicas):
     for message in replicas.run(2, error_at_attach, [{"wire_format": "int4"}], torch.float64):
-        assert "0.weight is torch.float64, which wire_format='int4', factor_format=" in message
+        assert "0.weight is torch.float64, which wire_format='int4', vector_format=" in message
         assert "use wire_format='float32'" in message
     assert replicas.run(2, error_at_attach, [{}], torch.float64) == [None, None]
 
@@ -125,6 +125,6 @@ def poor_backend(rank, world, hook):
 
 def test_a_backend_that_cannot_carry_a_format(replicas):
     for message in replicas.run(3, poor_backend, {"wire_format": "int2"}):
-        assert "only_all_reduce backend cannot carry wire_format='int2', factor_format=" in message
+        assert "only_all_reduce backend cannot carry wire_format='int2', vector_format=" in message
         assert "use wire_format='float32', or the backend gloo (CPU) or nccl (GPU), which carry every format" in message
     assert replicas.run(3, poor_backend, {}) == [None] * 3
