@@ -223,6 +223,10 @@ METHODS: dict[str, Method] = {
         )
         for budget, spread in ((0.15, 2), (0.1, 4))
     },
+    f"{FULL_RANK}, int4 for the rest, thin factors 1/16": _full_rank(vector_format="int4", **_thin(1 / 16)),
+    f"{FULL_RANK}, int4 for the rest, momentum average in int4": _full_rank(
+        vector_format="int4", momentum="average", factor_format="int4"
+    ),
     "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
     "ours: rank 1/4, momentum factors": Method(
         hook={"momentum": "factors"}, options={"rank_fraction": 0.25}, sweep=DEFAULT

@@ -115,6 +115,8 @@ class Constants(nn.Module):
         self.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool).tril())
         self.register_buffer("rotary", torch.randn(64, 16))
         self.register_buffer("positions", torch.arange(500))
+        # Never saved, and so never shared.
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
 
 
 def bytes_of_constants(rank, world):
@@ -126,6 +128,7 @@ def bytes_of_constants(rank, world):
     sizes = []
     for step in range(2):
         model.linear(torch.randn(4, 16, generator=torch.Generator().manual_seed(2 * step + rank))).sum().backward()
+        model.cache.fill_(rank)
         with counted_collectives() as calls:
             optimizer.step()
         sizes.append([size for _, size in calls])
