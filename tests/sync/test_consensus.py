@@ -131,6 +131,7 @@ def resumed(rank, world, hook, options, dtype):
     ("hook", "options", "dtype"),
     [
         ({"wire_format": "sign", "momentum": "local"}, {}, torch.bfloat16),
+        ({"outer_lr": 0.7, "outer_momentum": 0.6, "momentum": "local"}, {}, torch.bfloat16),
         ({}, {"rank_fraction": 1.0}, torch.float32),
     ],
     ids=str,

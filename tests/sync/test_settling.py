@@ -58,8 +58,8 @@ def test_a_rollback_on_one_rank_meets_the_others_in_the_mean_at_the_next_step(re
         torch.testing.assert_close(parameter, (own + loaded) / 2)
 
 
-def rolled_back_before_validation(rank, world):
-    model, optimizer = build(hook=SIGN, trigger=EveryNSteps(2), lr=0.05)
+def rolled_back_before_validation(rank, world, hook):
+    model, optimizer = build(hook={**hook, "momentum": "local"}, trigger=EveryNSteps(2), lr=0.05)
     start = copy.deepcopy(model.state_dict())
     for step in range(3):
         train_step(model, optimizer, step, shard=rank)
@@ -74,8 +74,9 @@ def rolled_back_before_validation(rank, world):
     return own, agreed, [size for _, size in calls]
 
 
-def test_a_consensus_after_a_rollback_on_one_rank_is_the_mean(replicas):
-    (own, agreed, calls), (other, other_agreed, _) = replicas.run(2, rolled_back_before_validation)
+@pytest.mark.parametrize("hook", [SIGN, {"outer_lr": 0.7}], ids=str)
+def test_a_consensus_after_a_rollback_on_one_rank_is_the_mean(replicas, hook):
+    (own, agreed, calls), (other, other_agreed, _) = replicas.run(2, rolled_back_before_validation, hook)
     assert calls[:2] == [16, 3 * 16], "a sync step that compares buffers, and has nothing to settle"
     assert same(agreed, other_agreed) and not same(own, other)
     for mean, mine, others in zip(agreed, own, other, strict=True):
