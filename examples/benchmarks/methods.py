@@ -218,9 +218,10 @@ METHODS: dict[str, Method] = {
     },
     f"{FULL_RANK}, int4 for the rest, budget 0.4": _full_rank(IntegratedRMMC(0.4), vector_format="int4"),
     **{
-        f"{FULL_RANK}, int4 for the rest, budget {budget}, spread {spread}": _full_rank(
-            IntegratedRMMC(budget), vector_format="int4", spread=spread
+        f"{FULL_RANK}{name}, budget {budget}, spread {spread}": _full_rank(
+            IntegratedRMMC(budget), vector_format=vectors, spread=spread
         )
+        for name, vectors in (("", None), (", int4 for the rest", "int4"))
         for budget, spread in ((0.15, 2), (0.1, 4))
     },
     f"{FULL_RANK}, int4 for the rest, thin factors 1/16": _full_rank(vector_format="int4", **_thin(1 / 16)),
