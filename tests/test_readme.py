@@ -113,7 +113,7 @@ def test_the_diff_is_that_of_the_scripts():
 def test_the_table_of_the_readme_is_the_first_that_the_comparison_prints(capsys):
     compare_report.tables(RESULTS)
     printed = tables(capsys.readouterr().out)[0]
-    assert len(printed) == 8
+    assert len(printed) == 9
     assert tables(README.read_text())[0] == printed
 
 

@@ -23,7 +23,7 @@ from examples.benchmarks.compare_plan import (
     swept,
     with_rates,
 )
-from examples.benchmarks.methods import DEFAULT, METHODS
+from examples.benchmarks.methods import DEFAULT, FULL_RANK, METHODS
 
 GOAL, DENSE, ALONE = "DDP, Dion", "DDP, AdamW", "no communication"
 # The baseline that a user would pick.
@@ -36,6 +36,7 @@ CHOICES = {
     "local SGD, H=10": "local SGD, every 10 steps",
     "DiLoCo, Dion, H=30": "DiLoCo, every 30 steps",
     DEFAULT: "CurvaDion, defaults",
+    FULL_RANK: "CurvaDion, rank fraction 1",
 }
 
 
