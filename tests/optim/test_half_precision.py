@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_curvadion import CurvaDion
+from lightning_curvadion.optim.adamw_lion import adamw_
 
 GROUPS = [
     {"algorithm": "dion"},
@@ -45,3 +46,9 @@ def test_a_momentum_too_large_for_float16_is_an_error_before_anything_has_change
             before = parameter.detach().clone()
             optimizer.step()
     assert parameter.isfinite().all() and torch.equal(parameter, before)
+
+
+def test_in_float16_eps_of_adamw_is_the_root_of_the_smallest_number():
+    p, g, m, v = (torch.full((3,), x, dtype=torch.float16) for x in (0.0, 0.01, 0.0, 0.0))
+    adamw_([p], [g], [m], [v], [1], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8)
+    assert p.tolist() == pytest.approx(3 * [-0.1 * 0.01 / (0.01 + 2.0**-12)], rel=0.02)

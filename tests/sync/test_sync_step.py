@@ -8,7 +8,7 @@ from models import build, equal, exact_sync, parameters_of, state_of, train_step
 from replicas import counted_collectives
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
 from lightning_curvadion.sync import quantization
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
@@ -189,3 +189,26 @@ def large(rank, world, wire_format, value):
 def test_the_largest_numbers_that_pass_the_check_stay_finite(replicas, wire_format):
     # Of the largest tensor, 512 numbers, so that its norm is just below 2**58.
     assert all(replicas.run(3, large, wire_format, 2.0**53))
+
+
+class SeesFactors(ProcessGroupSync):
+    """Keeps the left factors that a sync step sends, and those of all columns."""
+
+    def mean_left(self, optimizer, factors, whole):
+        self.seen = [factor.clone() for factor in factors], [stack.B @ stack.Q for stack in optimizer.matrix_stacks()]
+        return super().mean_left(optimizer, factors, whole)
+
+
+def thin_factors(rank, world):
+    hook = {"sync_rank_fraction": 0.125}
+    model, optimizer = build(hook=hook, hook_class=SeesFactors, trigger=EveryNSteps(4), rank_fraction=1.0)
+    for step in range(4):
+        train_step(model, optimizer, step, shard=rank)
+    return optimizer.sync_hook.seen
+
+
+def test_thin_factors_are_those_of_the_first_columns_which_are_the_dominant_ones(replicas):
+    for sent, all_columns in replicas.run(2, thin_factors):
+        for thin, factor in zip(sent, all_columns, strict=True):
+            assert 0 < thin.shape[-1] == factor.shape[-1] // 8
+            torch.testing.assert_close(thin, factor[..., : thin.shape[-1]])
