@@ -1,5 +1,6 @@
 """Matrices of one shape step in stacks as they step alone."""
 
+import pytest
 import torch
 from models import matrix, with_gradients
 from torch import nn
@@ -24,3 +25,9 @@ def test_stacked_matrices_step_like_matrices_alone():
             q.grad = p.grad.clone()
             optimizer.step()
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rank_fraction", "cheaper"), [(0.375, False), (0.5, True), (1.0, True)])
+def test_a_matrix_is_averaged_whole_where_its_factors_are_no_smaller(rank_fraction, cheaper):
+    (stack,) = CurvaDion([matrix(8, 8)], rank_fraction=rank_fraction).matrix_stacks()
+    assert stack.averaging_is_cheaper == cheaper

@@ -78,3 +78,19 @@ def gan(rank, world):
 def test_one_hook_serves_two_optimizers(replicas):
     a, b = replicas.run(2, gan)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def attached_late(rank, world):
+    """Step counts and residuals after a hook attached to optimizers that had stepped alone, unequally often."""
+    model, optimizer = build()
+    for step in range(1 + rank):
+        train_step(model, optimizer, step, rank)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["residual"] = torch.ones_like(parameter)
+    optimizer.register_sync_hook(exact_sync(wire_format="int8", momentum="local"))
+    states = optimizer.state.values()
+    return {state["step"] for state in states if "step" in state}, any("residual" in state for state in states)
+
+
+def test_a_hook_that_attaches_late_starts_from_rank_zeros_steps_and_no_residuals(replicas):
+    assert replicas.run(2, attached_late) == [({1}, False)] * 2

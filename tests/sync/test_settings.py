@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_curvadion import ProcessGroupSync
+from lightning_curvadion import CurvaDion, CurvaDionStrategy, ProcessGroupSync
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,25 @@ def test_a_whole_momentum_in_two_bits_is_warned_of(factor_format):
 
 def test_residual_dtype_is_a_name_or_a_dtype():
     assert ProcessGroupSync(residual_dtype=torch.bfloat16).settings.residual_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("sign", "sign", "local", "int4")),
+        ({"wire_format": "bfloat16"}, ("bfloat16", "bfloat16", "local", "bfloat16")),
+        ({"vector_format": "int4"}, ("sign", "int4", "local", "int4")),
+        ({"consensus": "factors"}, ("float32", "float32", "factors", "float32")),
+        ({"consensus": "none"}, ("float32", "float32", "dion", "float32")),
+    ],
+)
+def test_the_hook_and_the_strategy_have_the_same_defaults(given, expected):
+    for settings in (ProcessGroupSync(**given).settings, CurvaDionStrategy(**given).sync.settings):
+        formats = settings.wire_format, settings.vector_format, settings.momentum, settings.factor_format
+        assert formats == expected
+
+
+def test_parameters_in_float64_travel_at_full_width_by_default():
+    optimizer = CurvaDion([nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))])
+    settings = ProcessGroupSync().settings_for(optimizer)
+    assert settings.wire_format == settings.vector_format == "float32"
