@@ -167,3 +167,21 @@ def test_a_broadcast_sends_the_bytes_of_any_dtype_once_and_a_chunk_at_a_time(rep
         assert max(size for _, size in calls) <= max(4 * chunk, 16)
         assert sum(size for _, size in calls) == counted == (nbytes if rank == 0 else 0)
         assert chunk < nbytes or len(calls) == 1
+
+
+def mean_of_ones(rank, world):
+    collectives = Collectives()
+    collectives.join()
+    means = {}
+    for wire_format in quantization.BLOCK_FORMATS:
+        # Not a whole number of blocks: the last one is filled up with zeros.
+        tensor = torch.ones(100)
+        collectives.average([TensorPayload("ones", tensor, wire_format)])
+        means[wire_format] = tensor.unique().numel()
+    return means
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_zeros_that_fill_up_a_block_do_not_change_the_mean_of_its_numbers(replicas, world):
+    for means in replicas.run(world, mean_of_ones):
+        assert set(means.values()) == {1}, means

@@ -48,3 +48,8 @@ def test_finite_numbers_pass_also_where_their_norm_is_too_large_for_their_dtype(
     large = TensorPayload("large", torch.full((100,), 60_000.0, dtype=torch.float16), "int4")
     check = PayloadCheck([*payloads(parameter=1e17), large])
     assert check.take_flag().tolist() == [0] and check.first_unusable() is None
+
+
+@pytest.mark.parametrize(("value", "flag"), [(2.0**57, 0), (2.0**59, 1)])
+def test_numbers_are_too_large_long_before_a_sum_of_their_squares_overflows(value, flag):
+    assert PayloadCheck(payloads(parameter=value)).take_flag().tolist() == [flag]
