@@ -66,8 +66,7 @@ class CurvaDion(StackedOptimizer):
         tau: Shorthand for ``trigger=RMMCThreshold(tau)``.
         mu: Momentum decay :math:`\mu`, in [0, 1).
         rank_fraction: Rank of the factors over the smaller side of the matrix, in (0, 1]. A higher rank costs time, and
-            bytes only where factors are sent. Half trains better than a quarter. At full rank rounding decides the
-            smallest directions of a step, so that replicas with equal data drift apart.
+            bytes only where factors are sent. It trains better: half than a quarter, and one than a half.
         local_update: How matrices step between syncs: ``"dion"``, the same update with the replica's own momentum, or
             ``"sgd"``, :math:`X \leftarrow X - \eta_{local} G` with the momentum decayed by ``mu``, the paper's cheap
             step.
