@@ -157,7 +157,8 @@ def test_consensus_through_factors_brings_replicas_closer_than_none(replicas):
 
 @pytest.mark.parametrize("hook", HOOKS[:3], ids=name_of)
 def test_a_sync_step_leaves_one_right_factor_on_all_replicas(replicas, hook):
-    _, states = zip(*[(r[0], r[2]) for r in replicas.run(2, train, 6, hook, {"trigger": EveryNSteps(3)})], strict=True)
+    options = {"trigger": EveryNSteps(3), "local_update": "dion"}
+    _, states = zip(*[(r[0], r[2]) for r in replicas.run(2, train, 6, hook, options)], strict=True)
     factors = [key for key in states[0] if key.endswith(".Q")]
     assert factors and all(torch.equal(states[0][key], states[1][key]) for key in factors)
 

@@ -31,6 +31,7 @@ class Method:
 
     Attributes:
         inner: The optimizer: ``"dion"``, ``"adamw"`` or ``"muon"``. Dion and Muon take the matrices, AdamW the rest.
+            Without DDP, and with Dion, it is a CurvaDion that takes these steps.
         ddp: Whether DistributedDataParallel averages the gradients at every step.
         trigger: When replicas synchronise without DDP. ``None`` is the default trigger.
         hook: Arguments of ``CurvaDionStrategy``.
@@ -55,7 +56,7 @@ class Method:
         matrices = [group for group in groups if group["algorithm"] == "dion"]
         for group in groups:
             group["lr"] = lr if group["algorithm"] == "dion" else vector_lr
-        if self.inner == "muon":
+        if self.inner == "muon" and self.ddp:
             rest = [group for group in groups if group["algorithm"] != "dion"]
             muon = Muon(_plain(matrices), lr=lr, weight_decay=WEIGHT_DECAY)
             return OptimizerPair(muon, AdamW(_plain(rest), lr=vector_lr, betas=BETAS, weight_decay=WEIGHT_DECAY))
@@ -64,7 +65,8 @@ class Method:
         if self.inner == "adamw":
             for group in matrices:
                 group["algorithm"] = "adamw"
-        return CurvaDion(groups, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, trigger=self.trigger, **self.options)
+        options = {"local_update": "dion" if self.inner == "dion" else "muon", **self.options}
+        return CurvaDion(groups, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, trigger=self.trigger, **options)
 
     def strategy(self) -> Strategy:
         """A new strategy for a Trainer."""
@@ -129,8 +131,7 @@ PLAIN: dict[str, Any] = {"momentum": "local", "wire_format": "float32"}
 OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 # Muon and Dion as inner optimizers need less outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
-DEFAULT = "ours: defaults"
-FULL_RANK = "ours: full rank"
+DEFAULT, HALF_RANK, FULL_RANK = "ours: defaults", "ours at half rank", "ours at full rank"
 PERIODS = (4, 5)
 
 
@@ -145,8 +146,8 @@ def _every(n: int, inner: str = "dion", sweep: str = "local SGD, H=30", **hook: 
 
 def _diloco(n: int, inner: str, **hook: Any) -> Method:
     outer = OUTER if inner == "adamw" else OUTER_DION
-    sweep = "DiLoCo, AdamW, H=30" if inner == "adamw" else "DiLoCo, Dion, H=30"
-    return _every(n, inner, sweep, **outer, **hook)
+    names = {"adamw": "AdamW", "dion": "Dion", "muon": "Muon"}
+    return _every(n, inner, f"DiLoCo, {names[inner]}, H=30", **outer, **hook)
 
 
 def _published(tau: float, **options: Any) -> Method:
@@ -157,12 +158,20 @@ def _published(tau: float, **options: Any) -> Method:
 
 def _curvadion(trigger: Trigger | None = None, **hook: Any) -> Method:
     """CurvaDion with its defaults, but for the arguments."""
-    return Method(trigger=trigger, hook=hook, sweep=DEFAULT)
+    return Method("muon", trigger=trigger, hook=hook, sweep=DEFAULT)
+
+
+def _of_rank(rank_fraction: float, trigger: Trigger | None = None, **hook: Any) -> Method:
+    """CurvaDion with Dion's local steps."""
+    return Method(trigger=trigger, hook=hook, options={"rank_fraction": rank_fraction}, sweep=HALF_RANK)
+
+
+def _half_rank(trigger: Trigger | None = None, **hook: Any) -> Method:
+    return _of_rank(0.5, trigger, **hook)
 
 
 def _full_rank(trigger: Trigger | None = None, **hook: Any) -> Method:
-    """CurvaDion with local steps of full rank, which cost time and no bytes."""
-    return Method(trigger=trigger, hook=hook, options={"rank_fraction": 1.0}, sweep=DEFAULT)
+    return _of_rank(1.0, trigger, **hook)
 
 
 def _thin(rank_fraction: float) -> dict[str, Any]:
@@ -185,51 +194,67 @@ METHODS: dict[str, Method] = {
     **{f"DiLoCo, AdamW, H={n}": _diloco(n, "adamw") for n in (10, 30, 100)},
     **{f"DiLoCo, Dion, H={n}": _diloco(n, "dion") for n in (10, 30, 100)},
     "DiLoCo, Dion, H=10, sign": _diloco(10, "dion", wire_format="sign"),
+    **{f"DiLoCo, Muon, H={n}": _diloco(n, "muon") for n in (10, 30, 100)},
     **{f"as published, tau={tau}": _published(tau) for tau in (0.05, 0.1)},
     "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
     "no communication": Method(alone=True, sweep="local SGD, H=30"),
     DEFAULT: _curvadion(),
-    **{f"ours: H={n}": _curvadion(EveryNSteps(n)) for n in PERIODS},
-    **{f"ours: budget {budget}": _curvadion(IntegratedRMMC(budget)) for budget in (0.2, 0.4, 0.8)},
-    "ours: tau=0.07": _curvadion(RMMCThreshold(0.07)),
-    "ours: 15 % of steps": _curvadion(CommunicationBudget(0.15)),
-    **{f"ours: {name}": _curvadion(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
+    **{f"ours: H={n}": _curvadion(EveryNSteps(n)) for n in (*PERIODS, 8)},
+    **{f"ours: budget {budget}": _curvadion(IntegratedRMMC(budget)) for budget in (0.6,)},
+    **{f"ours: {name}": _curvadion(wire_format=name) for name in ("float32", "int2")},
+    "ours: int4 for the rest": _curvadion(vector_format="int4"),
+    "ours: spread 4, budget 0.1": _curvadion(IntegratedRMMC(0.1), spread=4),
+    "ours: thin factors 1/16": _curvadion(**_thin(1 / 16)),
+    "ours: momentum average in int8": _curvadion(momentum="average", factor_format="int8"),
     # The parts of the distance to DDP: a momentum per replica, and local steps.
     "ours: every step, float32": _curvadion(EveryNSteps(1), wire_format="float32"),
     "ours: every step, float32, momentum average": _curvadion(
         EveryNSteps(1), wire_format="float32", momentum="average", factor_format="float32"
     ),
     "ours: H=4, float32": _curvadion(EveryNSteps(4), wire_format="float32"),
+    "ours: H=4, float32, momentum average": _curvadion(
+        EveryNSteps(4), wire_format="float32", momentum="average", factor_format="float32"
+    ),
+    # Before Muon's step was the default: with Dion's at half rank, which decided formats, momentum and outer step.
+    HALF_RANK: _half_rank(),
+    **{f"{HALF_RANK}: H={n}": _half_rank(EveryNSteps(n)) for n in PERIODS},
+    **{f"{HALF_RANK}: budget {budget}": _half_rank(IntegratedRMMC(budget)) for budget in (0.2, 0.4, 0.8)},
+    f"{HALF_RANK}: tau=0.07": _half_rank(RMMCThreshold(0.07)),
+    f"{HALF_RANK}: 15 % of steps": _half_rank(CommunicationBudget(0.15)),
+    **{f"{HALF_RANK}: {name}": _half_rank(wire_format=name) for name in ("float32", "int8", "int4", "int2")},
+    f"{HALF_RANK}: every step, float32": _half_rank(EveryNSteps(1), wire_format="float32"),
+    f"{HALF_RANK}: every step, float32, momentum average": _half_rank(
+        EveryNSteps(1), wire_format="float32", momentum="average", factor_format="float32"
+    ),
+    f"{HALF_RANK}: H=4, float32": _half_rank(EveryNSteps(4), wire_format="float32"),
     # As many bytes as a budget of 0.3, in fewer syncs with factors.
-    "ours: thin factors 1/16, budget 0.37": _curvadion(IntegratedRMMC(0.37), **_thin(1 / 16)),
-    "ours: thin factors 1/8, budget 0.44": _curvadion(IntegratedRMMC(0.44), **_thin(1 / 8)),
-    "ours: thin factors 1/8": _curvadion(**_thin(1 / 8)),
-    "ours: int2, momentum factors": _curvadion(wire_format="int2", momentum="factors"),
-    "ours: momentum average in int4": _curvadion(momentum="average", factor_format="int4"),
-    "ours: momentum dion": _curvadion(momentum="dion"),
-    "ours: consensus factors": _curvadion(consensus="factors", momentum="factors", factor_format="int4"),
-    "ours: outer 0.8, 0.5": _curvadion(outer_lr=0.8, outer_momentum=0.5),
-    "ours: budget 0.8, outer 0.7, 0.6": _curvadion(IntegratedRMMC(0.8), **OUTER_DION),
-    "ours: outer 1.0, 0.3": _curvadion(outer_lr=1.0, outer_momentum=0.3),
+    f"{HALF_RANK}: thin factors 1/16, budget 0.37": _half_rank(IntegratedRMMC(0.37), **_thin(1 / 16)),
+    f"{HALF_RANK}: thin factors 1/8, budget 0.44": _half_rank(IntegratedRMMC(0.44), **_thin(1 / 8)),
+    f"{HALF_RANK}: thin factors 1/8": _half_rank(**_thin(1 / 8)),
+    f"{HALF_RANK}: int2, momentum factors": _half_rank(wire_format="int2", momentum="factors"),
+    f"{HALF_RANK}: momentum average in int4": _half_rank(momentum="average", factor_format="int4"),
+    f"{HALF_RANK}: momentum dion": _half_rank(momentum="dion"),
+    f"{HALF_RANK}: consensus factors": _half_rank(consensus="factors", momentum="factors", factor_format="int4"),
+    f"{HALF_RANK}: outer 0.8, 0.5": _half_rank(outer_lr=0.8, outer_momentum=0.5),
+    f"{HALF_RANK}: budget 0.8, outer 0.7, 0.6": _half_rank(IntegratedRMMC(0.8), **OUTER_DION),
+    f"{HALF_RANK}: outer 1.0, 0.3": _half_rank(outer_lr=1.0, outer_momentum=0.3),
     FULL_RANK: _full_rank(),
     **{
-        f"{FULL_RANK}, {vectors} for the rest": _full_rank(vector_format=vectors)
+        f"{FULL_RANK}: {vectors} for the rest": _full_rank(vector_format=vectors)
         for vectors in ("int2", "int4", "int8")
     },
-    f"{FULL_RANK}, int4 for the rest, budget 0.4": _full_rank(IntegratedRMMC(0.4), vector_format="int4"),
+    f"{FULL_RANK}: int4 for the rest, budget 0.4": _full_rank(IntegratedRMMC(0.4), vector_format="int4"),
     **{
-        f"{FULL_RANK}{name}, budget {budget}, spread {spread}": _full_rank(
+        f"{FULL_RANK}: {name}budget {budget}, spread {spread}": _full_rank(
             IntegratedRMMC(budget), vector_format=vectors, spread=spread
         )
-        for name, vectors in (("", None), (", int4 for the rest", "int4"))
+        for name, vectors in (("", None), ("int4 for the rest, ", "int4"))
         for budget, spread in ((0.15, 2), (0.1, 4))
     },
-    f"{FULL_RANK}, int4 for the rest, thin factors 1/16": _full_rank(vector_format="int4", **_thin(1 / 16)),
-    f"{FULL_RANK}, int4 for the rest, momentum average in int4": _full_rank(
+    f"{FULL_RANK}: int4 for the rest, thin factors 1/16": _full_rank(vector_format="int4", **_thin(1 / 16)),
+    f"{FULL_RANK}: int4 for the rest, momentum average in int4": _full_rank(
         vector_format="int4", momentum="average", factor_format="int4"
     ),
-    "ours: rank 1/4": Method(options={"rank_fraction": 0.25}, sweep=DEFAULT),
-    "ours: rank 1/4, momentum factors": Method(
-        hook={"momentum": "factors"}, options={"rank_fraction": 0.25}, sweep=DEFAULT
-    ),
+    "ours at rank 1/4": _of_rank(0.25),
+    "ours at rank 1/4: momentum factors": _of_rank(0.25, momentum="factors"),
 }

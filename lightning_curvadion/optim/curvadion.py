@@ -34,6 +34,9 @@ from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
 
 # Chosen by loss and bytes, see examples/benchmarks/README.md.
 DEFAULT_BUDGET = 0.3
+_RANK_FRACTION = 0.5
+# Muon's step has no factors. They serve sync steps that send some, and cost memory at the others.
+_RANK_FRACTION_OF_MUON = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,14 @@ class CurvaDion(StackedOptimizer):
         lr: Learning rate :math:`\eta`; matrices scale it by :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`.
         tau: Shorthand for ``trigger=RMMCThreshold(tau)``.
         mu: Momentum decay :math:`\mu`, in [0, 1).
-        rank_fraction: Rank of the factors over the smaller side of the matrix, in (0, 1]. A higher rank costs time, and
-            bytes only where factors are sent. It trains better: half than a quarter, and one than a half.
-        local_update: How matrices step between syncs: ``"dion"``, the same update with the replica's own momentum, or
-            ``"sgd"``, :math:`X \leftarrow X - \eta_{local} G` with the momentum decayed by ``mu``, the paper's cheap
-            step.
+        local_update: How matrices step. ``"muon"``: the whole momentum orthonormalised, with Nesterov's momentum
+            (``muon.py``). ``"dion"``: Dion's step along factors of ``rank_fraction``. ``"sgd"``, between syncs,
+            :math:`X \leftarrow X - \eta_{local} G` with the momentum decayed by ``mu``, the paper's cheap step; Dion's
+            at syncs. ``None`` is ``"dion"`` where ``rank_fraction`` is given, and ``"muon"`` otherwise: it trains
+            better than Dion at any rank, for the time of half rank (``examples/benchmarks/README.md``).
+        rank_fraction: Rank of the factors over the smaller side of the matrix, in (0, 1]. ``None`` is 0.5 for Dion's
+            step. A higher rank costs time, and bytes only where factors are sent; it trains better. For Muon's step
+            ``None`` is 0.25: only sync steps that send factors have any then.
         local_lr: :math:`\eta_{local}`, needed by ``local_update="sgd"``.
         betas: Decay of the moments of AdamW, or of Lion.
         weight_decay: Decoupled weight decay.
@@ -109,8 +115,8 @@ class CurvaDion(StackedOptimizer):
         *,
         tau: float | None = None,
         mu: float = 0.95,
-        rank_fraction: float = 0.5,
-        local_update: Literal["dion", "sgd"] = "dion",
+        rank_fraction: float | None = None,
+        local_update: Literal["muon", "dion", "sgd"] | None = None,
         local_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
@@ -128,6 +134,10 @@ class CurvaDion(StackedOptimizer):
         self._meter = SignalMeter()
         self._signal: StepSignal | None = None
         self.last_step: StepReport | None = None
+        if local_update is None:
+            local_update = "muon" if rank_fraction is None else "dion"
+        if rank_fraction is None:
+            rank_fraction = _RANK_FRACTION_OF_MUON if local_update == "muon" else _RANK_FRACTION
         defaults = {
             "lr": lr,
             "mu": mu,
@@ -251,7 +261,7 @@ class CurvaDion(StackedOptimizer):
                     self._replicas_share_Q = sync_step(self, stacks, hook, self._replicas_share_Q)
             else:
                 with record_function("curvadion::local_step"):
-                    changed_Q = local_step(self, stacks, force_dion=synced)
+                    changed_Q = local_step(self, stacks, at_sync=synced)
                     self._replicas_share_Q = self._replicas_share_Q and not changed_Q
             sent = hook.bytes_sent - sent_before if hook is not None else 0
             self.last_step = StepReport(rmmc=rmmc, synced=synced, bytes_sent=sent)

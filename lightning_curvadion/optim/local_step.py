@@ -10,13 +10,13 @@ from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
 
 
-def local_step(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], force_dion: bool = False) -> bool:
+def local_step(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], at_sync: bool = False) -> bool:
     """Step every parameter of one replica.
 
     Args:
         optimizer: Holds the groups and their state.
         stacks: Its matrices.
-        force_dion: Take Dion's step also where ``local_update="sgd"``, as a sync step does.
+        at_sync: Whether this is a sync step, which takes Dion's step also where ``local_update="sgd"``.
 
     Returns:
         Whether a right factor Q has changed, which then differs between replicas.
@@ -24,13 +24,21 @@ def local_step(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], force
     changed_Q = False
     for stack in stacks:
         stack.accumulate()
-        if stack.group["local_update"] == "sgd" and not force_dion:
+        if stack.group["local_update"] == "sgd" and not at_sync:
             sgd_step(stack)
         else:
-            dion_step(stack)
-            changed_Q = True
+            full_step(stack)
+            changed_Q |= not stack.steps_whole
     step_vector_groups(optimizer)
     return changed_Q
+
+
+def full_step(stack: MatrixStack) -> None:
+    """Muon's update or Dion's, as the group says, from this replica's B."""
+    if stack.steps_whole:
+        stack.descend_whole(stack.nesterov())
+    else:
+        dion_step(stack)
 
 
 def dion_step(stack: MatrixStack) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dion
+from . import dion, muon
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
 # has a stack of its own.
@@ -55,6 +55,11 @@ class MatrixStack:
         return fan_out < fan_in
 
     @property
+    def steps_whole(self) -> bool:
+        """Whether local steps are Muon's, along the whole momentum and not along factors."""
+        return self.group["local_update"] == "muon"
+
+    @property
     def B(self) -> Tensor:
         """The momentum as the equations see it, at least as tall as wide: a view of shape (k, m, n)."""
         return self.oriented(self.momentum)
@@ -87,6 +92,24 @@ class MatrixStack:
         if pairs:
             momenta, gradients = zip(*pairs, strict=True)
             torch._foreach_add_(momenta, gradients)
+
+    def nesterov(self) -> Tensor:
+        """``G + mu B``, Nesterov's momentum, shape (k, fan-out, fan-in). Call it after :meth:`accumulate`."""
+        lookahead = self.momentum * self.group["mu"]
+        if pairs := [(u, g) for u, g in zip(lookahead.unbind(), self.gradients, strict=True) if g is not None]:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        return lookahead
+
+    def descend_whole(self, nesterov: Tensor) -> None:
+        """Take Muon's step along Nesterov's momentum, and let the momentum decay.
+
+        Args:
+            nesterov: Of this replica, or a mean over replicas.
+        """
+        group = self.group
+        update = muon.newton_schulz(nesterov, group["eps"])
+        self.momentum.mul_(group["mu"])
+        muon.descend_(self.parameters, update, group["lr"], group["weight_decay"])
 
     def descend(self, P: Tensor, R: Tensor, own_R: Tensor | None = None) -> None:
         """Take the step along the factors P (k, m, r) and R (k, n, r), and what it used up out of the momentum.

@@ -43,6 +43,9 @@ class StackedOptimizer(Optimizer):
                 member if isinstance(member, tuple) else (_default_name(position, number), member)
                 for position, member in enumerate(members)
             ]
+        if "rank_fraction" in param_group:
+            # Whoever chooses a rank means Dion's step, which has one.
+            param_group.setdefault("local_update", "dion")
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self._names(len(self.param_groups) - 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 Group = dict[str, Any]
 
 ALGORITHMS = ("dion", "adamw", "lion")
-LOCAL_UPDATES = ("dion", "sgd")
+LOCAL_UPDATES = ("muon", "dion", "sgd")
 TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUP_OPTIONS = (
     "algorithm",

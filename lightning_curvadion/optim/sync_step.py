@@ -5,8 +5,10 @@ replica i, gradient included,
 
 .. math:: P = \mathrm{orth}(\mathrm{mean}_i B_i Q_i), \quad R = \mathrm{mean}_i B_i^\top P,
 
-and all replicas step along :math:`P R^\top`. With ``"average"`` the momenta themselves become their mean. With
-``"local"`` each replica takes its own step. The hook sends all of it, and synchronises the parameters too.
+and all replicas step along :math:`P R^\top`. Muon's step has no factors: matrices that take it send all of
+:math:`B_i` with ``"factors"``, and all of Nesterov's momentum with ``"dion"``. With ``"average"`` the momenta
+themselves become their mean. With ``"local"`` each replica takes its own step. The hook sends all of it, and
+synchronises the parameters too.
 
 Where a momentum takes over a part of the others', the noise of the replicas cancels in it and its norm falls. The next
 RMMC compares with the norm after that, or every sync would look like a bend of the loss surface.
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dion
-from .local_step import dion_step, local_step, step_vector_groups
+from .local_step import full_step, local_step, step_vector_groups
 from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
 from .rmmc import norm_ratios, norms_before_feedback, tensor_norms
@@ -40,7 +42,7 @@ def sync_step(
         Whether they do afterwards.
     """
     if hook.momentum == "local":
-        local_step(optimizer, stacks, force_dion=True)
+        local_step(optimizer, stacks, at_sync=True)
         hook.mean_left(optimizer, [], [])
         hook.mean_right(optimizer, [], [])
         return False
@@ -48,7 +50,7 @@ def sync_step(
         _average_momenta(optimizer, stacks, hook)
         return True
     if hook.sync_rank_fraction is not None:
-        local_step(optimizer, stacks, force_dion=True)
+        local_step(optimizer, stacks, at_sync=True)
         _share_leading_columns(optimizer, stacks, hook, hook.sync_rank_fraction)
         return False
     _step_along_mean_factors(optimizer, stacks, hook, replicas_share_Q)
@@ -62,7 +64,7 @@ def _average_momenta(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack],
     hook.mean_left(optimizer, [], [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)])
     for stack in stacks:
         stack.norm.copy_(tensor_norms(stack.momenta))
-        dion_step(stack)
+        full_step(stack)
     step_vector_groups(optimizer)
     hook.mean_right(optimizer, [], [])
 
@@ -81,6 +83,10 @@ def _share_leading_columns(
     for stack, P, sent, R in zip(stacks, shared_P, own_R, hook.mean_right(optimizer, own_R, []), strict=True):
         own_norms = tensor_norms(stack.momenta)
         dion.feed_back_error_(stack.B, P, sent - R, share=1.0)
+        if stack.steps_whole:
+            # Nothing else turns Q towards the momentum.
+            Q = stack.Q[..., : R.shape[-1]]
+            Q.copy_(dion.unit_columns(R, Q, stack.group["eps"])[1])
         # The step is taken, so B is gone. Its norm and that of what is left of it change by about the same factor.
         stack.norm.mul_(norm_ratios(tensor_norms(stack.momenta), own_norms))
 
@@ -91,9 +97,16 @@ def _step_along_mean_factors(
     """The Dion factor collectives: P and R are means over the replicas, one mean each for the whole model."""
     for stack in stacks:
         stack.accumulate()
-    dense_B = _dense_momenta(stacks, hook, replicas_share_Q)
+    shares_momentum = hook.momentum == "factors"
+    whole_B = _whole_momenta(stacks, shares_momentum)
+    stacks = [stack for stack in stacks if not stack.steps_whole]
+    dense_B = _dense_momenta(stacks, shares_momentum, replicas_share_Q)
     factored = [stack for stack in stacks if stack not in dense_B]
-    left = iter(hook.mean_left(optimizer, [dion.left_factor(s.B, s.Q) for s in factored], list(dense_B.values())))
+    left_factors = [*whole_B.values(), *(dion.left_factor(stack.B, stack.Q) for stack in factored)]
+    left = iter(hook.mean_left(optimizer, left_factors, list(dense_B.values())))
+    # What is no step along common factors comes before the parameters are averaged, so that they end the step equal.
+    for stack, sent in whole_B.items():
+        _step_along_whole_momentum(stack, sent, next(left), shares_momentum)
     P, own_R = {}, {}
     for stack in stacks:
         B = stack.oriented(dense_B[stack]) if stack in dense_B else stack.B
@@ -104,11 +117,9 @@ def _step_along_mean_factors(
     if hook.averages_vector_gradients:
         gradients = _vector_gradients(optimizer)
     else:
-        # Before the parameters are averaged, so that they end the step equal.
         step_vector_groups(optimizer)
     right = iter(hook.mean_right(optimizer, [own_R[stack] for stack in factored], list(gradients.values())))
     for stack in stacks:
-        shares_momentum = hook.momentum == "factors"
         R = own_R[stack] if stack in dense_B else next(right)
         stack.descend(P[stack], R, own_R[stack] if shares_momentum and stack not in dense_B else None)
         if shares_momentum:
@@ -117,14 +128,34 @@ def _step_along_mean_factors(
         step_vector_groups(optimizer, gradients)
 
 
-def _dense_momenta(stacks: Sequence[MatrixStack], hook: SyncHook, replicas_share_Q: bool) -> dict[MatrixStack, Tensor]:
+def _whole_momenta(stacks: Sequence[MatrixStack], shares_momentum: bool) -> dict[MatrixStack, Tensor]:
+    """Stacks that step along their whole momentum, and so have no factors, with a copy of what they send.
+
+    It is B where the replicas share their momentum. Where each keeps its own, it is what Muon's step starts from.
+    """
+    return {
+        stack: stack.momentum.clone() if shares_momentum else stack.nesterov() for stack in stacks if stack.steps_whole
+    }
+
+
+def _step_along_whole_momentum(stack: MatrixStack, sent: Tensor, mean: Tensor, shares_momentum: bool) -> None:
+    if shares_momentum:
+        # What quantization left out stays.
+        stack.momentum.add_(mean - sent)
+        stack.norm.copy_(tensor_norms(stack.momenta))
+    stack.descend_whole(stack.nesterov() if shares_momentum else mean)
+
+
+def _dense_momenta(
+    stacks: Sequence[MatrixStack], shares_momentum: bool, replicas_share_Q: bool
+) -> dict[MatrixStack, Tensor]:
     """Stacks whose whole B is sent, since its two factors would be larger, with the tensor that becomes the mean.
 
     Both factors then follow from the mean, on every replica alike if all start from one Q.
     """
     dense = [stack for stack in stacks if stack.averaging_is_cheaper and replicas_share_Q]
     # Where replicas keep their own momentum, the mean is formed beside it.
-    return {stack: stack.momentum if hook.momentum == "factors" else stack.momentum.clone() for stack in dense}
+    return {stack: stack.momentum if shares_momentum else stack.momentum.clone() for stack in dense}
 
 
 def _vector_gradients(optimizer: StackedOptimizer) -> dict[Tensor, Tensor]:

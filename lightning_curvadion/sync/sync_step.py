@@ -101,6 +101,9 @@ class SyncStep:
         self._collectives.broadcast(from_rank_0)
         for stack, P, own_R, displacement in zip(stacks, self._displacement_P, own, displacements, strict=True):
             anchors.move_through_factors(stack, P, own_R, displacement.mean)
+            if stack.steps_whole:
+                # Nothing else turns Q, and a sketch that never turned would never see the rest of the displacement.
+                stack.Q.copy_(dion.unit_columns(displacement.mean.to(stack.Q.dtype), stack.Q, stack.group["eps"])[1])
         self._displacement_P = []
         return [payload.mean for payload in payloads]
 

@@ -8,12 +8,13 @@ from torch import nn
 from lightning_curvadion import CurvaDion
 
 
-def test_stacked_matrices_step_like_matrices_alone():
+@pytest.mark.parametrize("local_update", ["muon", "dion"])
+def test_stacked_matrices_step_like_matrices_alone(local_update):
     torch.manual_seed(0)
     together = [matrix(6, 4) for _ in range(3)] + [matrix(4, 6) for _ in range(2)] + [matrix(5, 5)]
     alone = [nn.Parameter(p.detach().clone()) for p in together]
-    one = CurvaDion(together)
-    many = [CurvaDion([p]) for p in alone]
+    one = CurvaDion(together, local_update=local_update)
+    many = [CurvaDion([p], local_update=local_update) for p in alone]
     one.init_state()
     for p, q, optimizer in zip(together, alone, many, strict=True):
         optimizer.init_state()

@@ -22,7 +22,7 @@ from lightning_curvadion import CurvaDion
         ({"betas": (0.9, 1.0)}, "betas must be"),
         ({"local_update": "sgd"}, 'local_update="sgd" needs local_lr'),
         ({"local_update": "sgd", "local_lr": -1.0}, "local_lr must be"),
-        ({"local_update": "adam"}, "local_update must be one of 'dion', 'sgd', not 'adam'"),
+        ({"local_update": "adam"}, "local_update must be one of 'muon', 'dion', 'sgd', not 'adam'"),
     ],
 )
 def test_bad_options(options, message):

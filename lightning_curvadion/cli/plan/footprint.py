@@ -109,6 +109,8 @@ def dion_step_traffic(module: nn.Module, optimizer: CurvaDion, replicas: int) ->
         True
     """
     module, optimizer = copy.deepcopy((module, optimizer))
+    for group in optimizer.param_groups:
+        group["local_update"] = "dion"
     sync = DryRunSync(ProcessGroupSync(consensus="none").settings, replicas)
     with torch.device("meta"):
         optimizer.register_sync_hook(sync)
