@@ -182,17 +182,22 @@ class StandardLibrary(pl.LightningDataModule):
         self.context, self.batch_size, self.val_sequences = context, batch_size, val_sequences
         self.cache = Path(cache)
 
+    def files(self) -> Iterable[tuple[str, Path]]:
+        """The files of the corpus in a fixed order, each with its name below the root."""
+        root = Path(sysconfig.get_paths()["stdlib"])
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            if name.startswith(("site-packages/", "dist-packages/", "test/", "idlelib/")) or "/tests/" in name:
+                continue
+            yield name, path
+
     def prepare_data(self) -> None:
         """Write ``train.bin`` and ``val.bin`` once per node, each atomically."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        root = Path(sysconfig.get_paths()["stdlib"])
         parts: dict[str, list[bytes]] = {"train": [], "val": []}
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root).as_posix()
-            if relative.startswith(("site-packages/", "dist-packages/", "test/", "idlelib/")) or "/tests/" in relative:
-                continue
+        for name, path in self.files():
             # By a digest of the name: another file in the library moves no file to the other split.
-            digest = hashlib.sha256(relative.encode()).digest()
+            digest = hashlib.sha256(name.encode()).digest()
             parts["val" if digest[0] < 26 else "train"].append(path.read_bytes())
         for name, contents in parts.items():
             partial = self.cache / f"{name}.bin.{os.getpid()}"

@@ -10,15 +10,14 @@ Every replica runs on its own host of a network lab (``netlab.py``), where the k
 replicas share the loopback interface, without a count and without slow links. The stages, in order:
 
 - ``sweep``: learning rates
-- ``links``: time at three link speeds; leave the machine idle
-- ``seeds``: the rows that the README quotes
-- ``budgets``: a sparser trigger, over seeds
+- ``seeds``: the rows that the README quotes, and the triggers
 - ``lengths``: longer runs of the defaults
 - ``disturbed``: runs with a change in the middle
 - ``methods``: every method once
 - ``batches``: other batch sizes
-- ``full rank``, ``full rank of four``: local steps of full rank, and formats for what is no matrix, over seeds
-- ``sweep of four``, ``replicas``: four replicas
+- ``sweep of four``, ``four``, ``breakdown of four``, ``sweep of eight``: more replicas
+- ``elsewhere``: another text, and a model of a million parameters
+- ``links``: time at three link speeds; leave the machine idle
 - ``races``: whole runs on the slowest link
 """
 
@@ -38,12 +37,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from examples.benchmarks import compare_plan  # noqa: E402
-from examples.benchmarks.compare_plan import RATES  # noqa: E402
+from examples.benchmarks.compare_plan import RATES, USUAL  # noqa: E402
 from examples.benchmarks.compare_replica import Run  # noqa: E402
-from examples.benchmarks.compare_report import GOAL, plots, tables  # noqa: E402
+from examples.benchmarks.compare_report import plots, tables  # noqa: E402
+from examples.benchmarks.corpora import CORPORA  # noqa: E402
 from examples.benchmarks.methods import DEFAULT  # noqa: E402
 from examples.benchmarks.netlab import Lab, LabError, interruptible, missing  # noqa: E402
-from examples.byte_gpt import StandardLibrary  # noqa: E402
 
 EVALUATIONS, VAL_SEQUENCES = 8, 1024
 
@@ -52,7 +51,8 @@ def run(runs: Sequence[Run], results: Path, evaluations: int = EVALUATIONS, val_
     """Train the runs that the CSV lacks, those with the same replicas and link in one lab."""
     done = {row.run for row in compare_plan.read(results)}
     todo = [entry for entry in dict.fromkeys(runs) if entry not in done]
-    StandardLibrary().prepare_data()
+    for corpus in {entry.corpus for entry in todo}:
+        CORPORA[corpus]().prepare_data()
     results.parent.mkdir(parents=True, exist_ok=True)
     loopback = bool(missing())
     for (replicas, rate), group in groupby(todo, key=lambda entry: (entry.replicas, entry.rate)):
@@ -79,11 +79,11 @@ def _environment() -> dict[str, str]:
 def smoke(folder: Path) -> None:
     """A few methods for a few steps, two of them also on a slow link; then the tables and the plots."""
     results, steps = folder / "compare.csv", 12  # PowerSGD compresses from step 10 on
-    methods = ("DDP, AdamW", "DDP, Muon", GOAL, "DDP, PowerSGD", "DiLoCo, AdamW, H=10", DEFAULT)
+    methods = ("DDP, AdamW", USUAL, "DDP, Dion", "DDP, PowerSGD", "DiLoCo, AdamW, H=10", DEFAULT)
     runs = compare_plan.tuned(methods, [], steps=steps)
     run(runs, results, evaluations=2, val_sequences=64)
     if not missing():
-        stops = {GOAL: 2, DEFAULT: steps}
+        stops = {USUAL: 2, DEFAULT: steps}
         slow = [replace(entry, rate=RATES[-1], stop=stops[entry.method]) for entry in runs if entry.method in stops]
         run(slow, results, evaluations=3, val_sequences=64)
     tables(results, steps)

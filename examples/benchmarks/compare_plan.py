@@ -1,61 +1,79 @@
 """The runs of the comparison, stage by stage, and the rows of those that are done."""
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from examples.benchmarks.compare_replica import Outcome, Run
-from examples.benchmarks.methods import DEFAULT, FULL_RANK, METHODS, PERIODS
+from examples.benchmarks.methods import DEFAULT, HALF_RANK, METHODS, PERIODS
 
 RESULTS = Path(__file__).parent / "results" / "compare.csv"
 
 SEQUENCES, STEPS = 8, 1200
 SEEDS = (0, 1, 2)
 BATCHES = (4, 8, 16)
-LENGTHS = (1.1, 1.25, 1.5)
+LENGTHS = (1.25, 1.5)
 # On these links DDP spends little, half and nine tenths of its step communicating.
 RATES = ("1gbit", "120mbit", "12mbit")
 
-# Learning rates of (matrices, everything else). AdamW has one rate. With Dion and Muon the second rate matters most.
+Rates = tuple[float, float]
+USUAL = "DDP, Muon"
+# Learning rates of (matrices, everything else), by the number of replicas. AdamW has one rate. With Dion and Muon the
+# second rate matters most. A method that is not swept with more replicas takes its rates of two.
 _ADAMW = ((0.0015, 0.0015), (0.003, 0.003), (0.006, 0.006))
 _MATRICES = ((0.012, 0.006), (0.012, 0.012), (0.012, 0.024))
 # The highest rate was best, so one more.
 _WIDER = (*_MATRICES[1:], (0.012, 0.048))
-SWEEPS: dict[str, tuple[tuple[float, float], ...]] = {
-    "DDP, AdamW": _ADAMW,
-    "DDP, Dion": _WIDER,
-    DEFAULT: _WIDER,
-    "local SGD, H=30": _MATRICES,
-    "DiLoCo, Dion, H=30": _MATRICES,
-    "DDP, Muon": _MATRICES,
-    "DiLoCo, AdamW, H=30": ((0.0007, 0.0007), *_ADAMW[:2]),
-}
-# For four replicas. Other methods take their rates of two replicas.
-SWEEPS_OF_FOUR: dict[str, tuple[tuple[float, float], ...]] = {
-    "DDP, Dion": ((0.012, 0.024), (0.012, 0.048), (0.024, 0.024)),
-    DEFAULT: ((0.012, 0.024), (0.024, 0.048), (0.036, 0.048)),
+_OF_MUON = ((0.008, 0.024), (0.012, 0.024), (0.016, 0.024))
+SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
+    2: {
+        "DDP, AdamW": _ADAMW,
+        USUAL: _OF_MUON,
+        "DDP, Dion": _WIDER,
+        DEFAULT: ((0.012, 0.024), (0.02, 0.024), (0.02, 0.036)),
+        HALF_RANK: _WIDER,
+        "local SGD, H=30": _MATRICES,
+        "DiLoCo, AdamW, H=30": ((0.0007, 0.0007), *_ADAMW[:2]),
+        "DiLoCo, Dion, H=30": _MATRICES,
+        "DiLoCo, Muon, H=30": (*_MATRICES[1:], (0.02, 0.024)),
+    },
+    4: {
+        USUAL: ((0.012, 0.024), (0.016, 0.024), (0.024, 0.024)),
+        "DDP, Dion": ((0.012, 0.024), (0.012, 0.048), (0.024, 0.024)),
+        DEFAULT: ((0.02, 0.024), (0.028, 0.024), (0.04, 0.024)),
+        HALF_RANK: ((0.012, 0.024), (0.024, 0.048), (0.036, 0.048)),
+    },
+    8: {
+        USUAL: ((0.012, 0.024), (0.016, 0.024), (0.024, 0.024)),
+        DEFAULT: ((0.02, 0.024), (0.028, 0.024), (0.04, 0.024)),
+    },
 }
 # The parts of the distance to DDP.
-BREAKDOWN = ("ours: every step, float32", "ours: every step, float32, momentum average", "ours: H=4, float32")
+BREAKDOWN = (
+    "ours: every step, float32",
+    "ours: every step, float32, momentum average",
+    "ours: H=4, float32",
+    "ours: H=4, float32, momentum average",
+)
 QUOTED = (
     "DDP, AdamW",
-    "DDP, Muon",
+    USUAL,
     "DDP, Dion",
     "local SGD, H=10",
     "local SGD, H=30",
-    "DiLoCo, Dion, H=30",
+    "DiLoCo, Muon, H=30",
     "as published, tau=0.1",
     DEFAULT,
     "no communication",
 )
-# Steps of full rank, with embeddings and head in formats of their own, and with a sync spread over several steps.
-FULL_RANKS = tuple(name for name in METHODS if name.startswith(FULL_RANK))
-BATCH_METHODS = ("DDP, AdamW", "DDP, Dion", "local SGD, H=30", DEFAULT, "no communication")
-# The default trigger, and periods that synchronise about as often. Everything else is equal.
-DISTURBED = (DEFAULT, *[f"ours: H={n}" for n in PERIODS[:2]])
+BATCH_METHODS = ("DDP, AdamW", USUAL, "local SGD, H=30", DEFAULT, "no communication")
+# The default trigger, and others that synchronise about as often. Everything else is equal.
+TRIGGERS = (DEFAULT, *[f"ours: H={n}" for n in PERIODS])
 TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step")
-RACERS = ("DDP, AdamW", "DDP, Dion", DEFAULT, "no communication")
+RACERS = ("DDP, AdamW", USUAL, DEFAULT, "no communication")
+# Another text, and another size with its steps.
+ELSEWHERE = (("headers", "131k", STEPS), ("python", "1m", 600))
 # Steps of a timed run: few if every step synchronises, more if the sync rate must settle.
 FEW, MANY = 40, 250
 
@@ -90,20 +108,20 @@ def with_rates(run: Run, rates: tuple[float, float]) -> Run:
     return replace(run, lr=rates[0], vector_lr=rates[1])
 
 
-def swept(method: str, rows: Iterable[Row], replicas: int = 2) -> dict[tuple[float, float], float]:
+def swept(method: str, rows: Iterable[Row], replicas: int = 2) -> dict[Rates, float]:
     """Loss by learning rates: the finished part of the sweep that the method uses."""
     family = METHODS[method].sweep or method
-    if replicas == 4 and family not in SWEEPS_OF_FOUR:
+    if family not in SWEEPS.get(replicas, {}):
         replicas = 2
-    sweep = SWEEPS_OF_FOUR[family] if replicas == 4 else SWEEPS[family]
-    wanted = {with_rates(replace(BASE, method=family, replicas=replicas), rates): rates for rates in sweep}
+    base = replace(BASE, method=family, replicas=replicas)
+    wanted = {with_rates(base, rates): rates for rates in SWEEPS[replicas][family]}
     return {wanted[row.run]: row.outcome.val_loss for row in rows if row.run in wanted}
 
 
-def best_rates(method: str, rows: Iterable[Row], replicas: int = 2) -> tuple[float, float]:
+def best_rates(method: str, rows: Iterable[Row], replicas: int = 2) -> Rates:
     """Learning rates with the lowest loss in the sweep that the method uses; the middle ones before any run."""
     done = swept(method, rows, replicas)
-    return min(done, key=done.__getitem__) if done else SWEEPS[METHODS[method].sweep or method][1]
+    return min(done, key=done.__getitem__) if done else SWEEPS[2][METHODS[method].sweep or method][1]
 
 
 def tuned(methods: Iterable[str], rows: list[Row], **changes: object) -> list[Run]:
@@ -112,10 +130,12 @@ def tuned(methods: Iterable[str], rows: list[Row], **changes: object) -> list[Ru
     return [with_rates(replace(base, method=name), best_rates(name, rows, base.replicas)) for name in methods]
 
 
-def sweep(sweeps: Mapping[str, tuple[tuple[float, float], ...]], replicas: int) -> list[Run]:
+def sweep(replicas: int) -> list[Run]:
     """Every method of a sweep at all its learning rates."""
     base = replace(BASE, replicas=replicas)
-    return [with_rates(replace(base, method=name), rates) for name, pairs in sweeps.items() for rates in pairs]
+    return [
+        with_rates(replace(base, method=name), rates) for name, pairs in SWEEPS[replicas].items() for rates in pairs
+    ]
 
 
 def links(rows: list[Row]) -> list[Run]:
@@ -130,40 +150,52 @@ def timed(runs: Iterable[Run]) -> list[Run]:
     return [replace(run, stop=FEW if run.method in dense else MANY) for run in runs]
 
 
+def over_seeds(methods: Iterable[str], rows: list[Row], **changes: object) -> list[Run]:
+    """Tuned runs over all seeds."""
+    return [run for seed in SEEDS for run in tuned(methods, rows, seed=seed, **changes)]
+
+
 def disturbed(rows: list[Row]) -> list[Run]:
     """Triggers, with a change in the middle of the run."""
-    return [
-        run for seed in SEEDS for kind in ("lr", "data") for run in tuned(DISTURBED, rows, seed=seed, disturbance=kind)
-    ]
+    return [run for kind in ("lr", "data") for run in over_seeds(TRIGGERS, rows, disturbance=kind)]
 
 
 def lengths(rows: list[Row]) -> list[Run]:
     """Longer runs of the defaults."""
-    steps = [round(length * STEPS) for length in LENGTHS]
-    return [run for seed in SEEDS for count in steps for run in tuned([DEFAULT], rows, seed=seed, steps=count)]
+    return [run for length in LENGTHS for run in over_seeds([DEFAULT], rows, steps=round(length * STEPS))]
+
+
+def elsewhere(rows: list[Row]) -> list[Run]:
+    """Another text and another size, at the rates of the first."""
+    return [
+        run
+        for corpus, model, steps in ELSEWHERE
+        for replicas in (2, 4)
+        for run in tuned([USUAL, *TRIGGERS[:2]], rows, corpus=corpus, model=model, steps=steps, replicas=replicas)
+    ]
 
 
 def races(rows: list[Row]) -> list[Run]:
     """Whole runs on the slowest link: DDP's, and a run of the defaults that is long enough to pass it."""
-    steps = round(LENGTHS[1] * STEPS)
-    return tuned(["DDP, Dion"], rows, rate=RATES[-1]) + tuned([DEFAULT], rows, rate=RATES[-1], steps=steps)
+    steps = round(LENGTHS[0] * STEPS)
+    return tuned([DEFAULT], rows, rate=RATES[-1], steps=steps) + tuned([USUAL], rows, rate=RATES[-1])
 
 
 PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
-    "sweep": lambda rows: sweep(SWEEPS, replicas=2),
-    "links": links,
-    "seeds": lambda rows: [
-        run for seed in SEEDS for run in tuned(dict.fromkeys([*QUOTED, *DISTURBED]), rows, seed=seed)
-    ],
-    "budgets": lambda rows: [run for seed in SEEDS for run in tuned(["ours: budget 0.4"], rows, seed=seed)],
+    "sweep": lambda rows: sweep(2),
+    "seeds": lambda rows: over_seeds(dict.fromkeys([*QUOTED, *TRIGGERS]), rows),
     "lengths": lengths,
     "disturbed": disturbed,
     "methods": lambda rows: tuned(METHODS, rows),
     "batches": lambda rows: [run for batch in BATCHES for run in tuned(BATCH_METHODS, rows, sequences=batch)],
-    "sweep of four": lambda rows: sweep(SWEEPS_OF_FOUR, replicas=4),
-    "full rank": lambda rows: [run for seed in SEEDS for run in tuned(FULL_RANKS, rows, seed=seed)],
-    "full rank of four": lambda rows: tuned([FULL_RANK, f"{FULL_RANK}, int4 for the rest"], rows, replicas=4),
-    "replicas": lambda rows: tuned([*QUOTED, *BREAKDOWN], rows, replicas=4),
+    "sweep of four": lambda rows: sweep(4),
+    "four": lambda rows: list(
+        dict.fromkeys(over_seeds([USUAL, *TRIGGERS], rows, replicas=4) + tuned(QUOTED, rows, replicas=4))
+    ),
+    "breakdown of four": lambda rows: tuned(BREAKDOWN, rows, replicas=4),
+    "sweep of eight": lambda rows: sweep(8),
+    "elsewhere": elsewhere,
+    "links": links,
     "races": races,
 }
 STAGES = tuple(PLANS)

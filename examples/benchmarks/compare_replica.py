@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from examples.benchmarks.corpora import CORPORA, SIZES
 from examples.benchmarks.methods import METHODS
-from examples.byte_gpt import ByteGPT, StandardLibrary, Windows
+from examples.byte_gpt import ByteGPT, Windows
 from lightning_curvadion import CurvaDion
 
-CONTEXT, LAYERS, WIDTH, HEADS = 64, 2, 64, 4
+CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Run:
         rate: Speed of the links. Empty for no limit.
         disturbance: What changes in the middle of the run: ``""``, ``"lr"`` or ``"data"``.
         stop: Steps after which a timed run ends. 0 trains to the end.
+        corpus: Name in ``corpora.CORPORA``.
+        model: Name in ``corpora.SIZES``.
     """
 
     method: str
@@ -57,6 +60,8 @@ class Run:
     rate: str = ""
     disturbance: str = ""
     stop: int = 0
+    corpus: str = "python"
+    model: str = "131k"
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -238,11 +243,11 @@ def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
     pl.seed_everything(run.seed, verbose=False)
     memory_before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    data = StandardLibrary(context=CONTEXT, batch_size=run.sequences)
+    data = CORPORA[run.corpus](context=CONTEXT, batch_size=run.sequences)
     meter = Meter(run, evaluations, validation_windows(run, data.cache / "val.bin", val_sequences))
     trainer = build_trainer(run, meter)
     optimizer = partial(METHODS[run.method].optimizer, lr=run.lr, vector_lr=run.vector_lr)
-    module = ByteGPT(optimizer, LAYERS, WIDTH, HEADS, CONTEXT, run.vector_lr)
+    module = ByteGPT(optimizer, *SIZES[run.model], CONTEXT, run.vector_lr)
     trainer.fit(module, data.train_dataloader())
     dist.barrier()
     total = meter.kernel + kernel_sent() - meter.kernel_at_end

@@ -10,12 +10,13 @@ from typing import Any
 from examples.benchmarks.compare_plan import (
     BASE,
     BATCHES,
-    DISTURBED,
+    ELSEWHERE,
     QUOTED,
     RATES,
     STEPS,
     SWEEPS,
-    SWEEPS_OF_FOUR,
+    TRIGGERS,
+    USUAL,
     Row,
     best_rates,
     plan,
@@ -23,20 +24,18 @@ from examples.benchmarks.compare_plan import (
     swept,
     with_rates,
 )
-from examples.benchmarks.methods import DEFAULT, FULL_RANK, METHODS
+from examples.benchmarks.methods import DEFAULT, HALF_RANK, METHODS
 
-GOAL, DENSE, ALONE = "DDP, Dion", "DDP, AdamW", "no communication"
-# The baseline that a user would pick.
-USUAL = "DDP, Muon"
+DENSE, ALONE = "DDP, AdamW", "no communication"
 # What a user could pick instead of CurvaDion, and CurvaDion: the table of the README.
 CHOICES = {
     DENSE: "DDP + AdamW",
     USUAL: "DDP + Muon",
-    GOAL: "DDP + Dion",
+    "DDP, Dion": "DDP + Dion",
     "local SGD, H=10": "local SGD, every 10 steps",
-    "DiLoCo, Dion, H=30": "DiLoCo, every 30 steps",
+    "DiLoCo, Muon, H=30": "DiLoCo + Muon, every 30 steps",
     DEFAULT: "CurvaDion, defaults",
-    FULL_RANK: "CurvaDion, rank fraction 1",
+    HALF_RANK: "CurvaDion, rank fraction 1/2",
 }
 
 
@@ -101,8 +100,9 @@ def tables(results: Path, steps: int = STEPS) -> None:
     rows = read(results)
     choice_table(rows, steps)
     sweep_table(rows)
-    for replicas in (2, 4):
+    for replicas in SWEEPS:
         method_table(rows, replicas, steps)
+    elsewhere_table(rows)
     batch_table(rows)
     length_table(rows)
     race_table(rows)
@@ -145,31 +145,30 @@ def choice_table(rows: list[Row], steps: int = STEPS) -> None:
 
 def sweep_table(rows: list[Row]) -> None:
     """Loss by learning rate."""
-    header("Learning rates of matrices / of the rest", "method", "low", "middle", "high")
-    for replicas, sweeps in ((2, SWEEPS), (4, SWEEPS_OF_FOUR)):
+    header("Learning rates of matrices / of the rest", "method", "replicas", "first", "second", "third")
+    for replicas, sweeps in SWEEPS.items():
         for method, sweep in sweeps.items():
             done = swept(method, rows, replicas)
             cells = [f"{lr:g} / {rest:g}: {done.get((lr, rest), float('nan')):.4f}" for lr, rest in sweep]
-            line(method if replicas == 2 else f"{method}, {replicas} replicas", *cells)
+            line(method, replicas, *cells)
 
 
 def method_table(rows: list[Row], replicas: int, steps: int) -> None:
     """Every method at the base settings."""
     dense = rows_at(rows, method=DENSE, replicas=replicas, steps=steps)
-    goal = rows_at(rows, method=GOAL, replicas=replicas, steps=steps)
-    usual = rows_at(rows, method=USUAL, replicas=replicas, steps=steps)
-    if not dense or not goal:
+    goal = rows_at(rows, method=USUAL, replicas=replicas, steps=steps)
+    dense = dense or goal
+    if not goal:
         return
     header(
         f"{replicas} replicas, {BASE.sequences} sequences each, {steps} steps",
         "method",
         "loss (seeds)",
         f"above {USUAL}",
-        f"above {GOAL}",
         "sync steps",
         "MB sent",
         "of DDP",
-        f"steps to {GOAL}'s loss",
+        f"steps to {USUAL}'s loss",
         "drift",
         "MiB",
     )
@@ -182,7 +181,6 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
         line(
             method,
             mean_loss(mine),
-            f"{gap(mine, usual):+.2f} %",
             f"{gap(mine, goal):+.2f} %",
             f"{statistics.mean(100 * row.outcome.sync_steps / steps for row in mine):.1f} %",
             f"{statistics.mean(row.outcome.kernel_total for row in mine) / 1e6:.2f}",
@@ -193,6 +191,36 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
         )
 
 
+def elsewhere_table(rows: list[Row]) -> None:
+    """Another text and another size."""
+    header(
+        "Elsewhere",
+        "text",
+        "parameters",
+        "replicas",
+        "method",
+        "loss (seeds)",
+        f"above {USUAL}",
+        "sync steps",
+        "of DDP",
+    )
+    for corpus, model, steps in ELSEWHERE:
+        for replicas in SWEEPS:
+            at: dict[str, Any] = {"corpus": corpus, "model": model, "steps": steps, "replicas": replicas}
+            goal = rows_at(rows, method=USUAL, **at)
+            for method in (USUAL, *TRIGGERS):
+                if mine := rows_at(rows, method=method, **at):
+                    syncs = statistics.mean(row.outcome.sync_steps for row in mine)
+                    sent = statistics.mean(kernel_share(row, goal) for row in mine)
+                    cells = (
+                        mean_loss(mine),
+                        f"{gap(mine, goal):+.2f} %",
+                        f"{100 * syncs / steps:.1f} %",
+                        f"{sent:.2f} %",
+                    )
+                    line(corpus, model, replicas, method, *cells)
+
+
 def batch_table(rows: list[Row]) -> None:
     """The gap by batch size."""
     header("Batch per replica", "method", *[f"{batch * 64} bytes" for batch in BATCHES])
@@ -200,7 +228,7 @@ def batch_table(rows: list[Row]) -> None:
         cells = []
         for batch in BATCHES:
             mine = rows_at(rows, method=method, sequences=batch)[:1]
-            goal = rows_at(rows, method=GOAL, sequences=batch)[:1]
+            goal = rows_at(rows, method=USUAL, sequences=batch)[:1]
             cells.append(f"{mean_loss(mine)} ({gap(mine, goal):+.2f} %)" if mine and goal else "not run")
         if cells.count("not run") < len(cells) - 1:
             line(method, *cells)
@@ -208,16 +236,16 @@ def batch_table(rows: list[Row]) -> None:
 
 def length_table(rows: list[Row]) -> None:
     """Longer runs of the defaults against the goal's loss: steps, bytes, and seconds on the slowest link."""
-    goal, dense = rows_at(rows, method=GOAL), rows_at(rows, method=DENSE)
+    goal, dense = rows_at(rows, method=USUAL), rows_at(rows, method=DENSE)
     if not goal or not dense:
         return
     header(
-        f"Longer runs against {GOAL} ({STEPS} steps)",
-        "run", "loss (seeds)", "above", "of DDP's bytes", f"seconds at {RATES[-1]}", f"of {GOAL}'s",
+        f"Longer runs against {USUAL} ({STEPS} steps)",
+        "run", "loss (seeds)", "above", "of DDP's bytes", f"seconds at {RATES[-1]}", f"of {USUAL}'s",
     )  # fmt: skip
-    slow = pace(rows, GOAL, RATES[-1])
+    slow = pace(rows, USUAL, RATES[-1])
     lengths = sorted({row.run.steps for row in rows if row.run.method == DEFAULT and row.run.stop == 0})
-    for method, length in [(GOAL, STEPS), *[(DEFAULT, length) for length in lengths]]:
+    for method, length in [(USUAL, STEPS), *[(DEFAULT, length) for length in lengths]]:
         mine, mine_pace = rows_at(rows, method=method, steps=length), pace(rows, method, RATES[-1])
         if not mine:
             continue
@@ -250,7 +278,7 @@ def disturbed_table(rows: list[Row]) -> None:
         "learning rate x 3 for a tenth of the run",
         "text backwards from the middle",
     )
-    for method in DISTURBED:
+    for method in TRIGGERS:
         cells = []
         for kind in ("", "lr", "data"):
             mine = rows_at(rows, method=method, disturbance=kind)
@@ -263,7 +291,7 @@ def sync_distribution_table(rows: list[Row]) -> None:
     """Share of sync steps in each eighth of a run."""
     eighths = [f"{number}/8" for number in range(1, 9)]
     header("Sync steps, percent of the steps of each eighth of a run", "trigger", "disturbed", *eighths)
-    for method in (DEFAULT, "as published, tau=0.1", "ours: tau=0.07", "ours: 15 % of steps"):
+    for method in (DEFAULT, "as published, tau=0.1"):
         for kind in ("", "lr", "data"):
             for row in rows_at(rows, method=method, disturbance=kind)[:1]:
                 counts = [(0, 0), *[(step, syncs) for step, _, _, _, syncs in points(row)]]

@@ -37,7 +37,7 @@ def rows_of(tmp_path, *entries):
 def swept(name, losses):
     return [
         (with_rates(replace(BASE, method=name), rates), replace(OUTCOME, val_loss=loss))
-        for rates, loss in zip(SWEEPS[name], losses, strict=True)
+        for rates, loss in zip(SWEEPS[2][name], losses, strict=True)
     ]
 
 
@@ -53,15 +53,15 @@ def test_rows_survive_the_csv_and_the_newest_wins(tmp_path, monkeypatch):
 
 def test_every_method_takes_the_best_rate_of_its_sweep(tmp_path):
     rows = rows_of(tmp_path, *swept("DDP, Dion", [2.0, 1.9, 2.1]), *swept("local SGD, H=30", [1.5, 1.6, 1.7]))
-    assert best_rates("DDP, Dion", rows) == SWEEPS["DDP, Dion"][1]
-    assert best_rates("local SGD, H=100", rows) == SWEEPS["local SGD, H=30"][0]
-    assert best_rates("DDP, AdamW", rows) == SWEEPS["DDP, AdamW"][1]  # not swept yet
+    assert best_rates("DDP, Dion", rows) == SWEEPS[2]["DDP, Dion"][1]
+    assert best_rates("local SGD, H=100", rows) == SWEEPS[2]["local SGD, H=30"][0]
+    assert best_rates("DDP, AdamW", rows) == SWEEPS[2]["DDP, AdamW"][1]  # not swept yet
     four = replace(BASE, method="DDP, Dion", replicas=4, lr=0.024, vector_lr=0.024)
     rows += rows_of(tmp_path, (four, replace(OUTCOME, val_loss=1.0)))
-    assert best_rates("DDP, Dion", rows) == SWEEPS["DDP, Dion"][1]
+    assert best_rates("DDP, Dion", rows) == SWEEPS[2]["DDP, Dion"][1]
     assert best_rates("DDP, Dion", rows, replicas=4) == (0.024, 0.024)
-    assert best_rates("local SGD, H=30", rows, replicas=4) == SWEEPS["local SGD, H=30"][0]
-    assert all((method.sweep or name) in SWEEPS for name, method in METHODS.items())
+    assert best_rates("local SGD, H=30", rows, replicas=4) == SWEEPS[2]["local SGD, H=30"][0]
+    assert all((method.sweep or name) in SWEEPS[2] for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,7 +72,7 @@ def test_a_stage_has_distinct_runs_of_known_methods(stage):
 
 
 def test_figures_of_the_tables(tmp_path):
-    rates = SWEEPS["DDP, Dion"][1]
+    rates = SWEEPS[2]["DDP, Dion"][1]
     run = with_rates(replace(BASE, method="DDP, Dion"), rates)
     rows = rows_of(
         tmp_path,
