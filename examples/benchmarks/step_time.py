@@ -1,4 +1,4 @@
-"""Time of one optimizer step on the matrices of a GPT: CurvaDion's local step by rank, beside torch's AdamW and Muon.
+"""Time of one optimizer step on the matrices of a GPT: CurvaDion's local steps beside torch's AdamW and Muon.
 
     python examples/benchmarks/step_time.py            # 12 layers, 768 wide: 85 M parameters, minutes
     python examples/benchmarks/step_time.py --smoke    # 2 layers, 64 wide: seconds
@@ -75,25 +75,30 @@ def time_in_turns(
 def print_table(times: dict[str, list[float]]) -> None:
     """Print medians, extremes and ratios."""
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{'':30}{'median':>10}{'min':>10}{'max':>10}{'/ AdamW':>10}{'/ Muon':>10}")
+    print(f"{'':36}{'median':>10}{'min':>10}{'max':>10}{'/ AdamW':>10}{'/ Muon':>10}")
     for name, median in medians.items():
         ratios = f"{median / medians['AdamW']:10.2f}{median / medians['Muon']:10.3f}"
-        print(f"{name:30}{median:9.3f}s{min(times[name]):9.3f}s{max(times[name]):9.3f}s{ratios}")
+        print(f"{name:36}{median:9.3f}s{min(times[name]):9.3f}s{max(times[name]):9.3f}s{ratios}")
 
 
 def measure(layers: int, width: int, dtype: torch.dtype, rounds: int, muon_rounds: int) -> None:
     """Time the steps and print them."""
     parameters = matrices(layers, width, dtype)
     never = RMMCThreshold(float("inf"))
-    by_rank = {
-        fraction: CurvaDion(parameters, trigger=never, max_local_steps=None, rank_fraction=fraction)
-        for fraction in RANK_FRACTIONS
+    ours = {
+        "Muon": CurvaDion(parameters, trigger=never, max_local_steps=None),
+        **{
+            f"Dion, rank fraction {fraction}": CurvaDion(
+                parameters, trigger=never, max_local_steps=None, rank_fraction=fraction
+            )
+            for fraction in RANK_FRACTIONS
+        },
     }
     times = time_in_turns(
         {
             "AdamW": (torch.optim.AdamW(parameters).step, rounds),
-            **{f"local step, rank fraction {f}": (optimizer.step, rounds) for f, optimizer in by_rank.items()},
-            "RMMC of all matrices": (partial(compute_norms, by_rank[RANK_FRACTIONS[0]]), rounds),
+            **{f"local step, {name}": (optimizer.step, rounds) for name, optimizer in ours.items()},
+            "RMMC of all matrices": (partial(compute_norms, ours["Muon"]), rounds),
             "Muon": (torch.optim.Muon(parameters).step, muon_rounds),
         },
         parameters,
@@ -102,8 +107,8 @@ def measure(layers: int, width: int, dtype: torch.dtype, rounds: int, muon_round
     print(f"\n{count / 1e6:.1f} M parameters in {dtype}, one thread of {processor()}, torch {torch.__version__}")
     print_table(times)
     parameter_bytes = sum(parameter.nbytes for parameter in parameters)
-    states = [f"{state_bytes(optimizer) / parameter_bytes:.2f} at {f}" for f, optimizer in by_rank.items()]
-    print(f"state over parameters by rank fraction: {', '.join(states)} (AdamW: 2)")
+    states = [f"{state_bytes(optimizer) / parameter_bytes:.2f} ({name})" for name, optimizer in ours.items()]
+    print(f"state over parameters: {', '.join(states)}, 2 (AdamW)")
 
 
 def main() -> None:

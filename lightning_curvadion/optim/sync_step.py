@@ -7,8 +7,9 @@ replica i, gradient included,
 
 and all replicas step along :math:`P R^\top`. Muon's step has no factors: matrices that take it send all of
 :math:`B_i` with ``"factors"``, and all of Nesterov's momentum with ``"dion"``. With ``"average"`` the momenta
-themselves become their mean. With ``"local"`` each replica takes its own step. The hook sends all of it, and
-synchronises the parameters too.
+themselves become their mean. With ``"displacement"`` and ``"local"`` each replica takes its own step. The hook sends
+all of it, and synchronises the parameters too; with ``"displacement"`` it then corrects each momentum by what the mean
+displacement says of the others' (``momentum_correction.py``).
 
 Where a momentum takes over a part of the others', the noise of the replicas cancels in it and its norm falls. The next
 RMMC compares with the norm after that, or every sync would look like a bend of the loss surface.
@@ -41,7 +42,7 @@ def sync_step(
     Returns:
         Whether they do afterwards.
     """
-    if hook.momentum == "local":
+    if hook.momentum in ("displacement", "local"):
         local_step(optimizer, stacks, at_sync=True)
         hook.mean_left(optimizer, [], [])
         hook.mean_right(optimizer, [], [])

@@ -1,11 +1,14 @@
 """What parameters send: themselves, or their displacement from the last consensus with error feedback."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
+from ..optim.momentum_correction import correct_momentum_, corrects
 from ..optim.optimizer_state import trainable_parameters
 from .anchors import Anchors
 from .digests import digest
@@ -33,12 +36,15 @@ class ParameterPayloads:
         self.meter: DriftMeter | None = None
         # Parameters that have stepped since their last sync step.
         self._moved: dict[CurvaDion, set[Tensor]] = {}
+        # Sum of the learning rates of the steps in a parameter's displacement.
+        self._travel: dict[Tensor, float] = {}
 
     # -- anchors -----------------------------------------------------------------------------------------------------
 
     def capture_anchors(self, optimizer: CurvaDion) -> None:
         """Measure displacements from here on. All replicas must hold the same parameters now."""
         self._moved.pop(optimizer, None)
+        self._restart(parameter for _, parameter in optimizer.named_parameters())
         if self._settings.needs_anchors:
             self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
             self.anchors.capture(trainable_parameters(optimizer).values())
@@ -62,8 +68,20 @@ class ParameterPayloads:
         """Note that the trainable parameters of an optimizer step now."""
         self._moved.setdefault(optimizer, set()).update(trainable_parameters(optimizer).values())
 
+    def record_learning_rates(self, optimizer: CurvaDion) -> None:
+        """Note the learning rates of the step that comes: they say which momentum makes which displacement."""
+        for group, parameter in optimizer.members():
+            self._travel[parameter] = self._travel.get(parameter, 0.0) + group["lr"]
+
+    def _restart(self, parameters: Iterable[Tensor]) -> None:
+        """Note that displacements start anew."""
+        for parameter in parameters:
+            self._travel.pop(parameter, None)
+
     def forget(self, optimizer: CurvaDion, parameters: Iterable[Tensor]) -> None:
         """Note that parameters were set to something else, of which nothing is left to send."""
+        parameters = list(parameters)
+        self._restart(parameters)
         for parameter in parameters:
             self._moved.get(optimizer, set()).discard(parameter)
             optimizer.state[parameter].pop("residual", None)
@@ -97,9 +115,16 @@ class ParameterPayloads:
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
+        parts = (
+            ({name: p for name, p in moving.items() if p in matrices}, self._settings.wire_format),
+            ({name: p for name, p in moving.items() if p not in matrices}, self._settings.vector_format),
+        )
         return [
-            *self.of(optimizer, {n: p for n, p in moving.items() if p in matrices}, self._settings.wire_format),
-            *self.of(optimizer, {n: p for n, p in moving.items() if p not in matrices}, self._settings.vector_format),
+            *(
+                payload
+                for part, wire_format in parts
+                for payload in self.of(optimizer, part, wire_format, correct=True)
+            ),
             *self.of(optimizer, resting, "float32", flush_residuals=True),
         ]
 
@@ -133,6 +158,7 @@ class ParameterPayloads:
         wire_format: str,
         flush_residuals: bool = False,
         outer_step: bool = True,
+        correct: bool = False,
     ) -> list[Payload]:
         """The payloads of some parameters.
 
@@ -142,11 +168,13 @@ class ParameterPayloads:
             wire_format: Format on the wire; a quantized one uses and updates the residuals.
             flush_residuals: With ``"float32"``, send the residuals too and delete them.
             outer_step: Whether an outer step is due.
+            correct: Whether the momenta are corrected, where the settings say so.
         """
         if self.meter is not None and parameters:
             self.meter.start()
         if not self._settings.needs_anchors:
             return [TensorPayload(name, parameter, meter=self.meter) for name, parameter in parameters.items()]
+        group_of = {parameter: group for group, parameter in optimizer.members()}
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
             state = optimizer.state[parameter]
@@ -162,5 +190,18 @@ class ParameterPayloads:
                 else None
             )
             anchor = self.anchors.of(parameter)
-            payloads.append(DisplacementPayload(name, parameter, anchor, wire_format, residual, step, self.meter))
+            correction = self._correction(group_of[parameter], state, parameter, wire_format) if correct else None
+            payloads.append(
+                DisplacementPayload(name, parameter, anchor, wire_format, residual, step, self.meter, correction)
+            )
+        self._restart(parameters.values())
         return payloads
+
+    def _correction(
+        self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor, wire_format: str
+    ) -> Callable[[Tensor], None] | None:
+        """What corrects the momentum of a parameter by the difference of displacements."""
+        share = self._settings.correction_share(wire_format, matrix=group["algorithm"] == "dion")
+        if share == 0.0 or not corrects(group):
+            return None
+        return partial(correct_momentum_, group, state, travel=self._travel.get(parameter, 0.0), share=share)

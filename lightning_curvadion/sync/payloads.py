@@ -131,6 +131,8 @@ class DisplacementPayload(Payload):
             the displacement alone.
         outer_step: Turns a range of the mean into the move to make; ``None`` moves by the mean.
         meter: Measures the drift of the parameter.
+        correct_momentum: Receives the mean displacement less this replica's own, of the parameter's shape; ``None`` to
+            leave the momentum alone.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class DisplacementPayload(Payload):
         residual: Tensor | None,
         outer_step: Callable[[Tensor, int, int], Tensor] | None,
         meter: DriftMeter | None = None,
+        correct_momentum: Callable[[Tensor], None] | None = None,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
         super().__init__(f"displacement of {name}", parameter.numel(), wire_format)
@@ -151,26 +154,36 @@ class DisplacementPayload(Payload):
         self._residual = residual.view(-1) if residual is not None else None
         self._outer_step = outer_step
         self._meter = meter
+        self._correct_momentum = correct_momentum
 
     @property
     def sources(self) -> Sequence[Tensor]:  # noqa: D102
         return [self._flat, self._anchor] + ([self._residual] if self._residual is not None else [])
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        displacement = self._displacement(start, stop)
+        return displacement if self._residual is None else displacement.add_(self._residual[start:stop])
+
+    def _displacement(self, start: int, stop: int) -> Tensor:
         # A narrow parameter started from the rounded anchor, not from the anchor.
         anchor = self._anchor[start:stop]
-        displacement = self._flat[start:stop].to(anchor.dtype) - anchor.to(self._flat.dtype).to(anchor.dtype)
-        return displacement if self._residual is None else displacement.add_(self._residual[start:stop])
+        return self._flat[start:stop].to(anchor.dtype) - anchor.to(self._flat.dtype).to(anchor.dtype)
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
             self._residual[start:stop].copy_(error)
+        difference = mean - self._displacement(start, stop) if self._correct_momentum is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
         if self._meter is not None:
             self._meter.observe(self._flat[start:stop], self._anchor[start:stop])
+        if difference is not None:
+            # The parameter is free to hold it: it becomes the anchor when all of it is written.
+            self._flat[start:stop].copy_(difference)
 
     def finish(self) -> None:  # noqa: D102
+        if self._correct_momentum is not None:
+            self._correct_momentum(self._flat.view(self._parameter.shape))
         self._parameter.copy_(self._anchor.view(self._parameter.shape))
 
 

@@ -261,6 +261,7 @@ class ProcessGroupSync:
         if self.world_size > 1 and self.settings.consensus != "none":
             self.agreement.settle_request = self._consensus.is_unsettled(optimizer)
             self._parameters.record_step(optimizer)
+            self._parameters.record_learning_rates(optimizer)
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 

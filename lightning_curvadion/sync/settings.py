@@ -11,12 +11,17 @@ from .quantization import BLOCK_FORMATS, WIRE_FORMATS
 
 # Literals, so that a command line lists the choices.
 Consensus = Literal["average", "factors", "none"]
-Momentum = Literal["factors", "dion", "average", "local"]
+Momentum = Literal["displacement", "factors", "dion", "average", "local"]
 ResidualDtype = Literal["float32", "bfloat16"]
 _RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How a momentum travels where nothing else is said, chosen by loss, see examples/benchmarks/README.md.
 _FACTOR_FORMATS = {"float32": "float32", "bfloat16": "bfloat16"}
 _QUANTIZED_FACTOR_FORMAT = "int4"
+# How much of the difference between the mean displacement and its own a momentum takes over, by the format on the wire:
+# the error of few bits would enter the momentum. All of it at 4 bits and more. Chosen by loss as well.
+_CORRECTION_SHARES = {"sign": 0.3, "int2": 0.8}
+# The same of AdamW's first moments, which an error in sparse rows harms more.
+_CORRECTION_SHARES_OF_VECTORS = {"sign": 0.0, "int2": 0.0}
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 
@@ -63,10 +68,15 @@ class SyncSettings:
     def _check_together(self) -> None:
         if self.has_outer_step and self.consensus != "average":
             raise ValueError(f'an outer step needs consensus="average", not {self.consensus!r}')
-        if self.spread > 1 and (self.consensus, self.momentum) != ("average", "local"):
+        if self.spread > 1 and (self.consensus != "average" or self.momentum not in ("displacement", "local")):
             raise ValueError(
-                'spread needs consensus="average" and momentum="local", which send nothing but parameters; leave it out'
-                f" with consensus={self.consensus!r}, momentum={self.momentum!r}"
+                'spread needs consensus="average" with momentum="displacement" or "local", which send nothing but'
+                f" parameters; leave it out with consensus={self.consensus!r}, momentum={self.momentum!r}"
+            )
+        if self.momentum == "displacement" and self.consensus == "factors":
+            raise ValueError(
+                'momentum="displacement" needs the mean displacement of all parameters: use consensus="average", or'
+                ' momentum="factors"'
             )
         if self.consensus == "none" and self.momentum not in ("factors", "dion"):
             raise ValueError(f'consensus="none" implies momentum="dion", not {self.momentum!r}')
@@ -92,7 +102,18 @@ class SyncSettings:
     def needs_anchors(self) -> bool:
         """Whether parameters are averaged through their displacements."""
         quantized = self.consensus == "average" and {self.wire_format, self.vector_format} != {"float32"}
-        return self.consensus == "factors" or self.has_outer_step or quantized
+        return self.consensus == "factors" or self.has_outer_step or quantized or self.momentum == "displacement"
+
+    def correction_share(self, wire_format: str, matrix: bool) -> float:
+        """How much of the difference between the mean displacement and its own a momentum takes over.
+
+        Args:
+            wire_format: Of the displacement.
+            matrix: Whether the momentum is Muon's or Dion's, and not AdamW's.
+        """
+        if self.momentum != "displacement":
+            return 0.0
+        return (_CORRECTION_SHARES if matrix else _CORRECTION_SHARES_OF_VECTORS).get(wire_format, 1.0)
 
     @property
     def dtype_of_residuals(self) -> torch.dtype:
@@ -127,12 +148,12 @@ def resolve_settings(
         ...     outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32", spread=1, chunk=1)
         >>> settings = resolve_settings(consensus="average", **defaults, **others)
         >>> settings.wire_format, settings.momentum
-        ('sign', 'local')
+        ('sign', 'displacement')
     """
     averages = consensus == "average"
     wire_format = wire_format or ("sign" if averages and quantizable else "float32")
     vector_format = vector_format or wire_format
-    momentum = momentum or ("local" if averages else "factors")
+    momentum = momentum or ("displacement" if averages else "factors")
     if consensus == "none" and momentum == "factors":
         # Nothing brings the momenta together where nothing brings the parameters together.
         momentum = "dion"

@@ -9,6 +9,7 @@ momentum             first mean                     second mean
 ``"factors"``        P, or B where smaller          R
 ``"dion"``           P, or B where smaller          R
 ``"average"``        B and Q
+``"displacement"``
 ``"local"``
 ===================  =============================  ================================
 

@@ -11,5 +11,6 @@ def test_the_smoke_run_prints_every_optimizer(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for dtype in ("torch.float32", "torch.bfloat16"):
         assert f"0.1 M parameters in {dtype}, one thread of" in printed
-    for line in ("AdamW", *(f"local step, rank fraction {f}" for f in step_time.RANK_FRACTIONS), "RMMC of all", "Muon"):
+    ranks = [f"local step, Dion, rank fraction {fraction}" for fraction in step_time.RANK_FRACTIONS]
+    for line in ("AdamW", "local step, Muon", *ranks, "RMMC of all", "Muon"):
         assert printed.count(f"\n{line}") == 2

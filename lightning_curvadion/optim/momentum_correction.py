@@ -1,0 +1,87 @@
+r"""Momentum correction: what a mean displacement says of the momentum that the replicas would share.
+
+Each replica's momentum holds the noise of its own gradients only, and averaging the momenta costs as many bytes as the
+parameters. But a displacement is a record of the momentum that made it. Over the steps since the last sync, of learning
+rates :math:`\eta_t`, replica i moved by
+
+.. math:: d_i = -\sqrt{m / n} \sum_t \eta_t O_{i,t}, \qquad O_{i,t} = \mathrm{polar}(B_{i,t}),
+
+so the difference of the mean displacement from its own is a difference of mean steps. Times
+:math:`H_i = (M_i^\top M_i)^{1/2}`, which turns the step :math:`\mathrm{polar}(M_i)` back into the momentum
+:math:`M_i`, it is one of momenta:
+
+.. math:: M_i \leftarrow M_i - \alpha\, \frac{\bar d - d_i}{\sqrt{m / n} \sum_t \eta_t}\, H_i .
+
+AdamW's step is the first moment over the root of the second, which takes the place of :math:`H_i`. Nothing is sent for
+it: the replicas have the mean displacement anyway. The share :math:`\alpha` is below one where the mean is quantized,
+since its error would enter the momentum.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import muon
+
+Group = dict[str, Any]
+
+
+def corrects(group: Group) -> bool:
+    """Whether the steps of a group are those of its momentum: not with Lion's signs, or plain steps along gradients."""
+    return group["algorithm"] == "adamw" or (group["algorithm"] == "dion" and group["local_update"] != "sgd")
+
+
+def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, travel: float, share: float) -> None:
+    """Correct the momentum of one parameter in place.
+
+    Args:
+        group: The parameter's group.
+        state: Its ``state[p]``.
+        difference: The mean displacement of the replicas less that of this replica, of the parameter's shape.
+        travel: Sum of the learning rates of the steps that made it.
+        share: How much of the difference to take over, :math:`\\alpha`.
+    """
+    if travel == 0.0:
+        return
+    if group["algorithm"] == "adamw":
+        _correct_first_moment_(group, state, difference, share / travel)
+        return
+    fan_out, fan_in = difference.shape
+    momentum = state["momentum"]
+    before = torch.linalg.vector_norm(momentum, dtype=torch.float32)
+    root = root_of_gram(momentum, group["eps"])
+    steps = difference.to(root.dtype)
+    change = root @ steps if fan_out < fan_in else steps @ root
+    momentum.sub_(change, alpha=share / (travel * math.sqrt(fan_out / fan_in)))
+    # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
+    after = torch.linalg.vector_norm(momentum, dtype=torch.float32)
+    state["norm"].mul_(torch.where(before == 0, 1.0, after / before))
+
+
+def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:
+    bias_corrections = [1.0 - beta ** state["step"] for beta in group["betas"]]
+    denominator = (state["exp_avg_sq"] / bias_corrections[1]).sqrt_().add_(group["eps"])
+    state["exp_avg"].addcmul_(difference.to(denominator.dtype), denominator, value=-share * bias_corrections[0])
+
+
+def root_of_gram(M: Tensor, eps: float) -> Tensor:
+    r""":math:`(M^\top M)^{1/2}`, or :math:`(M M^\top)^{1/2}` of a wide matrix, as good as Newton-Schulz is: 30 %.
+
+    With :math:`M = U S V^\top` and :math:`\mathrm{polar}(M) = U V^\top`, their product is :math:`V S V^\top`.
+
+    Args:
+        M: Shape (m, n).
+        eps: As in :func:`muon.newton_schulz`.
+
+    Returns:
+        Square, of the smaller side.
+
+    Example:
+        >>> singular = torch.tensor([3.0, 2.0])
+        >>> torch.allclose(root_of_gram(torch.diag(singular), eps=1e-8).diag(), singular, rtol=0.3)
+        True
+    """
+    polar = muon.newton_schulz(M.unsqueeze(0), eps)[0]
+    return M @ polar.mT if M.shape[0] < M.shape[1] else polar.mT @ M
