@@ -16,6 +16,7 @@ HOOKS = [
     {"consensus": "average", "momentum": "dion"},
     {"consensus": "average", "momentum": "average"},
     {"consensus": "average", "momentum": "local"},
+    {"consensus": "average", "momentum": "displacement"},
     {"consensus": "factors", "momentum": "factors"},
     {"consensus": "factors", "momentum": "dion"},
     {"consensus": "factors", "momentum": "average"},
@@ -119,7 +120,7 @@ def parameters_after_each_step(rank, world, steps, hook, options):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
-    "hook", [*HOOKS[:4], {"wire_format": "bfloat16"}, OUTER, {"momentum": "local", **OUTER}], ids=name_of
+    "hook", [*HOOKS[:5], {"wire_format": "bfloat16"}, OUTER, {"momentum": "local", **OUTER}], ids=name_of
 )
 def test_parameters_are_bit_identical_after_a_sync_step_and_differ_after_a_local_one(replicas, world, hook):
     histories = replicas.run(world, parameters_after_each_step, 6, hook, {"trigger": EveryNSteps(3)})
@@ -130,7 +131,7 @@ def test_parameters_are_bit_identical_after_a_sync_step_and_differ_after_a_local
             assert all(same) if synced else not any(same)
 
 
-@pytest.mark.parametrize("hook", HOOKS[4:], ids=name_of)
+@pytest.mark.parametrize("hook", HOOKS[5:], ids=name_of)
 def test_other_kinds_of_consensus_leave_replicas_different(replicas, hook):
     histories = replicas.run(2, parameters_after_each_step, 3, hook, {"trigger": EveryNSteps(3)})
     assert not all(torch.equal(a, b) for a, b in zip(histories[0][-1][1], histories[1][-1][1], strict=True))
@@ -319,7 +320,7 @@ def saved_and_loaded(rank, world, hook, path):
 
 
 @pytest.mark.parametrize(
-    "hook", [HOOKS[0], HOOKS[2], HOOKS[3], HOOKS[4], OUTER, {"wire_format": "bfloat16"}], ids=name_of
+    "hook", [HOOKS[0], HOOKS[2], HOOKS[3], HOOKS[4], HOOKS[5], OUTER, {"wire_format": "bfloat16"}], ids=name_of
 )
 def test_a_saved_consensus_is_every_ranks_and_continues_bit_for_bit(replicas, hook, tmp_path):
     for same_start, same_end, same_report in replicas.run(2, saved_and_loaded, hook, str(tmp_path / "saved.pt")):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import muon
+from .rmmc import norm_ratios, tensor_norms
 
 Group = dict[str, Any]
 
@@ -50,14 +51,12 @@ def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, t
         return
     fan_out, fan_in = difference.shape
     momentum = state["momentum"]
-    before = torch.linalg.vector_norm(momentum, dtype=torch.float32)
-    root = root_of_gram(momentum, group["eps"])
-    steps = difference.to(root.dtype)
-    change = root @ steps if fan_out < fan_in else steps @ root
-    momentum.sub_(change, alpha=share / (travel * math.sqrt(fan_out / fan_in)))
+    before = tensor_norms([momentum])
+    root = root_of_gram(momentum.to(torch.promote_types(momentum.dtype, torch.float32)), group["eps"])
+    steps = difference.to(root.dtype) * (share / (travel * math.sqrt(fan_out / fan_in)))
+    momentum.sub_(root @ steps if fan_out < fan_in else steps @ root)
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    after = torch.linalg.vector_norm(momentum, dtype=torch.float32)
-    state["norm"].mul_(torch.where(before == 0, 1.0, after / before))
+    state["norm"].mul_(norm_ratios(tensor_norms([momentum]), before)[0])
 
 
 def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:

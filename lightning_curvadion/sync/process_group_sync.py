@@ -261,7 +261,6 @@ class ProcessGroupSync:
         if self.world_size > 1 and self.settings.consensus != "none":
             self.agreement.settle_request = self._consensus.is_unsettled(optimizer)
             self._parameters.record_step(optimizer)
-            self._parameters.record_learning_rates(optimizer)
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 
@@ -274,6 +273,9 @@ class ProcessGroupSync:
         if self.agreement.agreed_to_settle and self._stepping is not None:
             with record_function("curvadion::consensus"):
                 self._consensus.settle(self._stepping)
+        if self._stepping is not None:
+            # After it settled: displacements that start anew consist of this step.
+            self._parameters.record_learning_rates(self._stepping)
         return numbers
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:

@@ -22,6 +22,15 @@ def step_along(R: Tensor, eps: float = 1e-8) -> Tensor:
     return R / (lengths.clamp_min(3e-3 * lengths.max()) + eps)
 
 
+def root_of_gram(M: Tensor) -> Tensor:
+    """``(M^T M)^(1/2)`` of a tall matrix, by the Newton-Schulz iterations of Muon."""
+    X = M / (M.norm() + 1e-8)
+    for _ in range(5):
+        gram = X.T @ X
+        X = 3.4445 * X + X @ (-4.7750 * gram + 2.0315 * gram @ gram)
+    return X.T @ M
+
+
 def mean(tensors: list[Tensor]) -> Tensor:
     return sum(tensors) / len(tensors)
 
@@ -36,6 +45,7 @@ class Matrix:
         rank = math.ceil(rank_fraction * min(m, n))
         self.dense = rank * (m + n) >= m * n
         self.anchor = self.X[0].clone()
+        self.travel = 0.0
         self.M = [torch.zeros_like(self.X[0]) for _ in range(world)]
         self.Q = [initial_right_factor(min(m, n), rank, seed, start) for _ in range(world)]
 
@@ -47,7 +57,7 @@ class Matrix:
         P_displacement = self.common_basis() if through_factors and momentum != "local" else None
         if through_factors and momentum in ("factors", "dion"):
             self.meet_through_factors(P_displacement)
-        if not sync or momentum == "local":
+        if not sync or momentum in ("displacement", "local"):
             P = [orthonormal(B[i] @ self.Q[i]) for i in replicas]
             R = [B[i].T @ P[i] for i in replicas]
         elif momentum == "average":
@@ -68,8 +78,13 @@ class Matrix:
             self.X[i] = (1 - lr * wd) * self.X[i] - lr * self.scale * P[i] @ step_along(R[i]).T
         if through_factors and momentum in ("average", "local"):
             self.meet_through_factors(self.common_basis() if P_displacement is None else P_displacement)
+        self.travel += lr
         if sync and consensus == "average":
+            if momentum == "displacement":
+                steps = [(own - mean(self.X)) / (self.scale * self.travel) for own in self.X]
+                self.M = [M + step @ root_of_gram(M) for M, step in zip(self.M, steps, strict=True)]
             self.X = [mean(self.X)] * len(B)
+            self.travel = 0.0
 
     def common_basis(self) -> Tensor:
         return orthonormal(mean([(X - self.anchor) @ Q for X, Q in zip(self.X, self.Q, strict=True)]))

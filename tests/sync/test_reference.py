@@ -54,6 +54,7 @@ def ours(rank, world, period, momentum, consensus, rank_fraction):
             for consensus in ("average", "factors")
             for momentum in ("factors", "dion", "average", "local")
         ],
+        ("displacement", "average"),
         ("dion", "none"),
     ],
 )

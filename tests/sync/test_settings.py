@@ -27,8 +27,8 @@ from lightning_curvadion import CurvaDion, CurvaDionStrategy, ProcessGroupSync
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"vector_format": "int3"}, "vector_format must be one of 'float32', .*, not 'int3'"),
         ({"spread": 0}, "spread must be at least 1 sync step, not 0"),
-        ({"spread": 2, "momentum": "factors"}, 'spread needs consensus="average" and momentum="local"'),
-        ({"spread": 2, "consensus": "none"}, 'spread needs consensus="average" and momentum="local"'),
+        ({"spread": 2, "momentum": "factors"}, 'spread needs consensus="average" with momentum='),
+        ({"spread": 2, "consensus": "none"}, 'spread needs consensus="average" with momentum='),
     ],
 )
 def test_bad_arguments(options, message):
@@ -53,9 +53,9 @@ def test_residual_dtype_is_a_name_or_a_dtype():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, ("sign", "sign", "local", "int4")),
-        ({"wire_format": "bfloat16"}, ("bfloat16", "bfloat16", "local", "bfloat16")),
-        ({"vector_format": "int4"}, ("sign", "int4", "local", "int4")),
+        ({}, ("sign", "sign", "displacement", "int4")),
+        ({"wire_format": "bfloat16"}, ("bfloat16", "bfloat16", "displacement", "bfloat16")),
+        ({"vector_format": "int4"}, ("sign", "int4", "displacement", "int4")),
         ({"consensus": "factors"}, ("float32", "float32", "factors", "float32")),
         ({"consensus": "none"}, ("float32", "float32", "dion", "float32")),
     ],
