@@ -1,0 +1,133 @@
+"""Momentum correction: the mean displacement brings the momenta of replicas together, and nothing is sent for it."""
+
+import pytest
+import torch
+from models import exact_sync, state_of
+from torch import Tensor, nn
+
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
+from lightning_curvadion.optim.momentum_correction import correct_momentum_, root_of_gram
+
+ADAMW = {"algorithm": "adamw", "betas": (0.9, 0.95), "eps": 1e-8}
+MUON = {"algorithm": "dion", "local_update": "muon", "eps": 1e-8}
+
+
+def polar(M: Tensor) -> Tensor:
+    U, _, V = torch.linalg.svd(M, full_matrices=False)
+    return U @ V
+
+
+def test_first_moments_behind_one_second_moment_become_their_mean():
+    torch.manual_seed(0)
+    moments, second = torch.randn(2, 7), torch.rand(7) + 0.1
+    expected = moments.mean(dim=0)
+    travel, step = 0.03, 5
+    unbiased = moments / (1 - 0.9**step)
+    displacements = -travel * unbiased / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+    for own, moment in zip(displacements, moments, strict=True):
+        state = {"exp_avg": moment.clone(), "exp_avg_sq": second.clone(), "step": step}
+        correct_momentum_(ADAMW, state, displacements.mean(dim=0) - own, travel, share=1.0)
+        torch.testing.assert_close(state["exp_avg"], expected)
+        assert torch.equal(state["exp_avg_sq"], second)
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_momenta_come_near_to_their_mean(shape):
+    torch.manual_seed(0)
+    common = torch.randn(shape)
+    momenta = [common + 0.5 * torch.randn(shape) for _ in range(4)]
+    mean = sum(momenta) / 4
+    travel, scale = 0.1, (shape[0] / shape[1]) ** 0.5
+    displacements = [-travel * scale * polar(M) for M in momenta]
+    before, after = [], []
+    for own, M in zip(displacements, momenta, strict=True):
+        state = {"momentum": M.clone(), "norm": M.norm() / 0.95}
+        correct_momentum_(MUON, state, sum(displacements) / 4 - own, travel, share=1.0)
+        before.append((M - mean).norm())
+        after.append((state["momentum"] - mean).norm())
+        torch.testing.assert_close(state["norm"], state["momentum"].norm() / 0.95)
+    assert sum(after) < 0.5 * sum(before)
+
+
+def test_the_root_turns_a_step_back_into_its_momentum():
+    torch.manual_seed(0)
+    for M in (torch.randn(12, 5), torch.randn(5, 12)):
+        root = root_of_gram(M, eps=1e-8)
+        again = root @ polar(M) if M.shape[0] < M.shape[1] else polar(M) @ root
+        assert (again - M).norm() < 0.3 * M.norm()
+        torch.testing.assert_close(root, root.mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [MUON, ADAMW], ids=["muon", "adamw"])
+def test_nothing_changes_without_a_difference_or_without_a_step(group):
+    torch.manual_seed(0)
+    state = {"momentum": torch.randn(4, 3), "norm": torch.tensor(2.0)}
+    if group is ADAMW:
+        state = {"exp_avg": torch.randn(4, 3), "exp_avg_sq": torch.rand(4, 3), "step": 3}
+    before = {name: torch.as_tensor(value).clone() for name, value in state.items()}
+    correct_momentum_(group, state, torch.zeros(4, 3), travel=0.1, share=1.0)
+    correct_momentum_(group, state, torch.ones(4, 3), travel=0.0, share=1.0)
+    assert all(torch.equal(torch.as_tensor(state[name]), value) for name, value in before.items())
+
+
+def momenta_of_noisy_replicas(rank, world, hook):
+    """Momenta right after a sync step, on gradients of which half is this replica's noise, and the bytes sent."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((40, 30), (30, 40), (50,))]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "algorithm": "adamw"}]
+    optimizer = CurvaDion(groups, trigger=EveryNSteps(5))
+    optimizer.register_sync_hook(exact_sync(**hook))
+    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
+    for _ in range(50):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=common) + torch.randn(p.shape, generator=own)
+        optimizer.step()
+    assert optimizer.last_step.synced
+    return state_of(optimizer), optimizer.sync_hook.bytes_sent
+
+
+def apart(answers, name):
+    """Variance of a momentum over the replicas, summed over the parameters."""
+    keys = [key for key in answers[0][0] if key.endswith(f".{name}")]
+    return sum(torch.stack([state[key] for state, _ in answers]).var(dim=0).sum() for key in keys)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_momenta_of_replicas_are_nearer_to_each_other_for_the_same_bytes(replicas, world):
+    local, corrected = (
+        replicas.run(world, momenta_of_noisy_replicas, {"momentum": momentum}) for momentum in ("local", "displacement")
+    )
+    assert apart(corrected, "momentum") < 0.6 * apart(local, "momentum")
+    assert apart(corrected, "exp_avg") < 0.6 * apart(local, "exp_avg")
+    assert corrected[0][1] == local[0][1]
+
+
+def test_in_one_bit_matrices_alone_are_corrected(replicas):
+    hooks = [{"momentum": momentum, "wire_format": "sign"} for momentum in ("local", "displacement")]
+    local, corrected = (replicas.run(2, momenta_of_noisy_replicas, hook) for hook in hooks)
+    assert apart(corrected, "momentum") < 0.9 * apart(local, "momentum")
+    assert apart(corrected, "exp_avg") == apart(local, "exp_avg")
+    assert corrected[0][1] == local[0][1]
+
+
+def lion_and_sgd(rank, world, momentum):
+    torch.manual_seed(0)
+    matrix, vector = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+    groups = [
+        {"params": [matrix], "local_update": "sgd", "local_lr": 0.1},
+        {"params": [vector], "algorithm": "lion"},
+    ]
+    optimizer = CurvaDion(groups, trigger=EveryNSteps(2))
+    optimizer.register_sync_hook(ProcessGroupSync(wire_format="float32", momentum=momentum))
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(4):
+        for parameter in (matrix, vector):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return state_of(optimizer)
+
+
+def test_steps_that_are_no_record_of_a_momentum_correct_none(replicas):
+    local, corrected = (replicas.run(2, lion_and_sgd, momentum) for momentum in ("local", "displacement"))
+    for a, b in zip(local, corrected, strict=True):
+        for key in ("parameter 0 of group 0.momentum", "parameter 0 of group 1.exp_avg"):
+            torch.testing.assert_close(a[key], b[key])
