@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from .optim.curvadion import CurvaDion
 from .optim.split_parameters import split_parameters
-from .optim.triggers import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from .optim.triggers import CommunicationBudget, DriftThreshold, EveryNSteps, IntegratedRMMC, RMMCThreshold
 from .sync.process_group_sync import ProcessGroupSync
 from .trainer.monitor import CommunicationMonitor
 from .trainer.strategy import CurvaDionStrategy
@@ -19,6 +19,7 @@ __all__ = [
     "CommunicationMonitor",
     "CurvaDion",
     "CurvaDionStrategy",
+    "DriftThreshold",
     "EveryNSteps",
     "IntegratedRMMC",
     "ProcessGroupSync",

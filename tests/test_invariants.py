@@ -7,7 +7,7 @@ import torch
 from models import QuantizesAlone, build, equal, exact_sync, parameters_of, state_of, train_step
 from replicas import counted_collectives
 
-from lightning_curvadion import CommunicationBudget, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from lightning_curvadion import CommunicationBudget, DriftThreshold, EveryNSteps, IntegratedRMMC, RMMCThreshold
 from lightning_curvadion.sync import quantization
 
 TRIGGERS = [RMMCThreshold(0.1), IntegratedRMMC(0.5), EveryNSteps(3), CommunicationBudget(0.3)]
@@ -167,6 +167,22 @@ def test_a_sync_step_leaves_one_right_factor_on_all_replicas(replicas, hook):
 # -- invariant 4 ------------------------------------------------------------------------------------------------------
 
 
+def calls_of_steps(rank, world, trigger):
+    model, optimizer = build(hook={}, trigger=trigger)
+    sizes = []
+    for step in range(4):
+        with counted_collectives() as calls:
+            train_step(model, optimizer, step, shard=rank)
+        sizes.append([size for _, size in calls])
+    return sizes
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS, ids=name_of)
+def test_the_agreement_has_16_bytes(replicas, trigger):
+    for calls in replicas.run(2, calls_of_steps, trigger):
+        assert all(own[0] == 16 for own in calls)
+
+
 def collectives(rank, world, layers, hook, period=2, rank_fraction=0.25, steps=4):
     model, optimizer = build(layers, hook, trigger=EveryNSteps(period), rank_fraction=rank_fraction)
     counts = []
@@ -239,7 +255,7 @@ def branches_with_missing_gradients(rank, world, steps, trigger):
     return decisions, parameters_of(model)
 
 
-@pytest.mark.parametrize("trigger", TRIGGERS, ids=name_of)
+@pytest.mark.parametrize("trigger", [*TRIGGERS, DriftThreshold(0.02)], ids=name_of)
 def test_every_rank_takes_the_same_branch_with_missing_gradients(replicas, trigger):
     answers = replicas.run(3, branches_with_missing_gradients, 12, trigger)
     assert answers[0][0] == answers[1][0] == answers[2][0]

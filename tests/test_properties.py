@@ -15,6 +15,7 @@ from torch import nn
 from lightning_curvadion import (
     CommunicationBudget,
     CurvaDion,
+    DriftThreshold,
     EveryNSteps,
     IntegratedRMMC,
     RMMCThreshold,
@@ -29,6 +30,7 @@ TRIGGERS = {
     "integrated": IntegratedRMMC(0.8),
     "period": EveryNSteps(3),
     "budget": CommunicationBudget(0.4),
+    "drift": DriftThreshold(0.05),
 }
 SIDE = st.integers(1, 9)
 MATRIX = st.tuples(SIDE, SIDE)
@@ -47,6 +49,8 @@ def jobs(draw):
     momentum = draw(st.sampled_from(["factors", "dion", "average", "local"]))
     if consensus == "none":
         momentum = draw(st.sampled_from(["factors", "dion"]))
+    # The consensus "none" refuses a trigger that watches the drift.
+    triggers = sorted(TRIGGERS.keys() - ({"drift"} if consensus == "none" else set()))
     wire_format = draw(st.sampled_from(quantization.WIRE_FORMATS)) if dtype != "float64" else "float32"
     count = len(matrices) + len(vectors)
     missing = draw(
@@ -59,7 +63,7 @@ def jobs(draw):
         "dtype": dtype,
         "algorithm": draw(st.sampled_from(["adamw", "lion"])),
         "hook": {"consensus": consensus, "momentum": momentum, "wire_format": wire_format, "factor_format": "float32"},
-        "trigger": draw(st.sampled_from(sorted(TRIGGERS))),
+        "trigger": draw(st.sampled_from(triggers)),
         "rank_fraction": draw(st.sampled_from([0.25, 0.5, 1.0])),
         "local_update": draw(st.sampled_from(["dion", "sgd"])),
         "missing": sorted(missing),

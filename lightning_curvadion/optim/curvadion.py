@@ -4,7 +4,8 @@ One step reads as in the paper (arXiv:2512.13728; the Dion update is arXiv:2504.
 :math:`G_i` and momentum :math:`M_i`:
 
 1. measures :math:`B_i = M_i + G_i` and its RMMC, and writes nothing (``step_signal.py``, ``rmmc.py``);
-2. agrees with the others on the largest RMMC, and on whether every gradient is finite: one all-reduce of 16 bytes;
+2. agrees with the others on the largest RMMC, and on whether every gradient is finite: one all-reduce of 16 bytes.
+   A trigger that watches the drift receives the largest of that too, in 24 bytes;
 3. decides: the trigger sees this number, so every replica takes the same branch (``triggers.py``);
 4. takes a local step with its own :math:`B_i` (``local_step.py``), or a sync step with
    :math:`P = \mathrm{orth}(\mathrm{mean}_i B_i Q)` and :math:`R = \mathrm{mean}_i B_i^\top P` (``sync_step.py``), at
@@ -227,6 +228,8 @@ class CurvaDion(StackedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on this replica. With a hook it is a collective, of 16 bytes unless the trigger fires.
 
+        They are 24 where the trigger watches the drift.
+
         Args:
             closure: Evaluates the model again and returns the loss, as in ``torch.optim``.
 
@@ -249,13 +252,13 @@ class CurvaDion(StackedOptimizer):
             with record_function("curvadion::rmmc"):
                 signal = self._signal = self._meter.measure(self, stacks, rank=hook.rank if hook is not None else 0)
             with record_function("curvadion::agreement"):
-                rmmc, code = hook.agree(signal.numbers) if hook is not None else signal.numbers.tolist()
+                rmmc, code, drift = hook.agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
             if code >= 1:
                 raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
             for stack, norm in zip(stacks, signal.norms, strict=True):
                 stack.norm.copy_(norm)
 
-            synced = self._cap.decide(rmmc)
+            synced = self._cap.decide(rmmc, drift, lr=float(self.param_groups[0]["lr"]))
             if synced and hook is not None and hook.world_size > 1:
                 with record_function("curvadion::sync_step"):
                     self._replicas_share_Q = sync_step(self, stacks, hook, self._replicas_share_Q)

@@ -10,7 +10,7 @@ from . import dion, muon
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
 # has a stack of its own.
-_STACK_ELEMENTS = 2**22
+STACK_ELEMENTS = 2**22
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -146,6 +146,6 @@ def batches(parameters: Sequence[Tensor], state: dict[Tensor, State]) -> Iterato
         key = (parameter.shape, state[parameter]["Q"].shape, parameter.dtype, parameter.device)
         by_layout.setdefault(key, []).append(parameter)
     for members in by_layout.values():
-        most = max(1, _STACK_ELEMENTS // max(1, members[0].numel()))
+        most = max(1, STACK_ELEMENTS // max(1, members[0].numel()))
         for start in range(0, len(members), most):
             yield members[start : start + most]

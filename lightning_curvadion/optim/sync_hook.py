@@ -34,8 +34,12 @@ class SyncHook(Protocol):
     def attach(self, optimizer: Any) -> None:
         """Verify that all replicas hold the same parameters, and start them from the same values."""
 
-    def agree(self, signal: Tensor) -> tuple[float, float]:
-        """The element-wise maximum over the replicas of a float64 tensor of two elements."""
+    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+        """The element-wise maximum over the replicas of a float64 tensor of two elements.
+
+        Third comes the largest drift of any replica, times what the trigger's ``drift_factor`` says; 0 where the
+        trigger watches none.
+        """
 
     def mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step.

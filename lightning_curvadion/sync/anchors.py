@@ -9,9 +9,14 @@ from ..optim.matrix_stacks import MatrixStack
 
 
 class Anchors:
-    """The last consensus, one tensor a parameter. Quantized formats and outer steps need this memory."""
+    """The last consensus, one tensor a parameter. Quantized formats, outer steps and drift need this memory.
+
+    Attributes:
+        moves: How often an anchor was set or may have moved, for what is cached of their values.
+    """
 
     def __init__(self) -> None:
+        self.moves = 0
         self._anchor: dict[Tensor, Tensor] = {}
 
     @property
@@ -21,6 +26,7 @@ class Anchors:
 
     def capture(self, parameters: Iterable[Tensor]) -> None:
         """Make the present values of parameters their anchors; they must be equal on all replicas."""
+        self.moves += 1
         for parameter in parameters:
             if parameter not in self._anchor:
                 # At least float32: a narrow parameter would round a mean of small displacements away.
@@ -47,6 +53,11 @@ class Anchors:
         """The anchor of a parameter: contiguous, at least float32."""
         return self._anchor[parameter]
 
+    def to_move(self, parameter: Tensor) -> Tensor:
+        """The anchor of a parameter, for a caller that is about to move it."""
+        self.moves += 1
+        return self._anchor[parameter]
+
     def stacked_displacement(self, stack: MatrixStack) -> Tensor:
         """Displacements of a stack of matrices, shape (k, m, n) with m >= n."""
         displacement = torch.stack([parameter.detach() - self._anchor[parameter] for parameter in stack.parameters])
@@ -63,6 +74,7 @@ class Anchors:
             own_R: What this replica sent of ``D^T P``, D its displacement; shape (k, n, r).
             R: The mean over the replicas of what they sent.
         """
+        self.moves += 1
         changes, moves = P @ (R - own_R).mT, P @ R.mT
         if stack.wide:
             changes, moves = changes.mT, moves.mT

@@ -26,7 +26,7 @@ class ParameterPayloads:
         settings: Of the hook.
 
     Attributes:
-        anchors: The last consensus, where the settings need it.
+        anchors: The last consensus, where the settings or a trigger need it.
         meter: Measures the drift; ``None`` until it is asked for.
     """
 
@@ -38,27 +38,37 @@ class ParameterPayloads:
         self._moved: dict[CurvaDion, set[Tensor]] = {}
         # Sum of the learning rates of the steps in a parameter's displacement.
         self._travel: dict[Tensor, float] = {}
+        # Optimizers whose anchors are needed, whatever the settings.
+        self._anchored: set[CurvaDion] = set()
 
     # -- anchors -----------------------------------------------------------------------------------------------------
+
+    def keep_anchors(self, optimizer: CurvaDion) -> None:
+        """Let the parameters of an optimizer have anchors, and so travel as displacements, whatever the settings."""
+        self._anchored.add(optimizer)
+
+    def needs_anchors(self, optimizer: CurvaDion) -> bool:
+        """Whether the parameters of an optimizer have anchors."""
+        return self._settings.needs_anchors or optimizer in self._anchored
 
     def capture_anchors(self, optimizer: CurvaDion) -> None:
         """Measure displacements from here on. All replicas must hold the same parameters now."""
         self._moved.pop(optimizer, None)
         self._restart(parameter for _, parameter in optimizer.named_parameters())
-        if self._settings.needs_anchors:
+        if self.needs_anchors(optimizer):
             self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
             self.anchors.capture(trainable_parameters(optimizer).values())
 
     def lack_anchors(self, optimizer: CurvaDion) -> bool:
         """Whether a parameter that needs an anchor has none, as after it was unfrozen or added."""
         parameters = trainable_parameters(optimizer).values()
-        return self._settings.needs_anchors and self.anchors.missing(parameters)
+        return self.needs_anchors(optimizer) and self.anchors.missing(parameters)
 
     def anchors_digest(self, optimizer: CurvaDion) -> Tensor | None:
         """A digest of the anchors of an optimizer's parameters, int64; ``None`` where one that is needed is missing."""
         if self.lack_anchors(optimizer):
             return None
-        parameters = trainable_parameters(optimizer).values() if self._settings.needs_anchors else ()
+        parameters = trainable_parameters(optimizer).values() if self.needs_anchors(optimizer) else ()
         digests = [digest(self.anchors.of(parameter)) for parameter in parameters]
         return torch.stack(digests) if digests else torch.zeros(1, dtype=torch.int64)
 
@@ -147,7 +157,7 @@ class ParameterPayloads:
 
     def by_value(self, optimizer: CurvaDion, parameters: Mapping[str, Tensor]) -> list[Payload]:
         """Payloads of the parameters' values with their residuals, which need no common anchors and no outer step."""
-        if self._settings.needs_anchors:
+        if self.needs_anchors(optimizer):
             self.anchors.set_to_zero(parameters.values())
         return self.of(optimizer, parameters, "float32", flush_residuals=True, outer_step=False)
 
@@ -172,7 +182,7 @@ class ParameterPayloads:
         """
         if self.meter is not None and parameters:
             self.meter.start()
-        if not self._settings.needs_anchors:
+        if not self.needs_anchors(optimizer):
             return [TensorPayload(name, parameter, meter=self.meter) for name, parameter in parameters.items()]
         group_of = {parameter: group for group, parameter in optimizer.members()}
         payloads: list[Payload] = []
@@ -189,7 +199,7 @@ class ParameterPayloads:
                 if outer_step and self._settings.has_outer_step
                 else None
             )
-            anchor = self.anchors.of(parameter)
+            anchor = self.anchors.to_move(parameter)
             correction = self._correction(group_of[parameter], state, parameter, wire_format) if correct else None
             payloads.append(
                 DisplacementPayload(name, parameter, anchor, wire_format, residual, step, self.meter, correction)

@@ -14,10 +14,11 @@ from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors
+from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
 from .agreement import Agreement
 from .collectives import Collectives
 from .consensus import Consensus
+from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .load_notice import notify_of_loads
 from .parameter_payloads import ParameterPayloads
@@ -67,9 +68,10 @@ class ProcessGroupSync:
             equal after a consensus outside of a step only. For ``consensus="average"`` with ``momentum="local"``.
         chunk: Numbers that are quantized, sent and dequantized at a time. Larger payloads take more collectives.
 
-    Memory: a copy of the parameters in float32 where ``consensus="factors"``, a quantized ``wire_format`` or an outer
-    step needs it; another one of ``residual_dtype`` for a quantized ``wire_format``; another one for
-    ``outer_momentum``. During a sync step the factors and about ``5 * chunk`` numbers, less for a smaller model.
+    Memory: a copy of the parameters in float32 where ``consensus="factors"``, a quantized ``wire_format``, an outer
+    step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of ``residual_dtype`` for a
+    quantized ``wire_format``; another one for ``outer_momentum``. During a sync step the factors and about
+    ``5 * chunk`` numbers, less for a smaller model.
 
     Attributes:
         settings: The checked arguments.
@@ -125,6 +127,8 @@ class ProcessGroupSync:
         self.agreement = Agreement(self._collectives)
         self._optimizers: list[CurvaDion] = []
         self._stepping: CurvaDion | None = None
+        # Of the optimizers whose trigger watches the drift.
+        self._displacement_meters: dict[CurvaDion, DisplacementMeter] = {}
         self._configure(resolve_settings(**self._arguments))
 
     def _configure(self, settings: SyncSettings) -> None:
@@ -189,7 +193,8 @@ class ProcessGroupSync:
 
         Raises:
             ValueError: No process group, a backend or a parameter that does not fit the wire formats, or replicas that
-                differ: on every rank, naming the first difference.
+                differ: on every rank, naming the first difference. Also a trigger that watches the drift, where the
+                consensus ``"none"`` never ends it.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
@@ -205,6 +210,7 @@ class ProcessGroupSync:
         device = parameters[0].device
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
         verify_same_across_replicas(self._collectives, description, device)
+        self.settings.check_trigger(optimizer.trigger)
         formats = {name: getattr(self.settings, name) for name in ("wire_format", "vector_format", "factor_format")}
         verify_wire_formats(self._collectives, optimizer, formats, device)
         state = state_tensors(optimizer)
@@ -217,6 +223,10 @@ class ProcessGroupSync:
         """Take part in the steps of an optimizer whose parameters are equal on all replicas."""
         self._optimizers.append(optimizer)
         self._untrained.exclude(parameter for _, parameter in optimizer.named_parameters())
+        if optimizer.trigger.watches_drift:
+            self.agreement.carries_drift = True
+            self._parameters.keep_anchors(optimizer)
+            self._displacement_meters[optimizer] = DisplacementMeter(self._parameters.anchors)
         if self.world_size > 1:
             self._parameters.capture_anchors(optimizer)
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
@@ -264,19 +274,35 @@ class ProcessGroupSync:
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 
-    def agree(self, signal: Tensor) -> tuple[float, float]:
-        """The element-wise maximum of ``signal`` over the replicas: all that a local step sends.
+    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+        """The element-wise maximum of ``signal`` over the replicas, and of their drift: all that a local step sends.
 
         Where a replica's parameters were set to something else, all settle theirs before the step.
         """
-        numbers = self.agreement.reach(signal)
+        numbers = self.agreement.reach(signal, self._own_drift())
         if self.agreement.agreed_to_settle and self._stepping is not None:
             with record_function("curvadion::consensus"):
                 self._consensus.settle(self._stepping)
-        if self._stepping is not None:
+        if self._stepping is not None and self.settings.momentum == "displacement":
             # After it settled: displacements that start anew consist of this step.
             self._parameters.record_learning_rates(self._stepping)
         return numbers
+
+    def _own_drift(self) -> Tensor | None:
+        """The drift of this replica as its trigger wants it, shape (1,); ``None`` where nobody watches it.
+
+        ``None`` also where all parameters are frozen, and where anchors are missing, as after a state was loaded: the
+        replicas settle in this step then.
+        """
+        optimizer = self._stepping
+        if optimizer is None or optimizer not in self._displacement_meters:
+            return None
+        parameters = list(trainable_parameters(optimizer).values())
+        if not parameters or self._parameters.anchors.missing(parameters):
+            return None
+        with record_function("curvadion::drift"):
+            drift = self._displacement_meters[optimizer].measure(parameters)
+            return drift * optimizer.trigger.drift_factor(float(optimizer.param_groups[0]["lr"]))
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..optim.parameter_groups import check_choice
+from ..optim.triggers import Trigger
 from .quantization import BLOCK_FORMATS, WIRE_FORMATS
 
 # Literals, so that a command line lists the choices.
@@ -93,6 +94,19 @@ class SyncSettings:
                 stacklevel=7,
             )
 
+    def check_trigger(self, trigger: Trigger) -> None:
+        """Check that the trigger of an optimizer makes sense with these settings.
+
+        Raises:
+            ValueError: It watches a drift that no sync step would end.
+        """
+        if trigger.watches_drift and self.consensus == "none":
+            name = type(trigger).__name__
+            raise ValueError(
+                f'use consensus="average", or a trigger such as IntegratedRMMC(0.3): {name} fires where replicas have'
+                ' moved far since the last consensus, and consensus="none" never brings them together'
+            )
+
     @property
     def has_outer_step(self) -> bool:
         """Whether the averaged displacement goes through an outer step."""
@@ -100,7 +114,7 @@ class SyncSettings:
 
     @property
     def needs_anchors(self) -> bool:
-        """Whether parameters are averaged through their displacements."""
+        """Whether parameters are averaged through their displacements, whatever the trigger."""
         quantized = self.consensus == "average" and {self.wire_format, self.vector_format} != {"float32"}
         return self.consensus == "factors" or self.has_outer_step or quantized or self.momentum == "displacement"
 

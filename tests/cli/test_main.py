@@ -8,7 +8,7 @@ import torch
 import yaml
 from training import ROOT
 
-from lightning_curvadion import CurvaDion, CurvaDionStrategy, IntegratedRMMC
+from lightning_curvadion import CurvaDion, CurvaDionStrategy, DriftThreshold, IntegratedRMMC
 from lightning_curvadion.cli import main
 
 MODEL = ["--model=examples.byte_gpt.ByteGPT", "--model.layers=1", "--model.width=16"]
@@ -47,6 +47,12 @@ def test_an_optimizer_and_its_groups_without_code():
         "norms": ("adamw", 0.5),
         "gpt.blocks.*.out.weight (matrices)": ("lion", 0.02),
     }
+
+
+def test_the_drift_threshold_without_code():
+    words = ["--optimizer=CurvaDion", "--optimizer.trigger=DriftThreshold", "--optimizer.trigger.tau=0.02"]
+    trigger = parse(*MODEL, *words).model.configure_optimizers().trigger
+    assert isinstance(trigger, DriftThreshold) and trigger.tau == 0.02
 
 
 def test_another_optimizer_gets_all_parameters():
@@ -91,7 +97,9 @@ def test_a_link_copies_a_value():
     assert built.model.gpt.cosine.shape[0] == built.datamodule.context == 24
 
 
-@pytest.mark.parametrize("thing", ["CurvaDion", "CurvaDionStrategy", "IntegratedRMMC", "CommunicationBudget"])
+@pytest.mark.parametrize(
+    "thing", ["CurvaDion", "CurvaDionStrategy", "IntegratedRMMC", "CommunicationBudget", "DriftThreshold"]
+)
 def test_help_explains_every_argument(capsys, thing):
     key = {"CurvaDion": "optimizer", "CurvaDionStrategy": "trainer.strategy"}.get(thing, "optimizer.trigger")
     base = ["--optimizer=CurvaDion"] if "trigger" in key else []

@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from lightning_curvadion import CommunicationBudget, CurvaDion, EveryNSteps, IntegratedRMMC, RMMCThreshold
-from lightning_curvadion.optim.triggers import LocalStepCap
+from lightning_curvadion import (
+    CommunicationBudget,
+    CurvaDion,
+    DriftThreshold,
+    EveryNSteps,
+    IntegratedRMMC,
+    RMMCThreshold,
+)
+from lightning_curvadion.optim.triggers import LocalStepCap, Trigger
 
 
 def decisions(trigger, signals, cap=None):
@@ -49,8 +56,53 @@ def test_communication_budget_survives_a_momentum_that_does_not_change():
     assert sum(synced[-200:]) == pytest.approx(100, abs=20)
 
 
+def weighed_decisions(trigger, drifts, lrs):
+    """What a single replica would decide of its own drifts."""
+    capped = LocalStepCap(trigger, None)
+    return [
+        capped.decide(math.inf, drift * trigger.drift_factor(lr), lr) for drift, lr in zip(drifts, lrs, strict=True)
+    ]
+
+
+def test_drift_fires_above_tau_and_not_at_it_whatever_the_rmmc():
+    assert weighed_decisions(DriftThreshold(0.5), [0.0, 0.5, 0.51, 0.0], [1.0] * 4) == [False, False, True, False]
+
+
+def test_the_bound_on_the_drift_follows_the_learning_rate_below_its_largest_value():
+    lrs = [0.0, 0.1, 0.2, 0.1, 0.0, 0.0]
+    # A warmup leaves the bound at tau; later it falls. Nothing moves at a learning rate of zero.
+    assert weighed_decisions(DriftThreshold(0.5), [0.0, 0.4, 0.4, 0.3, 1e-9, 0.0], lrs) == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_the_factor_on_the_drift_changes_no_state():
+    trigger = DriftThreshold(0.5)
+    trigger.observe(0.1, lr=0.2)
+    assert trigger.drift_factor(0.4) == 1.0 and trigger.drift_factor(0.1) == 2.0
+    assert trigger.state_dict() == {"type": "DriftThreshold", "largest_lr": 0.2}
+
+
+class OwnTrigger(Trigger):
+    """A user's, which knows RMMC alone."""
+
+    def wants_sync(self, rmmc):
+        return rmmc > 0.5
+
+
+def test_a_trigger_that_watches_no_drift_is_not_told_of_it(monkeypatch):
+    monkeypatch.setattr(Trigger, "observe", lambda *_: pytest.fail("observed"))
+    assert [LocalStepCap(OwnTrigger(), None).decide(rmmc, 0.9, 0.1) for rmmc in (0.4, 0.6)] == [False, True]
+
+
 @pytest.mark.parametrize(
-    "trigger", [RMMCThreshold(1.0), IntegratedRMMC(1e9), EveryNSteps(1000), CommunicationBudget(1e-6)]
+    "trigger",
+    [RMMCThreshold(1.0), IntegratedRMMC(1e9), EveryNSteps(1000), CommunicationBudget(1e-6), DriftThreshold(1.0)],
 )
 def test_the_cap_bounds_the_run_of_local_steps(trigger):
     synced = decisions(trigger, [0.001 * 0.9**step for step in range(12)], cap=3)
@@ -82,6 +134,17 @@ def test_state_survives_a_state_dict_round_trip_of_the_optimizer(make, tmp_path)
     assert [fresh._cap.decide(signal) for signal in signals[18:]] != rest[0] or isinstance(make(), RMMCThreshold)
 
 
+def test_the_largest_learning_rate_survives_a_state_dict_round_trip(tmp_path):
+    def optimizer():
+        return CurvaDion([torch.nn.Parameter(torch.zeros(2, 2))], trigger=DriftThreshold(0.5))
+
+    first, second = optimizer(), optimizer()
+    first._cap.decide(0.0, drift=0.1, lr=0.4)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [o.trigger.drift_factor(0.1) for o in (first, second, optimizer())] == [4.0, 4.0, 1.0]
+
+
 def test_the_state_of_another_trigger_is_left_out_with_a_warning():
     old = CurvaDion([torch.nn.Parameter(torch.zeros(2, 2))], trigger=EveryNSteps(4))
     new = CurvaDion([torch.nn.Parameter(torch.zeros(2, 2))], trigger=IntegratedRMMC(0.7))
@@ -102,6 +165,8 @@ def test_an_optimizer_copies_its_trigger():
         (lambda: RMMCThreshold(-0.1), "tau must be >= 0"),
         (lambda: RMMCThreshold(float("nan")), "tau must be >= 0"),
         (lambda: IntegratedRMMC(0), "budget must be > 0.*EveryNSteps"),
+        (lambda: DriftThreshold(0), "tau must be > 0.*EveryNSteps"),
+        (lambda: DriftThreshold(float("nan")), "tau must be > 0.*EveryNSteps"),
         (lambda: EveryNSteps(0), "n must be an integer >= 1"),
         (lambda: EveryNSteps(2.5), "n must be an integer >= 1"),
         (lambda: CommunicationBudget(0), r"fraction must be in \(0, 1\]"),

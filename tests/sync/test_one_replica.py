@@ -4,7 +4,7 @@ import pytest
 from models import build, equal, state_of, train_step
 from replicas import counted_collectives
 
-from lightning_curvadion import EveryNSteps
+from lightning_curvadion import DriftThreshold, EveryNSteps
 
 HOOKS = [
     {"wire_format": "sign", "momentum": "local"},
@@ -17,9 +17,9 @@ HOOKS = [
 ]
 
 
-def train(rank, world, hook):
+def train(rank, world, hook, trigger=None):
     """The state after some steps and a consensus, the collectives of each, and the memory of the anchors."""
-    model, optimizer = build(hook=hook, trigger=EveryNSteps(2))
+    model, optimizer = build(hook=hook, trigger=trigger or EveryNSteps(2), max_local_steps=4)
     sizes = []
     for step in range(5):
         with counted_collectives() as calls:
@@ -41,3 +41,12 @@ def test_one_replica_trains_as_without_a_hook(replicas, hook):
     assert equal(state, expected)
     assert sizes == [[16]] * 5 + [[]], "the agreement, which carries stop requests, and nothing else"
     assert anchors == 0
+
+
+def test_one_replica_drifts_from_nobody(replicas):
+    expected, *_ = train(0, 1, None, DriftThreshold(1e-6))
+    ((state, sizes, anchors, synced),) = replicas.run(1, train, HOOKS[0], DriftThreshold(1e-6))
+    assert equal(state, expected)
+    assert sizes == [[24]] * 5 + [[]]
+    assert anchors == 0
+    assert synced, "by max_local_steps"

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from training import Module, trainer_for
 
-from lightning_curvadion import CurvaDionStrategy
+from lightning_curvadion import CurvaDionStrategy, DriftThreshold
 
 
 def fit_with_optimizer(rank, world, optimizer):
@@ -46,6 +46,16 @@ def fit_different_models(rank, world):
 
 def test_different_models_on_the_ranks(replicas):
     replicas.run(2, fit_different_models)
+
+
+def fit_without_consensus(rank, world):
+    trainer = trainer_for(rank, world, CurvaDionStrategy(consensus="none"))
+    with pytest.raises(MisconfigurationException, match=r'^use consensus="average", or a trigger.*DriftThreshold'):
+        trainer.fit(Module(DriftThreshold(0.02)))
+
+
+def test_a_drift_that_no_consensus_ends(replicas):
+    replicas.run(2, fit_without_consensus)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 from training import Module, trainer_for
 
-from lightning_curvadion import CurvaDionStrategy
+from lightning_curvadion import CurvaDionStrategy, DriftThreshold
 
 
 class Stream(IterableDataset):
@@ -16,9 +16,9 @@ class Stream(IterableDataset):
         return ((number % 11,) for number in range(8 * self.batches))
 
 
-def fit(rank, world, batches, folder, options):
+def fit(rank, world, batches, folder, options, trigger=None):
     """The error of a run in which each rank has its own number of batches."""
-    module = Module()
+    module = Module(trigger)
     save = [ModelCheckpoint(folder, every_n_epochs=1)] if folder else []
     trainer = trainer_for(
         rank,
@@ -41,7 +41,16 @@ def fit(rank, world, batches, folder, options):
 @pytest.mark.parametrize("saves", [False, True])
 def test_uneven_batches_are_an_error_that_names_the_ranks_and_their_steps(replicas, tmp_path, batches, options, saves):
     folder = str(tmp_path) if saves else None
-    answers = replicas.run(len(batches), fit, batches, folder, options, timeout=60)
+    verify(replicas.run(len(batches), fit, batches, folder, options, timeout=60), batches)
+
+
+@pytest.mark.parametrize("batches", [(20, 14), (9, 9, 7)])
+def test_uneven_batches_are_that_error_too_where_agreements_carry_the_drift(replicas, tmp_path, batches):
+    answers = replicas.run(len(batches), fit, batches, str(tmp_path), {}, DriftThreshold(0.05), timeout=60)
+    verify(answers, batches)
+
+
+def verify(answers, batches):
     shortest = min(batches)
     for name, message in answers:
         assert name == "UnevenBatchesError"

@@ -133,10 +133,10 @@ class DryRunSync(ProcessGroupSync):
     def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
         self._register(optimizer)
 
-    def agree(self, signal: Tensor) -> tuple[float, float]:
-        """RMMC 0 and finite gradients: there are no values to look at."""
-        self.recorder.all_reduce_max(signal)
-        return 0.0, 0.0
+    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+        """RMMC and drift 0 and finite gradients: there are no values to look at."""
+        self.recorder.all_reduce_max(self.agreement.message(signal, self._own_drift()))
+        return 0.0, 0.0, 0.0
 
 
 def dry_run_step(optimizer: CurvaDion, sync: DryRunSync, synced: bool) -> StepTraffic:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...optim.curvadion import CurvaDion
+from ...optim.triggers import EveryNSteps, LocalStepCap
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.settings import SyncSettings
 from .dry_run import DryRunSync, StepTraffic, dry_run_step
@@ -109,6 +110,8 @@ def dion_step_traffic(module: nn.Module, optimizer: CurvaDion, replicas: int) ->
         True
     """
     module, optimizer = copy.deepcopy((module, optimizer))
+    # Dion watches nothing: its agreement has 16 bytes, whatever the trigger.
+    optimizer._cap = LocalStepCap(EveryNSteps(1), None)
     for group in optimizer.param_groups:
         group["local_update"] = "dion"
     sync = DryRunSync(ProcessGroupSync(consensus="none").settings, replicas)

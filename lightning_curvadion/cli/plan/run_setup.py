@@ -103,7 +103,12 @@ def _sync_settings(trainer_config: dict[str, Any], optimizer: CurvaDion, notes: 
         notes.append(f"The config's strategy is {name!r}; this plans CurvaDionStrategy with its defaults.")
         options = {}
     planned = CurvaDionStrategy(**{key: options[key] for key in SyncSettings.__dataclass_fields__ if key in options})
-    return planned.make_sync_hook().settings_for(optimizer)
+    settings = planned.make_sync_hook().settings_for(optimizer)
+    try:
+        settings.check_trigger(optimizer.trigger)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    return settings
 
 
 def _backend(trainer_config: dict[str, Any], notes: list[str]) -> str:

@@ -49,7 +49,7 @@ def choose_sync_rate(cap: LocalStepCap, given: float | None, run: Path | None) -
         run: Logs of a run, which come second.
 
     Raises:
-        PlanError: The logs hold no sync rate.
+        PlanError: The logs hold no sync rate, or the trigger fires by what no simulation knows.
         ReportError: There are no logs.
 
     Example:
@@ -62,6 +62,11 @@ def choose_sync_rate(cap: LocalStepCap, given: float | None, run: Path | None) -
     if run is not None:
         return logged_sync_rate(run)
     trigger = type(cap.trigger).__name__
+    if cap.trigger.watches_drift:
+        raise PlanError(
+            f"how often {trigger} fires depends on how far the replicas move, which only training shows: give"
+            " --sync-rate, or the logs of a run with --run"
+        )
     rate, low, high = (expected_sync_rate(cap, factor) for factor in (1.0, 0.5, 2.0))
     if max(abs(low - rate), abs(high - rate)) < 0.05 * rate:
         return rate, f"{trigger}, for any RMMC"

@@ -7,10 +7,10 @@ from replicas import counted_collectives
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.byte_gpt import GPT
-from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
+from lightning_curvadion import CurvaDion, DriftThreshold, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.cli.plan.collective_costs import ALL_TO_ALL
 from lightning_curvadion.cli.plan.dry_run import CollectiveRecorder
-from lightning_curvadion.cli.plan.footprint import ddp_buckets, measure_footprint
+from lightning_curvadion.cli.plan.footprint import ddp_buckets, dion_step_traffic, measure_footprint
 from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
 from lightning_curvadion.sync.collectives import Collectives
 from lightning_curvadion.sync.payloads import TensorPayload
@@ -59,6 +59,20 @@ def test_a_dry_run_sends_and_stores_what_real_replicas_do(replicas, world):
                 for collective in traffic.collectives
             ]
             assert (recorded, traffic.bytes_sent) == (calls, sent), hook
+
+
+def test_a_drift_takes_eight_bytes_a_step_and_anchors_in_every_format():
+    footprints = {}
+    for trigger in (EveryNSteps(2), DriftThreshold(0.02)):
+        with torch.device("meta"):
+            model, optimizer = build(trigger=trigger)
+        footprints[trigger] = measure_footprint(model, optimizer, exact_sync(momentum="local").settings, 2)
+        assert dion_step_traffic(model, optimizer, 2).collectives[0].nbytes == 16
+    without, watched = footprints.values()
+    assert [c.nbytes for c in watched.local.collectives] == [24] and watched.sync.collectives[0].nbytes == 24
+    assert watched.sync.collectives[1:] == without.sync.collectives[1:]
+    assert (without.anchors, watched.anchors) == (0, watched.parameters)
+    assert watched.local.launches > without.local.launches, "the measurement"
 
 
 def launches_of_a_mean(collectives, device):

@@ -8,6 +8,8 @@ from training import ROOT
 from lightning_curvadion.cli.plan.command import main
 
 UNMEASURED = ["--config", "configs/byte_gpt.yaml", "--latency", "20ms"]
+DRIFT = ["--optimizer=CurvaDion", "--optimizer.trigger=DriftThreshold", "--optimizer.trigger.tau=0.02"]
+NONE = ["--trainer.strategy.consensus=none"]
 CONFIG = [*UNMEASURED, "--step-time", "0.5s", "--coding-speed", "1"]
 
 
@@ -78,6 +80,8 @@ def test_the_sync_rate_comes_from_the_logs_of_a_run(capsys, tmp_path):
         (["--link", "1Gbit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--link", "1Gbit", "--trainer.devices=auto"], "--replicas"),
         (["--link", "1Gbit", "--run", "nowhere"], "nowhere"),
+        (["--link", "1Gbit", *DRIFT], "--sync-rate"),
+        (["--link", "1Gbit", *DRIFT, "--trainer.strategy=CurvaDionStrategy", *NONE], 'use consensus="average"'),
         ([], "--link"),
     ],
 )
