@@ -15,7 +15,8 @@ replicas share the loopback interface, without a count and without slow links. T
 - ``disturbed``: runs with a change in the middle
 - ``methods``: every method once
 - ``batches``: other batch sizes
-- ``sweep of four``, ``four``, ``breakdown of four``, ``sweep of eight``: more replicas
+- ``momenta``: what a sync step does to the momentum
+- ``sweep of four``, ``four``, ``sweep of eight``: more replicas
 - ``elsewhere``: another text, and a model of a million parameters
 - ``links``: time at three link speeds; leave the machine idle
 - ``races``: whole runs on the slowest link

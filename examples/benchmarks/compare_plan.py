@@ -26,12 +26,13 @@ _MATRICES = ((0.012, 0.006), (0.012, 0.012), (0.012, 0.024))
 # The highest rate was best, so one more.
 _WIDER = (*_MATRICES[1:], (0.012, 0.048))
 _OF_MUON = ((0.008, 0.024), (0.012, 0.024), (0.016, 0.024))
+_MORE_OF_MUON = ((0.012, 0.024), (0.016, 0.024), (0.024, 0.024))
 SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
     2: {
         "DDP, AdamW": _ADAMW,
         USUAL: _OF_MUON,
         "DDP, Dion": _WIDER,
-        DEFAULT: ((0.012, 0.024), (0.02, 0.024), (0.02, 0.036)),
+        DEFAULT: _MORE_OF_MUON,
         HALF_RANK: _WIDER,
         "local SGD, H=30": _MATRICES,
         "DiLoCo, AdamW, H=30": ((0.0007, 0.0007), *_ADAMW[:2]),
@@ -39,23 +40,18 @@ SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
         "DiLoCo, Muon, H=30": (*_MATRICES[1:], (0.02, 0.024)),
     },
     4: {
-        USUAL: ((0.012, 0.024), (0.016, 0.024), (0.024, 0.024)),
+        USUAL: _MORE_OF_MUON,
         "DDP, Dion": ((0.012, 0.024), (0.012, 0.048), (0.024, 0.024)),
-        DEFAULT: ((0.02, 0.024), (0.028, 0.024), (0.04, 0.024)),
+        DEFAULT: _MORE_OF_MUON,
         HALF_RANK: ((0.012, 0.024), (0.024, 0.048), (0.036, 0.048)),
     },
     8: {
-        USUAL: ((0.012, 0.024), (0.016, 0.024), (0.024, 0.024)),
-        DEFAULT: ((0.02, 0.024), (0.028, 0.024), (0.04, 0.024)),
+        USUAL: _MORE_OF_MUON,
+        DEFAULT: _MORE_OF_MUON,
     },
 }
-# The parts of the distance to DDP.
-BREAKDOWN = (
-    "ours: every step, float32",
-    "ours: every step, float32, momentum average",
-    "ours: H=4, float32",
-    "ours: H=4, float32, momentum average",
-)
+# What a sync step does to the momentum.
+MOMENTA = tuple(name for name in METHODS if name.startswith("ours: ") and "momentum" in name)
 QUOTED = (
     "DDP, AdamW",
     USUAL,
@@ -69,7 +65,7 @@ QUOTED = (
 )
 BATCH_METHODS = ("DDP, AdamW", USUAL, "local SGD, H=30", DEFAULT, "no communication")
 # The default trigger, and others that synchronise about as often. Everything else is equal.
-TRIGGERS = (DEFAULT, *[f"ours: H={n}" for n in PERIODS])
+TRIGGERS = (DEFAULT, *[f"ours: H={n}" for n in PERIODS], "ours: drift 0.028")
 TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step")
 RACERS = ("DDP, AdamW", USUAL, DEFAULT, "no communication")
 # Another text, and another size with its steps.
@@ -192,7 +188,7 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
     "four": lambda rows: list(
         dict.fromkeys(over_seeds([USUAL, *TRIGGERS], rows, replicas=4) + tuned(QUOTED, rows, replicas=4))
     ),
-    "breakdown of four": lambda rows: tuned(BREAKDOWN, rows, replicas=4),
+    "momenta": lambda rows: over_seeds(MOMENTA, rows),
     "sweep of eight": lambda rows: sweep(8),
     "elsewhere": elsewhere,
     "links": links,

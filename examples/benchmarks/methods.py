@@ -15,6 +15,7 @@ from lightning_curvadion import (
     CommunicationBudget,
     CurvaDion,
     CurvaDionStrategy,
+    DriftThreshold,
     EveryNSteps,
     IntegratedRMMC,
     RMMCThreshold,
@@ -132,7 +133,8 @@ OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 # Muon and Dion as inner optimizers need less outer momentum than AdamW (MuLoCo, arXiv:2505.23725).
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT, HALF_RANK, FULL_RANK = "ours: defaults", "ours at half rank", "ours at full rank"
-PERIODS = (4, 5)
+PERIODS = (5, 6)
+OLD_BUDGET = 0.3
 
 
 def _ddp(inner: str, **other: Any) -> Method:
@@ -162,7 +164,8 @@ def _curvadion(trigger: Trigger | None = None, **hook: Any) -> Method:
 
 
 def _of_rank(rank_fraction: float, trigger: Trigger | None = None, **hook: Any) -> Method:
-    """CurvaDion with Dion's local steps."""
+    """CurvaDion as its defaults were before Muon's step and momentum correction, but for the arguments."""
+    trigger, hook = trigger or IntegratedRMMC(OLD_BUDGET), {"momentum": "local", **hook}
     return Method(trigger=trigger, hook=hook, options={"rank_fraction": rank_fraction}, sweep=HALF_RANK)
 
 
@@ -199,22 +202,26 @@ METHODS: dict[str, Method] = {
     "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
     "no communication": Method(alone=True, sweep="local SGD, H=30"),
     DEFAULT: _curvadion(),
-    **{f"ours: H={n}": _curvadion(EveryNSteps(n)) for n in (*PERIODS, 8)},
-    **{f"ours: budget {budget}": _curvadion(IntegratedRMMC(budget)) for budget in (0.6,)},
+    **{f"ours: H={n}": _curvadion(EveryNSteps(n)) for n in PERIODS},
+    "ours: drift 0.028": _curvadion(DriftThreshold(0.028)),
+    **{f"ours: budget {budget}": _curvadion(IntegratedRMMC(budget)) for budget in (0.3, 0.6)},
     **{f"ours: {name}": _curvadion(wire_format=name) for name in ("float32", "int2")},
     "ours: int4 for the rest": _curvadion(vector_format="int4"),
-    "ours: spread 4, budget 0.1": _curvadion(IntegratedRMMC(0.1), spread=4),
-    "ours: thin factors 1/16": _curvadion(**_thin(1 / 16)),
+    "ours: int2, int4 for the rest, budget 0.6": _curvadion(
+        IntegratedRMMC(0.6), wire_format="int2", vector_format="int4"
+    ),
+    "ours: spread 4, budget 0.15": _curvadion(IntegratedRMMC(0.15), spread=4),
+    # What a sync step does to the momentum.
+    "ours: momentum local": _curvadion(momentum="local"),
+    "ours: momentum local, budget 0.3": _curvadion(IntegratedRMMC(0.3), momentum="local"),
+    "ours: momentum in thin factors 1/16": _curvadion(**_thin(1 / 16)),
     "ours: momentum average in int8": _curvadion(momentum="average", factor_format="int8"),
-    # The parts of the distance to DDP: a momentum per replica, and local steps.
-    "ours: every step, float32": _curvadion(EveryNSteps(1), wire_format="float32"),
-    "ours: every step, float32, momentum average": _curvadion(
-        EveryNSteps(1), wire_format="float32", momentum="average", factor_format="float32"
-    ),
-    "ours: H=4, float32": _curvadion(EveryNSteps(4), wire_format="float32"),
-    "ours: H=4, float32, momentum average": _curvadion(
-        EveryNSteps(4), wire_format="float32", momentum="average", factor_format="float32"
-    ),
+    **{
+        f"ours: H=5, float32, momentum {momentum}": _curvadion(
+            EveryNSteps(5), wire_format="float32", momentum=momentum, factor_format="float32"
+        )
+        for momentum in ("displacement", "average", "local")
+    },
     # Before Muon's step was the default: with Dion's at half rank, which decided formats, momentum and outer step.
     HALF_RANK: _half_rank(),
     **{f"{HALF_RANK}: H={n}": _half_rank(EveryNSteps(n)) for n in PERIODS},

@@ -34,7 +34,7 @@ from .sync_step import sync_step
 from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
 
 # Chosen by loss and bytes, see examples/benchmarks/README.md.
-DEFAULT_BUDGET = 0.3
+DEFAULT_BUDGET = 0.45
 _RANK_FRACTION = 0.5
 # Muon's step has no factors. They serve sync steps that send some, and cost memory at the others.
 _RANK_FRACTION_OF_MUON = 0.25
@@ -81,7 +81,7 @@ class CurvaDion(StackedOptimizer):
         betas: Decay of the moments of AdamW, or of Lion.
         weight_decay: Decoupled weight decay.
         eps: Added to denominators.
-        trigger: When to synchronise; a copy is taken. Default ``IntegratedRMMC(0.3)``, which
+        trigger: When to synchronise; a copy is taken. Default ``IntegratedRMMC(0.45)``, which
             at one bit a number came to about 1 % of DDP's bytes in the comparison of ``examples/benchmarks/README.md``.
         max_local_steps: At most so many local steps in a row; ``None`` for no bound. It is for plateaus, where RMMC
             falls to nothing.
