@@ -7,9 +7,10 @@ One step reads as in the paper (arXiv:2512.13728; the Dion update is arXiv:2504.
 2. agrees with the others on the largest RMMC, and on whether every gradient is finite: one all-reduce of 16 bytes.
    A trigger that watches the drift receives the largest of that too, in 24 bytes;
 3. decides: the trigger sees this number, so every replica takes the same branch (``triggers.py``);
-4. takes a local step with its own :math:`B_i` (``local_step.py``), or a sync step with
-   :math:`P = \mathrm{orth}(\mathrm{mean}_i B_i Q)` and :math:`R = \mathrm{mean}_i B_i^\top P` (``sync_step.py``), at
-   which the parameters are synchronised too.
+4. takes a local step with its own :math:`B_i` (``local_step.py``), or a sync step (``sync_step.py``), which brings the
+   parameters together. The paper's goes along :math:`P = \mathrm{orth}(\mathrm{mean}_i B_i Q)` and
+   :math:`R = \mathrm{mean}_i B_i^\top P`. By default it is a local step, and the mean displacement then corrects
+   the momentum (``momentum_correction.py``).
 
 Nothing here communicates. A hook does (``sync_hook.py``), such as :class:`~lightning_curvadion.ProcessGroupSync`.
 """
@@ -56,10 +57,10 @@ class StepReport:
 
 
 class CurvaDion(StackedOptimizer):
-    r"""Dion with decoupled momentum that synchronises its replicas only when its trigger fires.
+    r"""Muon or Dion with decoupled momentum that synchronises its replicas only when its trigger fires.
 
     Without a hook (:meth:`register_sync_hook`) it is a single replica: it never communicates, and its steps are those
-    of Dion.
+    of Muon, or of Dion where a rank is given.
 
     Args:
         params: Parameters or groups; :func:`~lightning_curvadion.split_parameters` makes them from a module. Groups of

@@ -48,11 +48,13 @@ class ProcessGroupSync:
             float64.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings. ``None`` is
             ``wire_format``.
-        momentum: What a sync step does to the momentum. ``"factors"``: all replicas step along the factors of the mean
+        momentum: What a sync step does to the momentum. ``"displacement"``: each replica takes a local step, and its
+            momentum then takes over what the mean displacement says of the others' (``optim/momentum_correction.py``);
+            nothing is sent for it. ``"factors"``: all replicas step along the factors of the mean
             momentum, and the part of each replica's momentum in their span becomes the mean's. ``"dion"``: the same
             factors, and each replica keeps its own momentum. ``"average"``: momentum and Q are averaged. ``"local"``:
-            nothing; each replica takes its own Dion step (local SGD). ``None`` is ``"local"`` with the consensus
-            ``"average"``: bytes were better spent on more sync steps than on the momentum. It is ``"factors"`` with
+            nothing; each replica takes a local step (local SGD). ``None`` is ``"displacement"`` with the consensus
+            ``"average"``, the lowest loss for its bytes in ``examples/benchmarks/README.md``. It is ``"factors"`` with
             ``"factors"``. Consensus ``"none"`` implies ``"dion"``.
         outer_lr: Learning rate of the outer step on the averaged displacement; 1 takes the average itself.
         outer_momentum: Nesterov momentum of the outer step, as in DiLoCo.
@@ -65,13 +67,14 @@ class ProcessGroupSync:
         residual_dtype: ``"float32"``, or ``"bfloat16"`` for half the memory; what it rounds away is lost.
         spread: How many sync steps send every parameter once. 1 sends all at each; n sends an n-th at each, balanced
             by size. So that every parameter travels as often, let the trigger fire n times as often. The replicas are
-            equal after a consensus outside of a step only. For ``consensus="average"`` with ``momentum="local"``.
+            equal after a consensus outside of a step only. For ``consensus="average"`` with a
+            ``momentum`` that sends nothing.
         chunk: Numbers that are quantized, sent and dequantized at a time. Larger payloads take more collectives.
 
-    Memory: a copy of the parameters in float32 where ``consensus="factors"``, a quantized ``wire_format``, an outer
-    step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of ``residual_dtype`` for a
-    quantized ``wire_format``; another one for ``outer_momentum``. During a sync step the factors and about
-    ``5 * chunk`` numbers, less for a smaller model.
+    Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
+    ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
+    ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``. During a sync step the
+    factors and about ``5 * chunk`` numbers, less for a smaller model.
 
     Attributes:
         settings: The checked arguments.
