@@ -20,7 +20,8 @@ from training import trainer_for
 from lightning_curvadion import CurvaDionStrategy, IntegratedRMMC
 
 CUT, END = 4, 8
-TRAINER_OPTIONS = {"outer_momentum": 0.5, "residual_dtype": "bfloat16"}
+# The momentum is the default of that version.
+TRAINER_OPTIONS = {"momentum": "local", "outer_momentum": 0.5, "residual_dtype": "bfloat16"}
 LOOP_OPTIONS = {"wire_format": "int4", "momentum": "local", "outer_lr": 0.8, "outer_momentum": 0.5}
 
 
