@@ -76,7 +76,7 @@ class Outcome:
     Attributes:
         val_loss: Validation loss of the mean of the replicas' parameters, in nats per byte.
         sync_steps: Number of sync steps.
-        payload: Bytes that the sync hook counted in steps.
+        payload: Bytes that the optimizer counted in steps.
         kernel_steps: Bytes that the kernel counted in steps. -1 over loopback.
         kernel_total: The same, with the consensus at the end of fit.
         seconds: Seconds of the steps.
@@ -169,7 +169,9 @@ class Meter(pl.Callback):
     ) -> None:
         """Count, and evaluate at the chosen steps."""
         optimizer = trainer.optimizers[0]
-        report = optimizer.last_step if isinstance(optimizer, CurvaDion) and optimizer.sync_hook else None
+        # Without a hook a CurvaDion reports what its trigger wanted, and communicates nothing.
+        hookless = type(optimizer) is CurvaDion and optimizer.sync_hook is None
+        report = None if hookless else getattr(optimizer, "last_step", None)
         self.sync_steps += report.synced if report else self.every_step_syncs
         self.payload += report.bytes_sent if report else 0
         if trainer.global_step in self.at:

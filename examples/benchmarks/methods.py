@@ -11,6 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Muon, Optimizer
 
+from examples.benchmarks.authors_code import AuthorsCurvaDion
 from lightning_curvadion import (
     CommunicationBudget,
     CurvaDion,
@@ -37,7 +38,8 @@ class Method:
         trigger: When replicas synchronise without DDP. ``None`` is the default trigger.
         hook: Arguments of ``CurvaDionStrategy``.
         options: Arguments of ``CurvaDion``.
-        alone: Whether replicas never communicate, not even the RMMC.
+        alone: Whether the strategy never communicates, not even the RMMC.
+        authors: Whether Dion is ``AuthorsCurvaDion``, which communicates by itself.
         power_sgd: Whether DDP's gradients go through torch's ``powerSGD_hook``.
         sweep: Name of the method whose learning-rate sweep this one uses.
     """
@@ -48,6 +50,7 @@ class Method:
     hook: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
+    authors: bool = False
     power_sgd: bool = False
     sweep: str = ""
 
@@ -67,7 +70,8 @@ class Method:
             for group in matrices:
                 group["algorithm"] = "adamw"
         options = {"local_update": "dion" if self.inner == "dion" else "muon", **self.options}
-        return CurvaDion(groups, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, trigger=self.trigger, **options)
+        curvadion = AuthorsCurvaDion if self.authors else CurvaDion
+        return curvadion(groups, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, trigger=self.trigger, **options)
 
     def strategy(self) -> Strategy:
         """A new strategy for a Trainer."""
@@ -107,7 +111,7 @@ class OptimizerPair(Optimizer):
 
 
 class NoCommunication(DDPStrategy):
-    """Processes as under DDP, each with its shard of the data, but without communication in training."""
+    """Processes as under DDP, each with its shard of the data, but without communication of the strategy."""
 
     def configure_ddp(self) -> None:
         """Do not wrap the module, so that nothing is reduced."""
@@ -158,6 +162,12 @@ def _published(tau: float, **options: Any) -> Method:
     return Method(trigger=RMMCThreshold(tau), hook={"consensus": "none"}, options=options, sweep="local SGD, H=30")
 
 
+def _authors(tau: float) -> Method:
+    """CurvaDion as the public code of its authors means it: at sync steps all replicas take the mean gradient."""
+    options = {"max_local_steps": None, "rank_fraction": 0.5}
+    return Method(trigger=RMMCThreshold(tau), options=options, alone=True, authors=True, sweep="local SGD, H=30")
+
+
 def _curvadion(trigger: Trigger | None = None, **hook: Any) -> Method:
     """CurvaDion with its defaults, but for the arguments."""
     return Method("muon", trigger=trigger, hook=hook, sweep=DEFAULT)
@@ -200,6 +210,7 @@ METHODS: dict[str, Method] = {
     **{f"DiLoCo, Muon, H={n}": _diloco(n, "muon") for n in (10, 30, 100)},
     **{f"as published, tau={tau}": _published(tau) for tau in (0.05, 0.1)},
     "as published, tau=0.1, sgd": _published(0.1, local_update="sgd", local_lr=0.1),
+    "authors' code, tau=0.1": _authors(0.1),
     "no communication": Method(alone=True, sweep="local SGD, H=30"),
     DEFAULT: _curvadion(),
     **{f"ours: H={n}": _curvadion(EveryNSteps(n)) for n in PERIODS},

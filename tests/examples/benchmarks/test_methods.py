@@ -19,7 +19,7 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(6)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name in QUOTED or "outer" in name])
+@pytest.mark.parametrize("name", [name for name in METHODS if name in QUOTED or "outer" in name or "authors" in name])
 def test_methods_step_with_their_learning_rates(name):
     torch.manual_seed(0)
     net = Net()
@@ -45,7 +45,7 @@ def test_methods_step_with_their_learning_rates(name):
 def test_methods_communicate_as_their_names_say():
     for name, method in METHODS.items():
         assert isinstance(method.strategy(), DDPStrategy)
-        others = name.startswith("DDP") or name == "no communication"
+        others = name.startswith("DDP") or name.startswith(("authors", "no communication"))
         assert isinstance(method.strategy(), CurvaDionStrategy) != others
     assert METHODS[DEFAULT].hook == {} and METHODS[DEFAULT].options == {}
     optimizer = METHODS["local SGD, H=30"].optimizer(split_parameters(Net()), lr=0.1, vector_lr=0.1)
