@@ -81,7 +81,8 @@ class ParameterPayloads:
     def record_learning_rates(self, optimizer: CurvaDion) -> None:
         """Note the learning rates of the step that comes: they say which momentum makes which displacement."""
         for group, parameter in optimizer.members():
-            self._travel[parameter] = self._travel.get(parameter, 0.0) + group["lr"]
+            if parameter.requires_grad:
+                self._travel[parameter] = self._travel.get(parameter, 0.0) + group["lr"]
 
     def _restart(self, parameters: Iterable[Tensor]) -> None:
         """Note that displacements start anew."""

@@ -22,6 +22,10 @@ def gradients(rank, step):
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in SHAPES]
 
 
+def learning_rate(step):
+    return 0.05 * (1 + step % 4)
+
+
 def ours(rank, world, period, momentum, consensus, rank_fraction):
     parameters = [nn.Parameter(tensor) for tensor in start()]
     optimizer = CurvaDion(
@@ -32,6 +36,7 @@ def ours(rank, world, period, momentum, consensus, rank_fraction):
     for step in range(STEPS):
         for parameter, gradient in zip(parameters, gradients(rank, step), strict=True):
             parameter.grad = gradient
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
         optimizer.step()
         states = [optimizer.state[p] for p in parameters]
         history.append(
@@ -65,7 +70,7 @@ def test_every_combination_follows_the_plain_version(replicas, world, period, ra
         for j, matrix in enumerate(matrices):
             matrix.step(
                 [gradients(rank, step)[j] for rank in range(world)],
-                sync=step % period == period - 1, momentum=momentum, consensus=consensus, lr=0.1, mu=0.9, wd=0.1,
+                sync=step % period == period - 1, momentum=momentum, consensus=consensus, lr=learning_rate(step), mu=0.9, wd=0.1,
             )  # fmt: skip
             for rank in range(world):
                 torch.testing.assert_close(histories[rank][step][j], matrix.state(rank), rtol=1e-7, atol=1e-8)
