@@ -135,15 +135,12 @@ def test_the_tables_of_the_benchmarks_are_rows_of_what_is_printed(capsys, part, 
 def test_the_figures_in_the_prose_of_the_readme():
     rows = read(RESULTS)
     text = prose(README)
-    two, four = (
-        {name: rows_at(rows, method=name, replicas=n) for name in (DENSE, USUAL, "DDP, Dion", DEFAULT)} for n in (2, 4)
-    )
+    two, four = ({name: rows_at(rows, method=name, replicas=n) for name in (DENSE, USUAL, DEFAULT)} for n in (2, 4))
     slow, fast = RATES[-1], RATES[0]
     timed = [row for row in rows if row.run.stop]
     speed = {(name, rate): pace(timed, name, rate) for name in (DENSE, DEFAULT) for rate in ("", *RATES)}
     for claim in (
         f"{gap(two[DEFAULT], two[USUAL]):.1f} % of the loss against DDP + Muon",
-        f"{gap(two[DEFAULT], two['DDP, Dion']):.1f} % against DDP + Dion",
         f"{gap(four[DEFAULT], four[USUAL]):.1f} % above DDP + Muon",
         f"at {sum(kernel_share(row, four[DENSE]) for row in four[DEFAULT]) / len(four[DEFAULT]):.1f} % of the bytes",
         f"DDP waits {100 * (1 - speed[DENSE, slow] / speed[DENSE, '']):.0f} % of a step",

@@ -70,7 +70,8 @@ def test_every_combination_follows_the_plain_version(replicas, world, period, ra
         for j, matrix in enumerate(matrices):
             matrix.step(
                 [gradients(rank, step)[j] for rank in range(world)],
-                sync=step % period == period - 1, momentum=momentum, consensus=consensus, lr=learning_rate(step), mu=0.9, wd=0.1,
+                sync=step % period == period - 1, momentum=momentum, consensus=consensus, lr=learning_rate(step),
+                mu=0.9, wd=0.1,
             )  # fmt: skip
             for rank in range(world):
                 torch.testing.assert_close(histories[rank][step][j], matrix.state(rank), rtol=1e-7, atol=1e-8)
