@@ -252,6 +252,7 @@ METHODS: dict[str, Method] = {
     f"{HALF_RANK}: int2, momentum factors": _half_rank(wire_format="int2", momentum="factors"),
     f"{HALF_RANK}: momentum average in int4": _half_rank(momentum="average", factor_format="int4"),
     f"{HALF_RANK}: momentum dion": _half_rank(momentum="dion"),
+    f"{HALF_RANK}: momentum displacement": _half_rank(momentum="displacement"),
     f"{HALF_RANK}: consensus factors": _half_rank(consensus="factors", momentum="factors", factor_format="int4"),
     f"{HALF_RANK}: outer 0.8, 0.5": _half_rank(outer_lr=0.8, outer_momentum=0.5),
     f"{HALF_RANK}: budget 0.8, outer 0.7, 0.6": _half_rank(IntegratedRMMC(0.8), **OUTER_DION),

@@ -38,10 +38,27 @@ def adamw_(
     torch._foreach_lerp_(first_moments, gradients, 1.0 - beta1)
     torch._foreach_mul_(second_moments, beta2)
     torch._foreach_addcmul_(second_moments, gradients, gradients, 1.0 - beta2)
+    denominators = denominators_of(second_moments, steps, beta2, eps)
+    torch._foreach_addcdiv_(parameters, first_moments, denominators, [-lr / (1.0 - beta1**step) for step in steps])
+
+
+def denominators_of(second_moments: list[Tensor], steps: list[int], beta2: float, eps: float) -> list[Tensor]:
+    """What AdamW divides first moments by: the root of the unbiased second moments, and eps.
+
+    Args:
+        second_moments: Of the present step.
+        steps: Number of each parameter's steps.
+        beta2: Decay of the second moments.
+        eps: See :func:`adamw_`.
+
+    Example:
+        >>> denominators_of([torch.tensor([1.0, 4.0])], steps=[1], beta2=0.75, eps=0.5)
+        [tensor([2.5000, 4.5000])]
+    """
     denominators = torch._foreach_sqrt(second_moments)
     torch._foreach_div_(denominators, [(1.0 - beta2**step) ** 0.5 for step in steps])
     torch._foreach_add_(denominators, [max(eps, _smallest(moment) ** 0.5) for moment in second_moments])
-    torch._foreach_addcdiv_(parameters, first_moments, denominators, [-lr / (1.0 - beta1**step) for step in steps])
+    return list(denominators)
 
 
 def _smallest(tensor: Tensor) -> float:

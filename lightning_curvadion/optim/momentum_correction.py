@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import muon
+from .adamw_lion import denominators_of
 from .rmmc import norm_ratios, tensor_norms
 
 Group = dict[str, Any]
@@ -60,9 +61,10 @@ def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, t
 
 
 def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:
-    bias_corrections = [1.0 - beta ** state["step"] for beta in group["betas"]]
-    denominator = (state["exp_avg_sq"] / bias_corrections[1]).sqrt_().add_(group["eps"])
-    state["exp_avg"].addcmul_(difference.to(denominator.dtype), denominator, value=-share * bias_corrections[0])
+    beta1, beta2 = group["betas"]
+    (denominator,) = denominators_of([state["exp_avg_sq"]], [state["step"]], beta2, group["eps"])
+    bias_correction = 1.0 - beta1 ** state["step"]
+    state["exp_avg"].addcmul_(difference.to(denominator.dtype), denominator, value=-share * bias_correction)
 
 
 def root_of_gram(M: Tensor, eps: float) -> Tensor:
