@@ -73,8 +73,8 @@ class CurvaDion(StackedOptimizer):
         local_update: How matrices step. ``"muon"``: the whole momentum orthonormalised, with Nesterov's momentum
             (``muon.py``). ``"dion"``: Dion's step along factors of ``rank_fraction``. ``"sgd"``, between syncs,
             :math:`X \leftarrow X - \eta_{local} G` with the momentum decayed by ``mu``, the paper's cheap step; Dion's
-            at syncs. ``None`` is ``"dion"`` where ``rank_fraction`` is given, and ``"muon"`` otherwise: it trains
-            better than Dion at any rank, for the time of half rank (``examples/benchmarks/README.md``).
+            at syncs. ``None`` is ``"dion"`` where ``rank_fraction`` is given, and ``"muon"`` otherwise, which trains
+            better (``examples/benchmarks/README.md``). On a CPU it costs more, since it computes in float32 there.
         rank_fraction: Rank of the factors over the smaller side of the matrix, in (0, 1]. ``None`` is 0.5 for Dion's
             step. A higher rank costs time, and bytes only where factors are sent; it trains better. For Muon's step
             ``None`` is 0.25: only sync steps that send factors have any then.

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps
 from lightning_curvadion.sync import quantization
+from lightning_curvadion.sync.payloads import DisplacementPayload
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "vector": (50,)}
@@ -138,3 +139,23 @@ def test_with_formats_of_their_own_parameters_settle_as_in_float32(replicas):
     expected = replicas.run(2, with_given_gradients, {}, 13)[0][0]
     for settled, *_ in replicas.run(2, with_given_gradients, hook, 13):
         torch.testing.assert_close(settled, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momenta_are_corrected_by_the_displacement_without_the_residual(dtype):
+    # What quantization left over from earlier syncs is no record of the steps since the last one.
+    anchor, residual, mean = (
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([8.0, 8.0, 8.0]),
+        torch.tensor([0.5, 0.25, 0.0]),
+    )
+    parameter, differences = nn.Parameter((anchor + 0.25).to(dtype)), []
+    payload = DisplacementPayload(
+        "p", parameter, anchor, "sign", residual, None, correct_momentum=lambda d: differences.append(d.clone())
+    )
+    payload.write(0, 2, mean[:2], error=torch.zeros(2))
+    payload.write(2, 3, mean[2:], error=torch.zeros(1))
+    payload.finish()
+    assert len(differences) == 1
+    torch.testing.assert_close(differences[0].float(), torch.tensor([0.25, 0.0, -0.25]))
+    torch.testing.assert_close(parameter.detach().float(), torch.tensor([1.5, 2.25, 3.0]))
