@@ -143,7 +143,7 @@ def test_with_formats_of_their_own_parameters_settle_as_in_float32(replicas):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_momenta_are_corrected_by_the_displacement_without_the_residual(dtype):
-    # What quantization left over from earlier syncs is no record of the steps since the last one.
+    # What quantization left over, from earlier syncs or from this one, is no record of the steps since the last one.
     anchor, residual, mean = (
         torch.tensor([1.0, 2.0, 3.0]),
         torch.tensor([8.0, 8.0, 8.0]),
@@ -153,8 +153,8 @@ def test_momenta_are_corrected_by_the_displacement_without_the_residual(dtype):
     payload = DisplacementPayload(
         "p", parameter, anchor, "sign", residual, None, correct_momentum=lambda d: differences.append(d.clone())
     )
-    payload.write(0, 2, mean[:2], error=torch.zeros(2))
-    payload.write(2, 3, mean[2:], error=torch.zeros(1))
+    payload.write(0, 2, mean[:2], error=torch.full((2,), 4.0))
+    payload.write(2, 3, mean[2:], error=torch.full((1,), 4.0))
     payload.finish()
     assert len(differences) == 1
     torch.testing.assert_close(differences[0].float(), torch.tensor([0.25, 0.0, -0.25]))
