@@ -119,6 +119,16 @@ class Collectives:
             dist.all_gather(list(gathered), own, group=self._group)
         return gathered
 
+    def set_anywhere(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """The indices at which a mask is set on any replica, for each of some flat masks. A flag travels as one bit."""
+        flags = torch.cat(list(masks))
+        weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
+        bits = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
+        # A sum of bytes would be an int64.
+        gathered = self.all_gather((bits * weights).sum(dim=1, dtype=torch.uint8))
+        anywhere = (gathered.unsqueeze(-1) & weights).ne(0).any(dim=0).view(-1)[: flags.numel()]
+        return [mask.nonzero().view(-1) for mask in anywhere.split([mask.numel() for mask in masks])]
+
     def all_gather_object(self, own: Any) -> list[Any]:
         """The object of every replica, by rank. For errors: its bytes are not counted."""
         gathered: list[Any] = [None] * self.world_size

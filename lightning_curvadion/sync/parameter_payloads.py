@@ -1,8 +1,8 @@
 """What parameters send: themselves, or their displacement from the last consensus with error feedback."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
 from .payloads import DisplacementPayload, Payload, TensorPayload
+from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
 from .settings import SyncSettings
+from .sparse_rows import SparseRowsPayload, has_sparse_rows, moved_rows
+
+SetAnywhere = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class ParameterPayloads:
@@ -106,7 +110,9 @@ class ParameterPayloads:
             if not parameter.requires_grad and parameter not in moved and "residual" not in optimizer.state[parameter]
         }
 
-    def of_sync_step(self, optimizer: CurvaDion, leave_out: Collection[Tensor] = ()) -> list[Payload]:
+    def of_sync_step(
+        self, optimizer: CurvaDion, set_anywhere: SetAnywhere, leave_out: Collection[Tensor] = ()
+    ) -> list[Payload]:
         """The payloads of a sync step: what has moved since its last one, in the wire formats.
 
         Where the sync is spread over several steps, only the parameters whose turn it is. A parameter that was frozen
@@ -115,6 +121,7 @@ class ParameterPayloads:
 
         Args:
             optimizer: It steps now.
+            set_anywhere: ``Collectives.set_anywhere``, called where rows may be at rest.
             leave_out: Parameters that are synchronised otherwise.
         """
         self.record_step(optimizer)
@@ -126,17 +133,42 @@ class ParameterPayloads:
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
-        parts = (
-            ({name: p for name, p in moving.items() if p in matrices}, self._settings.wire_format),
-            ({name: p for name, p in moving.items() if p not in matrices}, self._settings.vector_format),
-        )
+        vectors = {name: p for name, p in moving.items() if p not in matrices}
+        sparse = {name: p for name, p in vectors.items() if self._sends_rows(p)}
+        dense = {name: p for name, p in vectors.items() if name not in sparse}
+        moving = {name: p for name, p in moving.items() if p in matrices}
         return [
-            *(
-                payload
-                for part, wire_format in parts
-                for payload in self.of(optimizer, part, wire_format, correct=True)
-            ),
+            *self.of(optimizer, moving, self._settings.wire_format, correct=True),
+            *self.of(optimizer, dense, self._settings.vector_format, correct=True),
+            *self._of_rows(optimizer, sparse, set_anywhere),
             *self.of(optimizer, resting, "float32", flush_residuals=True),
+        ]
+
+    def _sends_rows(self, parameter: Tensor) -> bool:
+        """Whether only those rows of a parameter travel that have moved."""
+        # An outer step moves all rows. At full width there is no residual that could take up what the others moved.
+        return (
+            has_sparse_rows(parameter)
+            and self._settings.vector_format in BLOCK_FORMATS
+            and not self._settings.has_outer_step
+        )
+
+    def _of_rows(
+        self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], set_anywhere: SetAnywhere
+    ) -> list[Payload]:
+        """The payloads of the rows that have moved on any replica."""
+        if not parameters:
+            return []
+        if self.meter is not None:
+            self.meter.start()
+        self._restart(parameters.values())
+        anchors = {name: self.anchors.to_move(parameter) for name, parameter in parameters.items()}
+        residuals = {name: self._residual(optimizer.state[p], p) for name, p in parameters.items()}
+        moved = set_anywhere([moved_rows(p, anchors[name], residuals[name]) for name, p in parameters.items()])
+        wire_format, meter = self._settings.vector_format, self.meter
+        return [
+            SparseRowsPayload(name, parameter, anchors[name], residuals[name], rows, wire_format, meter)
+            for (name, parameter), rows in zip(parameters.items(), moved, strict=True)
         ]
 
     def of_consensus(self, optimizer: CurvaDion, stepped: bool, by_value: bool) -> list[Payload]:
@@ -191,10 +223,7 @@ class ParameterPayloads:
             state = optimizer.state[parameter]
             residual = state.pop("residual", None) if flush_residuals else None
             if wire_format != "float32":
-                if "residual" not in state:
-                    dtype = self._settings.dtype_of_residuals
-                    state["residual"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-                residual = state["residual"]
+                residual = self._residual(state, parameter)
             step = (
                 OuterStep(state, parameter, self._settings.outer_lr, self._settings.outer_momentum)
                 if outer_step and self._settings.has_outer_step
@@ -207,6 +236,13 @@ class ParameterPayloads:
             )
         self._restart(parameters.values())
         return payloads
+
+    def _residual(self, state: dict[str, Any], parameter: Tensor) -> Tensor:
+        """The error-feedback residual of a parameter, zero at first."""
+        if "residual" not in state:
+            dtype = self._settings.dtype_of_residuals
+            state["residual"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        return cast(Tensor, state["residual"])
 
     def _correction(
         self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor, wire_format: str

@@ -165,9 +165,7 @@ class DisplacementPayload(Payload):
         return displacement if self._residual is None else displacement.add_(self._residual[start:stop])
 
     def _displacement(self, start: int, stop: int) -> Tensor:
-        # A narrow parameter started from the rounded anchor, not from the anchor.
-        anchor = self._anchor[start:stop]
-        return self._flat[start:stop].to(anchor.dtype) - anchor.to(self._flat.dtype).to(anchor.dtype)
+        return displacement_of(self._flat[start:stop], self._anchor[start:stop])
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
@@ -185,6 +183,12 @@ class DisplacementPayload(Payload):
         if self._correct_momentum is not None:
             self._correct_momentum(self._flat.view(self._parameter.shape))
         self._parameter.copy_(self._anchor.view(self._parameter.shape))
+
+
+def displacement_of(own: Tensor, anchor: Tensor) -> Tensor:
+    """How far values moved from their anchor: a new tensor of the anchor's dtype."""
+    # A narrow parameter started from the rounded anchor, not from the anchor.
+    return own.to(anchor.dtype) - anchor.to(own.dtype).to(anchor.dtype)
 
 
 def full_width(tensor: Tensor) -> str:

@@ -121,7 +121,7 @@ class SyncStep:
             return []
         stacks = optimizer.matrix_stacks() if self._settings.consensus == "factors" else []
         factored = {parameter for stack in stacks for parameter in stack.parameters}
-        return self._parameters.of_sync_step(optimizer, leave_out=factored)
+        return self._parameters.of_sync_step(optimizer, self._collectives.set_anywhere, leave_out=factored)
 
     def _untrained_due(self, optimizer: CurvaDion) -> dict[str, Tensor]:
         """Untrained tensors that differ between the replicas, where there is a consensus.

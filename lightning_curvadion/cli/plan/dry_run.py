@@ -91,6 +91,12 @@ class CollectiveRecorder(Collectives):
         self._record(ALL_GATHER, own.nbytes, bytes_sent=own.nbytes)
         return own.new_empty(self.world_size, own.numel())
 
+    def set_anywhere(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Everywhere: how many rows of an embedding are at rest is the data's to say."""
+        numel = sum(mask.numel() for mask in masks)
+        self.all_gather(masks[0].new_empty(-(-numel // 8), dtype=torch.uint8))
+        return [torch.arange(mask.numel(), device=mask.device) for mask in masks]
+
     def broadcast_bytes(self, flat: Tensor) -> None:  # noqa: D102
         self._record(BROADCAST, flat.nbytes, bytes_sent=flat.nbytes)
 

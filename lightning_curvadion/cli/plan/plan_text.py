@@ -170,4 +170,5 @@ def _assumptions(backend: str) -> list[str]:
         "Every replica has a link of its own, and all replicas are equally fast.",
         f"DDP reduces buckets of 25 MiB while backward runs, {BACKWARD_SHARE:.2f} of a step; CurvaDion hides nothing.",
         "DDP and Dion run the same optimizer as CurvaDion. Not counted: validation and checkpoints.",
+        "All rows of an embedding are counted; of a large one, only those that moved travel.",
     ]

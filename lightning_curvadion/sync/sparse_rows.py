@@ -1,0 +1,119 @@
+"""Sparse rows: of a large embedding, only the rows travel that have moved.
+
+A batch looks up few rows of a large vocabulary. Quantized, the displacement of a row at rest would cost as many bytes
+as any other. So the replicas first tell each other which rows have moved, in one bit a row, and a row travels where it
+has moved on any of them.
+
+AdamW moves a row long after its last lookup, less at every step, and weight decay moves all of them. A row therefore
+counts as moved where its displacement, with the error-feedback residual, is no longer small beside that of the farthest
+row. What the others moved goes into their residuals. It travels once it has added up: late, but not lost.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..optim.matrix_stacks import STACK_ELEMENTS
+from .drift import DriftMeter
+from .payloads import Payload, displacement_of
+
+# With fewer rows, nearly all are looked up between two sync steps.
+FEWEST_ROWS = 1024
+# A row has moved from this share of the farthest row's displacement on, chosen by loss and bytes
+# (examples/benchmarks/vocabulary.py).
+SHARE_OF_FARTHEST = 0.03
+
+
+def has_sparse_rows(parameter: Tensor) -> bool:
+    """Whether few rows of a parameter may move between two sync steps, judged by its shape alone."""
+    return parameter.dim() == 2 and parameter.shape[0] >= FEWEST_ROWS
+
+
+def moved_rows(parameter: Tensor, anchor: Tensor, residual: Tensor) -> Tensor:
+    """Which rows have moved on this replica: bool, shape (rows,). A row with NaN has.
+
+    Args:
+        parameter: Shape (rows, columns).
+        anchor: Its value at the last consensus.
+        residual: Its error-feedback residual.
+
+    Example:
+        >>> parameter = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.01, 0.0]])
+        >>> moved_rows(parameter, anchor=torch.zeros(3, 2), residual=torch.zeros(3, 2))
+        tensor([ True, False, False])
+    """
+    distances = torch.cat(
+        [
+            torch.linalg.vector_norm(displacement_of(own, start).add_(left), dim=1)
+            for own, start, left in zip(*map(_in_parts, (parameter.detach(), anchor, residual)), strict=True)
+        ]
+    )
+    # A comparison with NaN is false, so that what diverged is sent, and refused by name.
+    return (distances < SHARE_OF_FARTHEST * distances.max()).logical_not_() & (distances != 0)
+
+
+class SparseRowsPayload(Payload):
+    """The displacement of some rows of a parameter, plus the error-feedback residual of earlier sync steps.
+
+    Args:
+        name: The parameter's name.
+        parameter: Shape (rows, columns); becomes the anchor: the same bits on all replicas.
+        anchor: Value at the last consensus; its rows that travel move by the mean.
+        residual: Error-feedback residual. It becomes the quantization error of the rows that travel, and takes up the
+            displacement of the others.
+        rows: Indices of the rows that travel, the same on all replicas.
+        wire_format: A quantized format.
+        meter: Measures the drift of the rows that travel.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: Tensor,
+        anchor: Tensor,
+        residual: Tensor,
+        rows: Tensor,
+        wire_format: str,
+        meter: DriftMeter | None = None,
+    ) -> None:
+        super().__init__(f"displacement of {name}", rows.numel() * parameter.shape[1], wire_format)
+        self._rows, self._columns = rows, parameter.shape[1]
+        self._parameter, self._anchor, self._residual = parameter.detach(), anchor, residual
+        self._meter = meter
+
+    @property
+    def sources(self) -> Sequence[Tensor]:  # noqa: D102
+        return [self._parameter, self._anchor, self._residual]
+
+    def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
+        rows, part = self._part(start, stop)
+        displacement = displacement_of(self._parameter[rows], self._anchor[rows]).add_(self._residual[rows])
+        return displacement.view(-1)[part]
+
+    def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
+        rows, part = self._part(start, stop)
+        own, anchor, residual = self._parameter[rows], self._anchor[rows], self._residual[rows]
+        anchor.view(-1)[part].add_(mean)
+        residual.view(-1)[part].copy_(error if error is not None else torch.zeros_like(mean))
+        if self._meter is not None:
+            self._meter.observe(own.view(-1)[part], anchor.view(-1)[part])
+        own.view(-1)[part].copy_(anchor.view(-1)[part])
+        self._parameter[rows], self._anchor[rows], self._residual[rows] = own, anchor, residual
+
+    def finish(self) -> None:  # noqa: D102
+        # The rows that travelled are where their anchors are, and add nothing.
+        for own, anchor, residual in zip(*map(_in_parts, (self._parameter, self._anchor, self._residual)), strict=True):
+            residual.add_(displacement_of(own, anchor))
+            own.copy_(anchor)
+
+    def _part(self, start: int, stop: int) -> tuple[Tensor, slice]:
+        """The rows that elements from ``start`` to ``stop`` lie in, and where in these rows they lie."""
+        first = start // self._columns
+        rows = self._rows[first : -(-stop // self._columns)]
+        return rows, slice(start - first * self._columns, stop - first * self._columns)
+
+
+def _in_parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Some rows at a time, as views, so that temporaries stay small beside a large embedding."""
+    return tensor.split(max(1, STACK_ELEMENTS // max(1, tensor.shape[1])))
