@@ -16,7 +16,7 @@ replicas share the loopback interface, without a count and without slow links. T
 - ``methods``: every method once
 - ``batches``: other batch sizes
 - ``momenta``: what a sync step does to the momentum
-- ``sweep of four``, ``four``, ``sweep of eight``: more replicas
+- ``sweep of four``, ``four``, ``sweep of eight``, ``eight``: more replicas
 - ``elsewhere``: another text, and a model of a million parameters
 - ``links``: time at three link speeds; leave the machine idle
 - ``races``: whole runs on the slowest link

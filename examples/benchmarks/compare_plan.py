@@ -167,7 +167,7 @@ def elsewhere(rows: list[Row]) -> list[Run]:
         run
         for corpus, model, steps in ELSEWHERE
         for replicas in (2, 4)
-        for run in tuned([USUAL, *TRIGGERS[:2]], rows, corpus=corpus, model=model, steps=steps, replicas=replicas)
+        for run in over_seeds([USUAL, DEFAULT], rows, corpus=corpus, model=model, steps=steps, replicas=replicas)
     ]
 
 
@@ -190,6 +190,7 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
     ),
     "momenta": lambda rows: over_seeds(MOMENTA, rows),
     "sweep of eight": lambda rows: sweep(8),
+    "eight": lambda rows: over_seeds([USUAL, DEFAULT], rows, replicas=8),
     "elsewhere": elsewhere,
     "links": links,
     "races": races,
