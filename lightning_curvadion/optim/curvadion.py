@@ -29,6 +29,7 @@ from torch.profiler import record_function
 from . import gradient_checks
 from .local_step import local_step
 from .optimizer_state import StackedOptimizer
+from .parameter_groups import OPTIONS_SINCE_0_1_0
 from .step_signal import FIRST_MOMENTS, SignalMeter, StepSignal
 from .sync_hook import SyncHook
 from .sync_step import sync_step
@@ -64,9 +65,9 @@ class CurvaDion(StackedOptimizer):
 
     Args:
         params: Parameters or groups; :func:`~lightning_curvadion.split_parameters` makes them from a module. Groups of
-            ``algorithm="dion"``, the default, hold matrices only. Other parameters go to groups with ``"adamw"`` or
-            ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient counts as zero
-            for matrices; other parameters skip the step, as in ``torch.optim``.
+            ``algorithm="dion"``, the default, hold parameters of two dimensions and more. Others go to groups with
+            ``"adamw"`` or ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient
+            counts as zero for matrices; other parameters skip the step, as in ``torch.optim``.
         lr: Learning rate :math:`\eta`; matrices scale it by :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`.
         tau: Shorthand for ``trigger=RMMCThreshold(tau)``.
         mu: Momentum decay :math:`\mu`, in [0, 1).
@@ -89,8 +90,12 @@ class CurvaDion(StackedOptimizer):
 
     Every hyperparameter up to ``eps``, except ``tau``, can be set per group, and so can ``algorithm``.
 
+    Two options say which matrices a parameter of a ``"dion"`` group holds; they are for groups alone. ``flatten=True``:
+    it is one matrix (out, in x kernel), as a convolution's weight. By default the last two dimensions are a matrix and
+    those before them a batch. ``transposed=True``: its matrices are stored (fan in, fan out).
+
     State of a matrix: its momentum, its right factor Q (min(m, n) x r) and one number. Of other parameters: that of
-    AdamW or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one matrix if
+    AdamW or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one parameter if
     larger); a sync step holds the factors of all of them.
 
     Raises:
@@ -150,6 +155,7 @@ class CurvaDion(StackedOptimizer):
             "weight_decay": weight_decay,
             "eps": eps,
             "algorithm": "dion",
+            **OPTIONS_SINCE_0_1_0,
         }
         super().__init__(params, defaults)
 
@@ -214,14 +220,17 @@ class CurvaDion(StackedOptimizer):
     def rmmc_by_parameter(self) -> dict[str, float]:
         """Relative change of each momentum that RMMC counts, on this replica in the last step.
 
-        Of a matrix under the parameter's name, and of all others together under ``"first moments"``. Infinite in a
-        matrix's first step. Reading it makes the host wait for the device.
+        Of a matrix under the parameter's name, the largest where a parameter has several, and of all other parameters
+        together under ``"first moments"``. Infinite in a matrix's first step. Reading it makes the host wait for the
+        device.
         """
         if self._signal is None:
             return {}
         # Where all parameters are matrices there is no last change.
         counted: list[Tensor | str] = [*self._signal.parameters, FIRST_MOMENTS]
-        change_of = dict(zip(counted, self._signal.changes.tolist(), strict=False))
+        change_of: dict[Tensor | str, float] = {}
+        for owner, change in zip(counted, self._signal.changes.tolist(), strict=False):
+            change_of[owner] = max(change, change_of.get(owner, 0.0))
         named: list[tuple[str, Tensor | str]] = [*self.named_parameters(), (FIRST_MOMENTS, FIRST_MOMENTS)]
         return {name: change_of[key] for name, key in named if key in change_of}
 

@@ -21,7 +21,11 @@ GROUP_OPTIONS = (
     "betas",
     "weight_decay",
     "eps",
+    "flatten",
+    "transposed",
 )
+# What a state that was saved without an option means by it.
+OPTIONS_SINCE_0_1_0: Group = {"flatten": False, "transposed": False}
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -42,6 +46,9 @@ def check_group(group: Group, names: Sequence[str]) -> None:
     """
     check_choice("algorithm", group["algorithm"], ALGORITHMS)
     check_choice("local_update", group["local_update"], LOCAL_UPDATES)
+    for name in ("flatten", "transposed"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, not {group[name]!r}")
     for name in ("lr", "weight_decay", "eps", "local_lr"):
         value = group[name]
         if value is not None and not 0 <= value < torch.inf:
@@ -69,7 +76,7 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
             f"{name} is {parameter.dtype}, which has no arithmetic to train in: keep it in bfloat16 or float32 and"
             " cast it in the forward pass, or leave it out of the groups if it is frozen"
         )
-    if algorithm == "dion" and (parameter.dim() != 2 or parameter.numel() == 0):
+    if algorithm == "dion" and (parameter.dim() < 2 or parameter.numel() == 0):
         raise ValueError(
             f'{name} has shape {tuple(parameter.shape)}, but algorithm="dion" takes matrices;'
             ' put it in a group with algorithm="adamw" or "lion" (split_parameters(module) makes such groups)'

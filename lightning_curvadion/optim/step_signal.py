@@ -22,7 +22,7 @@ class StepSignal:
     Attributes:
         numbers: RMMC, and the code of an unusable gradient or 0; float64, shape (2,), on the device.
         norms: ``||B||_F`` of the matrices, one tensor a stack; empty where a gradient has an unusable layout.
-        parameters: The matrices, in the order of the stacks.
+        parameters: The parameter of each matrix, in the order of the stacks.
         changes: Relative change of each matrix's norm, and last of the first moments', where there are any; empty where
             a gradient has an unusable layout.
     """
@@ -54,7 +54,7 @@ class SignalMeter:
             return gradient_checks.encode(kind, number_of[parameter], len(parameters), rank)
 
         numbers = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
-        matrices = [parameter for stack in stacks for parameter in stack.parameters]
+        matrices = [parameter for stack in stacks for parameter in stack.owners]
         for parameter in parameters:
             if parameter.requires_grad and parameter.grad is not None:
                 kind = gradient_checks.unusable_layout(parameter.grad)
