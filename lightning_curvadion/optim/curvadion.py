@@ -68,7 +68,7 @@ class CurvaDion(StackedOptimizer):
             ``algorithm="dion"``, the default, hold parameters of two dimensions and more. Others go to groups with
             ``"adamw"`` or ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient
             counts as zero for matrices; other parameters skip the step, as in ``torch.optim``.
-        lr: Learning rate :math:`\eta`; matrices scale it by :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`.
+        lr: Learning rate :math:`\eta`; matrices multiply it by what ``lr_scale`` says.
         tau: Shorthand for ``trigger=RMMCThreshold(tau)``.
         mu: Momentum decay :math:`\mu`, in [0, 1).
         local_update: How matrices step. ``"muon"``: the whole momentum orthonormalised, with Nesterov's momentum
@@ -80,6 +80,9 @@ class CurvaDion(StackedOptimizer):
             step. A higher rank costs time, and bytes only where factors are sent; it trains better. For Muon's step
             ``None`` is 0.25: only sync steps that send factors have any then.
         local_lr: :math:`\eta_{local}`, needed by ``local_update="sgd"``.
+        lr_scale: ``"spectral"``: the spectral norm of a matrix's step is the learning rate times
+            :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`. ``"match_rms_adamw"``: its root mean square is 0.2
+            times the learning rate, as AdamW's usually is, so that a learning rate tuned for AdamW carries over.
         betas: Decay of the moments of AdamW, or of Lion.
         weight_decay: Decoupled weight decay.
         eps: Added to denominators.
@@ -125,6 +128,7 @@ class CurvaDion(StackedOptimizer):
         rank_fraction: float | None = None,
         local_update: Literal["muon", "dion", "sgd"] | None = None,
         local_lr: float | None = None,
+        lr_scale: Literal["spectral", "match_rms_adamw"] = "spectral",
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
         eps: float = 1e-8,
@@ -156,6 +160,7 @@ class CurvaDion(StackedOptimizer):
             "eps": eps,
             "algorithm": "dion",
             **OPTIONS_SINCE_0_1_0,
+            "lr_scale": lr_scale,
         }
         super().__init__(params, defaults)
 

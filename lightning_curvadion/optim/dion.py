@@ -11,7 +11,7 @@ For a momentum :math:`B = M + G` of shape (m, n), m >= n, and a right factor Q o
 
 Every function takes stacks, shape (k, m, n), so that k layers of one shape cost one call. A wide matrix (m < n) enters
 as its transpose; only the factor :math:`\sqrt{m/n}` depends on which side is the output (fan-out over fan-in), see
-``matrix_layout.py``.
+``lr_scale.py``.
 
 With decoupled momentum (several replicas, each with its own B) P and R are means over the replicas. Columns of
 :math:`B_i Q_i` with opposite signs would cancel in that mean, so :func:`orthonormalize` never flips a column's sign
@@ -217,14 +217,14 @@ def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:
 
 
 def descend_(parameters: list[Tensor], P: Tensor, Q: Tensor, lr: float, scale: float, weight_decay: float) -> None:
-    """``X <- (1 - lr weight_decay) X - lr scale P Q^T`` in place, with decoupled weight decay.
+    r"""``X <- (1 - lr weight_decay) X - lr scale P Q^T`` in place, with decoupled weight decay.
 
     Args:
         parameters: k matrices of shape (m, n), or (n, m) where the stack is a transposed one.
         P: Orthonormal, shape (k, max(m, n), r).
         Q: Unit columns, shape (k, min(m, n), r).
         lr: Learning rate.
-        scale: Of the shape, see :func:`~lightning_curvadion.optim.matrix_layout.step_scale`.
+        scale: Of the shape, such as :math:`\sqrt{m / n}`; see ``lr_scale.py``.
         weight_decay: Coefficient; multiplied by the unscaled ``lr``.
 
     Example:

@@ -1,19 +1,13 @@
-"""Which matrices a parameter holds, by its shape and two options of its group, and the scale of their steps.
+"""Which matrices a parameter holds, by its shape and the option ``flatten`` of its group.
 
-``flatten``: a kernel of shape (out, in, \\*kernel) is one matrix, (out, in x kernel). Otherwise the last two dimensions
-are the matrix and those before them a batch, such as the experts of a layer, (experts, m, n).
-
-``transposed``: the matrix is stored as (fan-in, fan-out), and not as (fan-out, fan-in) like that of ``nn.Linear``. Its
-step is the same up to the scale.
+Where it is true, a kernel of shape (out, in, \\*kernel) is one matrix, (out, in x kernel). Otherwise the last two
+dimensions are the matrix and those before them a batch, such as the experts of a layer, (experts, m, n).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
-
-Group = dict[str, Any]
 
 
 def matrix_shape(shape: Sequence[int], flatten: bool) -> tuple[int, int]:
@@ -61,21 +55,3 @@ def list_matrices(tensor: Tensor, flatten: bool) -> list[Tensor]:
     """
     matrices = as_matrices(tensor, flatten)
     return list(matrices.unbind()) if matrices.dim() == 3 else [matrices]
-
-
-def step_scale(group: Group, shape: tuple[int, int]) -> float:
-    """What a step along an orthonormal direction is multiplied by, next to the learning rate.
-
-    The root of fan-out over fan-in: inputs of root mean square one then change the outputs by the learning rate at most
-    (Yang et al., 2023, arXiv:2310.17813).
-
-    Args:
-        group: The parameter's group.
-        shape: Of the matrix as it is stored.
-
-    Example:
-        >>> step_scale({"transposed": False}, (64, 16)), step_scale({"transposed": True}, (64, 16))
-        (2.0, 0.5)
-    """
-    fan_out, fan_in = reversed(shape) if group["transposed"] else shape
-    return math.sqrt(fan_out / fan_in)

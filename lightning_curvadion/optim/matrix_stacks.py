@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import dion, muon
-from .matrix_layout import Group, as_matrices, batch_shape, list_matrices, matrix_shape, step_scale
+from .lr_scale import Group, step_scale
+from .matrix_layout import as_matrices, batch_shape, list_matrices, matrix_shape
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
 # has a stack of its own.
@@ -145,8 +146,9 @@ class MatrixStack:
         group = self.group
         update = muon.newton_schulz(nesterov, group["eps"])
         self.momentum.mul_(group["mu"])
+        scale = step_scale(group, self.shape, rank=min(self.shape))
         with self._writable_matrices() as matrices:
-            muon.descend_(matrices, update, group["lr"], step_scale(group, self.shape), group["weight_decay"])
+            muon.descend_(matrices, update, group["lr"], scale, group["weight_decay"])
 
     def descend(self, P: Tensor, R: Tensor, own_R: Tensor | None = None) -> None:
         """Take the step along the factors P (k, m, r) and R (k, n, r), and what it used up out of the momentum.
@@ -163,8 +165,8 @@ class MatrixStack:
             dion.feed_back_error_(self.B, P, R, share=1.0 - group["mu"])
         else:
             dion.feed_back_error_(self.B, P, own_R - group["mu"] * R, share=1.0)
+        scale = step_scale(group, self.shape, rank=P.shape[-1])
         with self._writable_matrices() as matrices:
-            scale = step_scale(group, self.shape)
             dion.descend_(matrices, P, step_factor, group["lr"], scale, group["weight_decay"])
 
 

@@ -12,9 +12,9 @@ so the difference of the mean displacement from its own is a difference of mean 
 
 .. math:: M_i \leftarrow M_i - \alpha\, \frac{\bar d - d_i}{\sqrt{m / n} \sum_t \eta_t}\, H_i .
 
-AdamW's step is the first moment over the root of the second, which takes the place of :math:`H_i`. Nothing is sent for
-it: the replicas have the mean displacement anyway. The share :math:`\alpha` is below one where the mean is quantized,
-since its error would enter the momentum.
+The factor :math:`\sqrt{m / n}` stands for that of ``lr_scale.py``. AdamW's step is the first moment over the root of
+the second, which takes the place of :math:`H_i`. Nothing is sent for it: the replicas have the mean displacement
+anyway. The share :math:`\alpha` is below one where the mean is quantized, since its error would enter the momentum.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from . import muon
 from .adamw_lion import denominators_of
-from .matrix_layout import as_matrices, list_matrices, matrix_shape, step_scale
+from .lr_scale import step_scale
+from .matrix_layout import as_matrices, list_matrices, matrix_shape
 from .rmmc import norm_ratios, tensor_norms
 
 Group = dict[str, Any]
@@ -55,7 +56,8 @@ def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, t
     momentum = as_matrices(state["momentum"], flatten)
     before = tensor_norms(list_matrices(state["momentum"], flatten))
     root = root_of_gram(momentum.to(torch.promote_types(momentum.dtype, torch.float32)), group["eps"])
-    steps = as_matrices(difference, flatten).to(root.dtype) * (share / (travel * step_scale(group, shape)))
+    scale = step_scale(group, shape, rank=state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
+    steps = as_matrices(difference, flatten).to(root.dtype) * (share / (travel * scale))
     momentum.sub_(root @ steps if shape[0] < shape[1] else steps @ root)
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
     ratios = norm_ratios(tensor_norms(list_matrices(state["momentum"], flatten)), before)

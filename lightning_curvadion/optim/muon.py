@@ -50,13 +50,13 @@ def newton_schulz(U: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def descend_(parameters: list[Tensor], update: Tensor, lr: float, scale: float, weight_decay: float) -> None:
-    """``X <- (1 - lr weight_decay) X - lr scale update`` in place, with decoupled weight decay.
+    r"""``X <- (1 - lr weight_decay) X - lr scale update`` in place, with decoupled weight decay.
 
     Args:
         parameters: k matrices of shape (m, n).
         update: Shape (k, m, n).
         lr: Learning rate.
-        scale: Of the shape, see :func:`~lightning_curvadion.optim.matrix_layout.step_scale`.
+        scale: Of the shape, such as :math:`\sqrt{m / n}`; see ``lr_scale.py``.
         weight_decay: Coefficient; multiplied by the unscaled ``lr``.
 
     Example:

@@ -10,6 +10,7 @@ Group = dict[str, Any]
 
 ALGORITHMS = ("dion", "adamw", "lion")
 LOCAL_UPDATES = ("muon", "dion", "sgd")
+LR_SCALES = ("spectral", "match_rms_adamw")
 TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUP_OPTIONS = (
     "algorithm",
@@ -23,9 +24,10 @@ GROUP_OPTIONS = (
     "eps",
     "flatten",
     "transposed",
+    "lr_scale",
 )
 # What a state that was saved without an option means by it.
-OPTIONS_SINCE_0_1_0: Group = {"flatten": False, "transposed": False}
+OPTIONS_SINCE_0_1_0: Group = {"flatten": False, "transposed": False, "lr_scale": "spectral"}
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -46,6 +48,7 @@ def check_group(group: Group, names: Sequence[str]) -> None:
     """
     check_choice("algorithm", group["algorithm"], ALGORITHMS)
     check_choice("local_update", group["local_update"], LOCAL_UPDATES)
+    check_choice("lr_scale", group["lr_scale"], LR_SCALES)
     for name in ("flatten", "transposed"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, not {group[name]!r}")

@@ -24,6 +24,7 @@ from lightning_curvadion import CurvaDion
         ({"local_update": "sgd", "local_lr": -1.0}, "local_lr must be"),
         ({"flatten": 1}, "flatten must be True or False, not 1"),
         ({"transposed": "yes"}, "transposed must be True or False, not 'yes'"),
+        ({"lr_scale": "rms"}, "lr_scale must be one of 'spectral', 'match_rms_adamw', not 'rms'"),
         ({"local_update": "adam"}, "local_update must be one of 'muon', 'dion', 'sgd', not 'adam'"),
     ],
 )
