@@ -252,9 +252,10 @@ class CurvaDion(StackedOptimizer):
             What ``closure`` returned.
 
         Raises:
-            ValueError: A gradient of any replica is not finite, sparse or complex. Raised on all replicas in the same
-                step, naming the replica and the parameter, before any parameter or state has changed. So is a parameter
-                that a sync step cannot quantize; each replica has then taken its own step, and none the mean.
+            ValueError: A gradient of any replica is not finite, sparse or complex, or a parameter has another shape
+                than its state. Raised on all replicas in the same step, naming the replica and the parameter, before
+                any parameter or state has changed. So is a parameter that a sync step cannot quantize; each replica has
+                then taken its own step, and none the mean.
         """
         loss = None
         if closure is not None:

@@ -40,7 +40,7 @@ class SignalMeter:
         self._codes: tuple[list[int], Tensor] | None = None
 
     def measure(self, optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], rank: int) -> StepSignal:
-        """Measure RMMC, and look for a gradient that is not finite, sparse or complex.
+        """Measure RMMC, and look for a gradient or a shape that no step can be taken with.
 
         Args:
             optimizer: Holds the parameters.
@@ -56,8 +56,10 @@ class SignalMeter:
         numbers = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
         matrices = [parameter for stack in stacks for parameter in stack.owners]
         for parameter in parameters:
-            if parameter.requires_grad and parameter.grad is not None:
-                kind = gradient_checks.unusable_layout(parameter.grad)
+            if parameter.requires_grad:
+                kind = gradient_checks.unusable_shape(parameter, optimizer.state[parameter])
+                if kind is None and parameter.grad is not None:
+                    kind = gradient_checks.unusable_layout(parameter.grad)
                 if kind is not None:
                     numbers[1] = code(kind, parameter)
                     return StepSignal(numbers, [], [], numbers.new_empty(0))

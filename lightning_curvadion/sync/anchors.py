@@ -46,8 +46,8 @@ class Anchors:
             self._anchor.pop(parameter, None)
 
     def missing(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of the parameters has no anchor."""
-        return any(parameter not in self._anchor for parameter in parameters)
+        """Whether any of the parameters has no anchor, or one of another shape than it has now."""
+        return any(p not in self._anchor or self._anchor[p].shape != p.shape for p in parameters)
 
     def of(self, parameter: Tensor) -> Tensor:
         """The anchor of a parameter: contiguous, at least float32."""
