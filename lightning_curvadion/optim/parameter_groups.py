@@ -1,10 +1,11 @@
 """Parameter groups: their options, and an error for each bad one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 Group = dict[str, Any]
 
@@ -36,6 +37,16 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
+def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError where a parameter has no shape yet, as those of lazy modules before their first batch."""
+    for name, parameter in named:
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape yet, as a parameter of a lazy module: send one batch through the module before,"
+                " such as in configure_model or setup, so that every replica has the same shapes"
+            )
+
+
 def check_group(group: Group, names: Sequence[str]) -> None:
     """Check the options of a group and that its algorithm can take its parameters.
 
@@ -64,6 +75,7 @@ def check_group(group: Group, names: Sequence[str]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']}")
     if group["local_update"] == "sgd" and group["local_lr"] is None:
         raise ValueError('local_update="sgd" needs local_lr, the learning rate of the local step, such as local_lr=0.1')
+    check_initialized(zip(names, group["params"], strict=True))
     for name, parameter in zip(names, group["params"], strict=True):
         _check_parameter(parameter, name, group["algorithm"])
 
