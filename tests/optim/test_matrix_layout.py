@@ -47,7 +47,16 @@ def test_experts_step_bit_for_bit_like_as_many_matrices(shape, update):
     for name in ("momentum", "Q", "norm"):
         assert torch.equal(optimizer.state[experts][name], torch.stack([other.state[p][name] for p in alone]))
     assert optimizer.last_step == other.last_step
-    assert optimizer.rmmc_by_parameter() == {"parameter 0 of group 0": max(other.rmmc_by_parameter().values())}
+
+
+def test_rmmc_of_a_parameter_is_the_largest_of_its_matrices():
+    experts = nn.Parameter(torch.zeros(3, 2, 2))
+    optimizer = CurvaDion([experts])
+    # Momenta of 1, then 0.95 + these.
+    for gradients in ((1.0, 1.0, 1.0), (0.1, 0.5, 0.2)):
+        experts.grad = torch.tensor(gradients).view(3, 1, 1).expand(3, 2, 2)
+        optimizer.step()
+    assert optimizer.rmmc_by_parameter() == {"parameter 0 of group 0": pytest.approx(0.45, rel=1e-5)}
 
 
 def test_a_batch_may_have_several_dimensions():
