@@ -29,6 +29,7 @@ from torch.profiler import record_function
 from . import gradient_checks
 from .local_step import local_step
 from .optimizer_state import StackedOptimizer
+from .parameter_groups import OPTIONS_SINCE_0_1_0
 from .step_signal import FIRST_MOMENTS, SignalMeter, StepSignal
 from .sync_hook import SyncHook
 from .sync_step import sync_step
@@ -64,10 +65,10 @@ class CurvaDion(StackedOptimizer):
 
     Args:
         params: Parameters or groups; :func:`~lightning_curvadion.split_parameters` makes them from a module. Groups of
-            ``algorithm="dion"``, the default, hold matrices only. Other parameters go to groups with ``"adamw"`` or
-            ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient counts as zero
-            for matrices; other parameters skip the step, as in ``torch.optim``.
-        lr: Learning rate :math:`\eta`; matrices scale it by :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`.
+            ``algorithm="dion"``, the default, hold parameters of two dimensions and more. Others go to groups with
+            ``"adamw"`` or ``"lion"``. Frozen parameters (``requires_grad=False``) are left alone. A missing gradient
+            counts as zero for matrices; other parameters skip the step, as in ``torch.optim``.
+        lr: Learning rate :math:`\eta`; matrices multiply it by what ``lr_scale`` says.
         tau: Shorthand for ``trigger=RMMCThreshold(tau)``.
         mu: Momentum decay :math:`\mu`, in [0, 1).
         local_update: How matrices step. ``"muon"``: the whole momentum orthonormalised, with Nesterov's momentum
@@ -79,6 +80,9 @@ class CurvaDion(StackedOptimizer):
             step. A higher rank costs time, and bytes only where factors are sent; it trains better. For Muon's step
             ``None`` is 0.25: only sync steps that send factors have any then.
         local_lr: :math:`\eta_{local}`, needed by ``local_update="sgd"``.
+        lr_scale: ``"spectral"``: the spectral norm of a matrix's step is the learning rate times
+            :math:`\sqrt{\mathrm{fan\ out} / \mathrm{fan\ in}}`. ``"match_rms_adamw"``: its root mean square is 0.2
+            times the learning rate, as AdamW's usually is, so that a learning rate tuned for AdamW carries over.
         betas: Decay of the moments of AdamW, or of Lion.
         weight_decay: Decoupled weight decay.
         eps: Added to denominators.
@@ -89,8 +93,12 @@ class CurvaDion(StackedOptimizer):
 
     Every hyperparameter up to ``eps``, except ``tau``, can be set per group, and so can ``algorithm``.
 
+    Two options say which matrices a parameter of a ``"dion"`` group holds; they are for groups alone. ``flatten=True``:
+    it is one matrix (out, in x kernel), as a convolution's weight. By default the last two dimensions are a matrix and
+    those before them a batch. ``transposed=True``: its matrices are stored (fan in, fan out).
+
     State of a matrix: its momentum, its right factor Q (min(m, n) x r) and one number. Of other parameters: that of
-    AdamW or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one matrix if
+    AdamW or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one parameter if
     larger); a sync step holds the factors of all of them.
 
     Raises:
@@ -120,6 +128,7 @@ class CurvaDion(StackedOptimizer):
         rank_fraction: float | None = None,
         local_update: Literal["muon", "dion", "sgd"] | None = None,
         local_lr: float | None = None,
+        lr_scale: Literal["spectral", "match_rms_adamw"] = "spectral",
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.01,
         eps: float = 1e-8,
@@ -150,6 +159,8 @@ class CurvaDion(StackedOptimizer):
             "weight_decay": weight_decay,
             "eps": eps,
             "algorithm": "dion",
+            **OPTIONS_SINCE_0_1_0,
+            "lr_scale": lr_scale,
         }
         super().__init__(params, defaults)
 
@@ -214,14 +225,17 @@ class CurvaDion(StackedOptimizer):
     def rmmc_by_parameter(self) -> dict[str, float]:
         """Relative change of each momentum that RMMC counts, on this replica in the last step.
 
-        Of a matrix under the parameter's name, and of all others together under ``"first moments"``. Infinite in a
-        matrix's first step. Reading it makes the host wait for the device.
+        Of a matrix under the parameter's name, the largest where a parameter has several, and of all other parameters
+        together under ``"first moments"``. Infinite in a matrix's first step. Reading it makes the host wait for the
+        device.
         """
         if self._signal is None:
             return {}
         # Where all parameters are matrices there is no last change.
         counted: list[Tensor | str] = [*self._signal.parameters, FIRST_MOMENTS]
-        change_of = dict(zip(counted, self._signal.changes.tolist(), strict=False))
+        change_of: dict[Tensor | str, float] = {}
+        for owner, change in zip(counted, self._signal.changes.tolist(), strict=False):
+            change_of[owner] = max(change, change_of.get(owner, 0.0))
         named: list[tuple[str, Tensor | str]] = [*self.named_parameters(), (FIRST_MOMENTS, FIRST_MOMENTS)]
         return {name: change_of[key] for name, key in named if key in change_of}
 
@@ -238,9 +252,10 @@ class CurvaDion(StackedOptimizer):
             What ``closure`` returned.
 
         Raises:
-            ValueError: A gradient of any replica is not finite, sparse or complex. Raised on all replicas in the same
-                step, naming the replica and the parameter, before any parameter or state has changed. So is a parameter
-                that a sync step cannot quantize; each replica has then taken its own step, and none the mean.
+            ValueError: A gradient of any replica is not finite, sparse or complex, or a parameter has another shape
+                than its state. Raised on all replicas in the same step, naming the replica and the parameter, before
+                any parameter or state has changed. So is a parameter that a sync step cannot quantize; each replica has
+                then taken its own step, and none the mean.
         """
         loss = None
         if closure is not None:

@@ -10,7 +10,8 @@ For a momentum :math:`B = M + G` of shape (m, n), m >= n, and a right factor Q o
     X \leftarrow (1 - \eta \lambda) X - \eta \sqrt{m / n}\, P Q^\top .
 
 Every function takes stacks, shape (k, m, n), so that k layers of one shape cost one call. A wide matrix (m < n) enters
-as its transpose; only the factor :math:`\sqrt{m/n}` depends on which side is the output (fan-out over fan-in).
+as its transpose; only the factor :math:`\sqrt{m/n}` depends on which side is the output (fan-out over fan-in), see
+``lr_scale.py``.
 
 With decoupled momentum (several replicas, each with its own B) P and R are means over the replicas. Columns of
 :math:`B_i Q_i` with opposite signs would cancel in that mean, so :func:`orthonormalize` never flips a column's sign
@@ -47,14 +48,16 @@ def rank_of(shape: Sequence[int], rank_fraction: float) -> int:
     return max(1, math.ceil(rank_fraction * min(shape) - 1e-9))
 
 
-def initial_right_factor(n: int, rank: int, seed: int, like: Tensor) -> Tensor:
-    """Orthonormal start for Q, shape (n, rank): the same on every replica and without touching the global generators.
+def initial_right_factor(n: int, rank: int, seed: int, like: Tensor, batch: Sequence[int] = ()) -> Tensor:
+    """Orthonormal start for Q, shape (\\*batch, n, rank): the same on every replica and without touching the global
+    generators.
 
     Args:
         n: Rows, the smaller side of the matrix.
         rank: Columns.
         seed: Which matrix of the model this is; two layers of one shape start from different subspaces.
         like: Gives dtype and device of the result.
+        batch: Dimensions that count the matrices, each of which has a start of its own.
 
     Example:
         >>> Q = initial_right_factor(8, 2, seed=0, like=torch.zeros(()))
@@ -62,7 +65,7 @@ def initial_right_factor(n: int, rank: int, seed: int, like: Tensor) -> Tensor:
         True
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, rank, generator=generator)).Q.to(like)
+    return torch.linalg.qr(torch.randn(*batch, n, rank, generator=generator)).Q.to(like)
 
 
 def left_factor(B: Tensor, Q: Tensor) -> Tensor:
@@ -213,26 +216,26 @@ def feed_back_error_(B: Tensor, P: Tensor, R: Tensor, share: float) -> None:
     B.baddbmm_(P, R.mT, alpha=-share)
 
 
-def descend_(parameters: list[Tensor], P: Tensor, Q: Tensor, lr: float, weight_decay: float) -> None:
-    """``X <- (1 - lr weight_decay) X - lr sqrt(m / n) P Q^T`` in place, with decoupled weight decay.
+def descend_(parameters: list[Tensor], P: Tensor, Q: Tensor, lr: float, scale: float, weight_decay: float) -> None:
+    r"""``X <- (1 - lr weight_decay) X - lr scale P Q^T`` in place, with decoupled weight decay.
 
     Args:
         parameters: k matrices of shape (m, n), or (n, m) where the stack is a transposed one.
         P: Orthonormal, shape (k, max(m, n), r).
         Q: Unit columns, shape (k, min(m, n), r).
         lr: Learning rate.
+        scale: Of the shape, such as :math:`\sqrt{m / n}`; see ``lr_scale.py``.
         weight_decay: Coefficient; multiplied by the unscaled ``lr``.
 
     Example:
         >>> X = torch.ones(4, 1)
-        >>> descend_([X], P=torch.eye(4)[None, :, :1], Q=torch.ones(1, 1, 1), lr=0.1, weight_decay=0.0)
+        >>> descend_([X], P=torch.eye(4)[None, :, :1], Q=torch.ones(1, 1, 1), lr=0.1, scale=2.0, weight_decay=0.0)
         >>> X.flatten()
         tensor([0.8000, 1.0000, 1.0000, 1.0000])
     """
-    fan_out, fan_in = parameters[0].shape
-    step = -lr * math.sqrt(fan_out / fan_in)
+    step = -lr * scale
     decay = 1.0 - lr * weight_decay
-    if fan_out < fan_in:
+    if parameters[0].shape[0] < parameters[0].shape[1]:
         P, Q = Q, P
     if parameters[0].numel() >= _LARGE:
         # The product lands in the parameter, with no temporary of its size.

@@ -1,6 +1,7 @@
-"""Checks of gradients: an unusable one becomes a number, which the replicas agree on in the all-reduce of a step."""
+"""Checks of gradients and shapes: an unusable one becomes a number, on which the replicas agree in the step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -9,8 +10,9 @@ _REMEDIES = (
     " batch that caused it",
     "has a sparse gradient; build the embedding with sparse=False",
     "has a complex gradient; train its real and imaginary part as two real parameters",
+    "has another shape than its optimizer's state; build a new optimizer after a module has changed its shape",
 )
-NOT_FINITE, SPARSE, COMPLEX = range(len(_REMEDIES))
+NOT_FINITE, SPARSE, COMPLEX, RESHAPED = range(len(_REMEDIES))
 
 
 def unusable_layout(gradient: Tensor) -> int | None:
@@ -20,11 +22,17 @@ def unusable_layout(gradient: Tensor) -> int | None:
     return SPARSE if gradient.is_sparse or gradient.is_sparse_csr else None
 
 
+def unusable_shape(parameter: Tensor, state: Mapping[str, Any]) -> int | None:
+    """RESHAPED where a parameter no longer has the shape of its momentum, the first moment of AdamW and Lion."""
+    momentum: Tensor = state["momentum" if "momentum" in state else "exp_avg"]
+    return None if momentum.shape == parameter.shape else RESHAPED
+
+
 def encode(kind: int, number: int, count: int, rank: int) -> int:
     """A code >= 1 of (rank, parameter, kind). The maximum over replicas is then one of their codes, and not a mixture.
 
     Args:
-        kind: NOT_FINITE, SPARSE or COMPLEX.
+        kind: NOT_FINITE, SPARSE, COMPLEX or RESHAPED.
         number: Index of the parameter.
         count: Parameters of the optimizer.
         rank: The replica.

@@ -1,58 +1,71 @@
 """Matrices of one shape, stacked in memory so that one call serves them all."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dion, muon
+from .lr_scale import Group, step_scale
+from .matrix_layout import as_matrices, batch_shape, list_matrices, matrix_shape
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
 # has a stack of its own.
 STACK_ELEMENTS = 2**22
 
-Group = dict[str, Any]
 State = dict[str, Any]
 
 
 class MatrixStack:
     """k equally shaped matrices of one parameter group, with their state stacked along a first dimension.
 
-    The optimizer's ``state[p]`` holds views of these tensors, so that users and checkpoints see one matrix at a time
-    and the arithmetic all k.
+    A parameter is one of them, or a batch of them (``matrix_layout.py``). The optimizer's ``state[p]`` holds views of
+    these tensors, so that users and checkpoints see one parameter at a time and the arithmetic all k matrices.
 
     Args:
         group: The parameter group, read at every step since schedulers write to it.
-        parameters: The k matrices.
+        parameters: Equally shaped.
         states: Their ``state[p]`` with ``"momentum"``, ``"Q"`` and ``"norm"``; replaced by views of the stack.
 
     Attributes:
-        momentum: Shape (k, fan-out, fan-in).
-        Q: Right factors, shape (k, min(fan-out, fan-in), r).
+        shape: Rows m and columns n of each matrix, as they are stored.
+        momentum: Shape (k, m, n).
+        momenta: The momentum matrices one by one.
+        Q: Right factors, shape (k, min(m, n), r).
         norm: ``||B||_F`` of the step before, float32, shape (k,).
     """
 
     def __init__(self, group: Group, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
         self.group = group
         self.parameters = list(parameters)
-        self.momentum, self.Q, self.norm = (
-            torch.stack([state[name] for state in states]) for name in ("momentum", "Q", "norm")
-        )
-        self._views = [self.momentum.unbind(), self.Q.unbind(), self.norm.unbind()]
-        for state, momentum, Q, norm in zip(states, *self._views, strict=True):
-            state.update(momentum=momentum, Q=Q, norm=norm)
+        stacked = [
+            # A stack of kernels may keep the strides of channels_last, of which there is no view as matrices.
+            torch.stack([state[name] for state in states]).contiguous()
+            for name in ("momentum", "Q", "norm")
+        ]
+        self._views = [tensor.unbind() for tensor in stacked]
+        for state, *views in zip(states, *self._views, strict=True):
+            state.update(zip(("momentum", "Q", "norm"), views, strict=True))
+        self._flatten = group["flatten"]
+        self.shape = matrix_shape(states[0]["momentum"].shape, self._flatten)
+        self.momentum = stacked[0].view(-1, *self.shape)
+        self.Q = stacked[1].view(-1, *stacked[1].shape[-2:])
+        self.norm = stacked[2].view(-1)
+        self.momenta = self.momentum.unbind()
+        self._per_parameter = len(self.momenta) // len(self.parameters)
 
     @property
-    def momenta(self) -> Sequence[Tensor]:
-        """The momentum matrices one by one."""
-        return self._views[0]
+    def owners(self) -> list[Tensor]:
+        """The parameter of each of the k matrices."""
+        return [parameter for parameter in self.parameters for _ in range(self._per_parameter)]
 
     @property
     def wide(self) -> bool:
         """Whether the matrices have more columns than rows, and are handled transposed."""
-        fan_out, fan_in = self.parameters[0].shape
-        return fan_out < fan_in
+        rows, columns = self.shape
+        return rows < columns
 
     @property
     def steps_whole(self) -> bool:
@@ -61,23 +74,47 @@ class MatrixStack:
 
     @property
     def B(self) -> Tensor:
-        """The momentum as the equations see it, at least as tall as wide: a view of shape (k, m, n)."""
+        """The momentum as the equations see it, at least as tall as wide."""
         return self.oriented(self.momentum)
 
     def oriented(self, matrices: Tensor) -> Tensor:
-        """A view of matrices shaped like the parameters that is at least as tall as wide."""
+        """A view of matrices of shape (k, m, n) that is at least as tall as wide."""
         return matrices.mT if self.wide else matrices
+
+    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A copy of tensors shaped like the parameters as matrices, shape (k, m, n)."""
+        return torch.stack([as_matrices(tensor, self._flatten) for tensor in tensors]).reshape(-1, *self.shape)
+
+    def like_parameters(self, matrices: Tensor) -> Sequence[Tensor]:
+        """Matrices of shape (k, m, n) as tensors shaped like the parameters."""
+        return matrices.reshape(len(self.parameters), *self.parameters[0].shape).unbind()
+
+    @contextmanager
+    def _writable_matrices(self) -> Iterator[list[Tensor]]:
+        """The matrices of the parameters one by one. What is written to them is the parameters' afterwards."""
+        of_parameters = [list_matrices(parameter, self._flatten) for parameter in self.parameters]
+        yield [matrix for matrices in of_parameters for matrix in matrices]
+        for parameter, matrices in zip(self.parameters, of_parameters, strict=True):
+            if matrices[0].data_ptr() != parameter.data_ptr():
+                # Strides such as those of channels_last allow no view.
+                parameter.copy_(torch.stack(matrices).view(parameter.shape))
 
     @property
     def averaging_is_cheaper(self) -> bool:
         """Whether the two factors, r (m + n) numbers, are no fewer than the m n of the matrix itself."""
-        m, n = self.parameters[0].shape
+        m, n = self.shape
         return self.Q.shape[-1] * (m + n) >= m * n
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """Gradients of the parameters, ``None`` where one has none."""
-        return [parameter.grad for parameter in self.parameters]
+        """Gradients of the k matrices, ``None`` where their parameter has none."""
+        gradients: list[Tensor | None] = []
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                gradients += [None] * self._per_parameter
+            else:
+                gradients += list_matrices(parameter.grad, self._flatten)
+        return gradients
 
     def mirrors(self, states: Sequence[State]) -> bool:
         """Whether ``state[p]`` still holds this stack's views and not tensors that were put there since."""
@@ -94,7 +131,7 @@ class MatrixStack:
             torch._foreach_add_(momenta, gradients)
 
     def nesterov(self) -> Tensor:
-        """``G + mu B``, Nesterov's momentum, shape (k, fan-out, fan-in). Call it after :meth:`accumulate`."""
+        """``G + mu B``, Nesterov's momentum, shape (k, m, n). Call it after :meth:`accumulate`."""
         lookahead = self.momentum * self.group["mu"]
         if pairs := [(u, g) for u, g in zip(lookahead.unbind(), self.gradients, strict=True) if g is not None]:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
@@ -109,7 +146,9 @@ class MatrixStack:
         group = self.group
         update = muon.newton_schulz(nesterov, group["eps"])
         self.momentum.mul_(group["mu"])
-        muon.descend_(self.parameters, update, group["lr"], group["weight_decay"])
+        scale = step_scale(group, self.shape, rank=min(self.shape))
+        with self._writable_matrices() as matrices:
+            muon.descend_(matrices, update, group["lr"], scale, group["weight_decay"])
 
     def descend(self, P: Tensor, R: Tensor, own_R: Tensor | None = None) -> None:
         """Take the step along the factors P (k, m, r) and R (k, n, r), and what it used up out of the momentum.
@@ -126,16 +165,19 @@ class MatrixStack:
             dion.feed_back_error_(self.B, P, R, share=1.0 - group["mu"])
         else:
             dion.feed_back_error_(self.B, P, own_R - group["mu"] * R, share=1.0)
-        dion.descend_(self.parameters, P, step_factor, group["lr"], group["weight_decay"])
+        scale = step_scale(group, self.shape, rank=P.shape[-1])
+        with self._writable_matrices() as matrices:
+            dion.descend_(matrices, P, step_factor, group["lr"], scale, group["weight_decay"])
 
 
-def new_matrix_state(parameter: Tensor, rank_fraction: float, seed: int) -> State:
-    """State of a matrix before its first step: no momentum, a random right factor, and no norm to compare with."""
-    rank = dion.rank_of(parameter.shape, rank_fraction)
+def new_matrix_state(parameter: Tensor, group: Group, seed: int) -> State:
+    """State of a parameter's matrices before the first step: no momentum, random Q, and no norm to compare with."""
+    shape, batch = (of(parameter.shape, group["flatten"]) for of in (matrix_shape, batch_shape))
+    rank = dion.rank_of(shape, group["rank_fraction"])
     return {
         "momentum": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
-        "Q": dion.initial_right_factor(min(parameter.shape), rank, seed, like=parameter),
-        "norm": torch.tensor(torch.inf, dtype=torch.float32, device=parameter.device),
+        "Q": dion.initial_right_factor(min(shape), rank, seed, like=parameter, batch=batch),
+        "norm": torch.full(batch, torch.inf, dtype=torch.float32, device=parameter.device),
     }
 
 

@@ -12,12 +12,11 @@ so the difference of the mean displacement from its own is a difference of mean 
 
 .. math:: M_i \leftarrow M_i - \alpha\, \frac{\bar d - d_i}{\sqrt{m / n} \sum_t \eta_t}\, H_i .
 
-AdamW's step is the first moment over the root of the second, which takes the place of :math:`H_i`. Nothing is sent for
-it: the replicas have the mean displacement anyway. The share :math:`\alpha` is below one where the mean is quantized,
-since its error would enter the momentum.
+The factor :math:`\sqrt{m / n}` stands for that of ``lr_scale.py``. AdamW's step is the first moment over the root of
+the second, which takes the place of :math:`H_i`. Nothing is sent for it: the replicas have the mean displacement
+anyway. The share :math:`\alpha` is below one where the mean is quantized, since its error would enter the momentum.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from . import muon
 from .adamw_lion import denominators_of
+from .lr_scale import step_scale
+from .matrix_layout import as_matrices, list_matrices, matrix_shape
 from .rmmc import norm_ratios, tensor_norms
 
 Group = dict[str, Any]
@@ -50,14 +51,17 @@ def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, t
     if group["algorithm"] == "adamw":
         _correct_first_moment_(group, state, difference, share / travel)
         return
-    fan_out, fan_in = difference.shape
-    momentum = state["momentum"]
-    before = tensor_norms([momentum])
+    shape, flatten = matrix_shape(difference.shape, group["flatten"]), group["flatten"]
+    # It is contiguous, so this is a view.
+    momentum = as_matrices(state["momentum"], flatten)
+    before = tensor_norms(list_matrices(state["momentum"], flatten))
     root = root_of_gram(momentum.to(torch.promote_types(momentum.dtype, torch.float32)), group["eps"])
-    steps = difference.to(root.dtype) * (share / (travel * math.sqrt(fan_out / fan_in)))
-    momentum.sub_(root @ steps if fan_out < fan_in else steps @ root)
+    scale = step_scale(group, shape, rank=state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
+    steps = as_matrices(difference, flatten).to(root.dtype) * (share / (travel * scale))
+    momentum.sub_(root @ steps if shape[0] < shape[1] else steps @ root)
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    state["norm"].mul_(norm_ratios(tensor_norms([momentum]), before)[0])
+    ratios = norm_ratios(tensor_norms(list_matrices(state["momentum"], flatten)), before)
+    state["norm"].mul_(ratios.view(state["norm"].shape))
 
 
 def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:
@@ -73,16 +77,16 @@ def root_of_gram(M: Tensor, eps: float) -> Tensor:
     With :math:`M = U S V^\top` and :math:`\mathrm{polar}(M) = U V^\top`, their product is :math:`V S V^\top`.
 
     Args:
-        M: Shape (m, n).
+        M: Shape (m, n), or (k, m, n).
         eps: As in :func:`muon.newton_schulz`.
 
     Returns:
-        Square, of the smaller side.
+        Square, of the smaller side; k of them for k matrices.
 
     Example:
         >>> singular = torch.tensor([3.0, 2.0])
         >>> torch.allclose(root_of_gram(torch.diag(singular), eps=1e-8).diag(), singular, rtol=0.35)
         True
     """
-    polar = muon.newton_schulz(M.unsqueeze(0), eps)[0]
-    return M @ polar.mT if M.shape[0] < M.shape[1] else polar.mT @ M
+    polar = muon.newton_schulz(M.reshape(-1, *M.shape[-2:]), eps).view(M.shape)
+    return M @ polar.mT if M.shape[-2] < M.shape[-1] else polar.mT @ M

@@ -10,8 +10,6 @@ https://kellerjordan.github.io/posts/muon) orthonormalises all of it. For :math:
 where :math:`G + \mu B` is Nesterov's momentum, and NS moves all singular values near one by products of matrices alone.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -51,21 +49,21 @@ def newton_schulz(U: Tensor, eps: float = 1e-8) -> Tensor:
     return (X if wide else X.mT).to(U.dtype)
 
 
-def descend_(parameters: list[Tensor], update: Tensor, lr: float, weight_decay: float) -> None:
-    """``X <- (1 - lr weight_decay) X - lr sqrt(m / n) update`` in place, with decoupled weight decay.
+def descend_(parameters: list[Tensor], update: Tensor, lr: float, scale: float, weight_decay: float) -> None:
+    r"""``X <- (1 - lr weight_decay) X - lr scale update`` in place, with decoupled weight decay.
 
     Args:
         parameters: k matrices of shape (m, n).
         update: Shape (k, m, n).
         lr: Learning rate.
+        scale: Of the shape, such as :math:`\sqrt{m / n}`; see ``lr_scale.py``.
         weight_decay: Coefficient; multiplied by the unscaled ``lr``.
 
     Example:
         >>> X = torch.ones(4, 1)
-        >>> descend_([X], torch.ones(1, 4, 1), lr=0.1, weight_decay=0.0)
+        >>> descend_([X], torch.ones(1, 4, 1), lr=0.1, scale=2.0, weight_decay=0.0)
         >>> X.flatten()
         tensor([0.8000, 0.8000, 0.8000, 0.8000])
     """
-    fan_out, fan_in = parameters[0].shape
     torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
-    torch._foreach_add_(parameters, update.unbind(), alpha=-lr * math.sqrt(fan_out / fan_in))
+    torch._foreach_add_(parameters, update.unbind(), alpha=-lr * scale)

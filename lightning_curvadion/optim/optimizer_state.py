@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .matrix_layout import list_matrices
 from .matrix_stacks import MatrixStack, batches, new_matrix_state
-from .parameter_groups import Group, check_group
+from .parameter_groups import OPTIONS_SINCE_0_1_0, Group, check_group
 from .rmmc import norm_ratios, tensor_norms
 
 STEP_COUNTS = "step counts"
@@ -73,7 +74,7 @@ class StackedOptimizer(Optimizer):
         for seed, (group, parameter) in enumerate(self.members()):
             if group["algorithm"] == "dion":
                 if "momentum" not in self.state[parameter]:
-                    self.state[parameter].update(new_matrix_state(parameter, group["rank_fraction"], seed))
+                    self.state[parameter].update(new_matrix_state(parameter, group, seed))
             elif "step" not in self.state[parameter]:
                 moments = ("exp_avg", "exp_avg_sq") if group["algorithm"] == "adamw" else ("exp_avg",)
                 self.state[parameter].update(step=0, **{name: torch.zeros_like(parameter) for name in moments})
@@ -126,6 +127,9 @@ class StackedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in OPTIONS_SINCE_0_1_0.items():
+                group.setdefault(option, value)
         self._stacks = []
 
 
@@ -166,22 +170,27 @@ def averageable_state(optimizer: StackedOptimizer) -> dict[str, Tensor]:
     of the momenta, ``"momentum norms"``, are averaged too, and tell how far the mean's norm has fallen.
     """
     state = state_tensors(optimizer)
-    if matrices := _matrix_states(optimizer):
-        state[MOMENTUM_NORMS] = tensor_norms([own["momentum"] for own in matrices])
+    if norms := _momentum_norms(optimizer):
+        state[MOMENTUM_NORMS] = torch.cat([own for _, own in norms])
     return state
 
 
 def set_averaged_state(optimizer: StackedOptimizer, state: Mapping[str, Tensor]) -> None:
     """Take over the copies of an :func:`averageable_state`, and let each norm fall as far as its momentum's has."""
     set_step_counts(optimizer, state)
-    if matrices := _matrix_states(optimizer):
-        norms = tensor_norms([own["momentum"] for own in matrices])
-        for own, ratio in zip(matrices, norm_ratios(norms, state[MOMENTUM_NORMS]), strict=True):
-            own["norm"].mul_(ratio)
+    if norms := _momentum_norms(optimizer):
+        before = state[MOMENTUM_NORMS].split([own.numel() for _, own in norms])
+        for (norm, own), mean in zip(norms, before, strict=True):
+            norm.mul_(norm_ratios(own, mean).view(norm.shape))
 
 
-def _matrix_states(optimizer: StackedOptimizer) -> list[dict[str, Any]]:
-    return [own for _, p in optimizer.named_parameters() if "norm" in (own := optimizer.state[p])]
+def _momentum_norms(optimizer: StackedOptimizer) -> list[tuple[Tensor, Tensor]]:
+    """``state[p]["norm"]`` of each parameter of matrices, and the norms of its momenta, float32, shape (k,)."""
+    return [
+        (own["norm"], tensor_norms(list_matrices(own["momentum"], group["flatten"])))
+        for group, parameter in optimizer.members()
+        if "norm" in (own := optimizer.state[parameter])
+    ]
 
 
 def set_step_counts(optimizer: StackedOptimizer, state: Mapping[str, Tensor]) -> None:

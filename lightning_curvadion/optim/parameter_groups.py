@@ -1,15 +1,17 @@
 """Parameter groups: their options, and an error for each bad one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 Group = dict[str, Any]
 
 ALGORITHMS = ("dion", "adamw", "lion")
 LOCAL_UPDATES = ("muon", "dion", "sgd")
+LR_SCALES = ("spectral", "match_rms_adamw")
 TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GROUP_OPTIONS = (
     "algorithm",
@@ -21,13 +23,28 @@ GROUP_OPTIONS = (
     "betas",
     "weight_decay",
     "eps",
+    "flatten",
+    "transposed",
+    "lr_scale",
 )
+# What a state that was saved without an option means by it.
+OPTIONS_SINCE_0_1_0: Group = {"flatten": False, "transposed": False, "lr_scale": "spectral"}
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError where a parameter has no shape yet, as those of lazy modules before their first batch."""
+    for name, parameter in named:
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape yet, as a parameter of a lazy module: send one batch through the module before,"
+                " such as in configure_model or setup, so that every replica has the same shapes"
+            )
 
 
 def check_group(group: Group, names: Sequence[str]) -> None:
@@ -42,6 +59,10 @@ def check_group(group: Group, names: Sequence[str]) -> None:
     """
     check_choice("algorithm", group["algorithm"], ALGORITHMS)
     check_choice("local_update", group["local_update"], LOCAL_UPDATES)
+    check_choice("lr_scale", group["lr_scale"], LR_SCALES)
+    for name in ("flatten", "transposed"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, not {group[name]!r}")
     for name in ("lr", "weight_decay", "eps", "local_lr"):
         value = group[name]
         if value is not None and not 0 <= value < torch.inf:
@@ -54,6 +75,7 @@ def check_group(group: Group, names: Sequence[str]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), not {group['betas']}")
     if group["local_update"] == "sgd" and group["local_lr"] is None:
         raise ValueError('local_update="sgd" needs local_lr, the learning rate of the local step, such as local_lr=0.1')
+    check_initialized(zip(names, group["params"], strict=True))
     for name, parameter in zip(names, group["params"], strict=True):
         _check_parameter(parameter, name, group["algorithm"])
 
@@ -69,7 +91,7 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
             f"{name} is {parameter.dtype}, which has no arithmetic to train in: keep it in bfloat16 or float32 and"
             " cast it in the forward pass, or leave it out of the groups if it is frozen"
         )
-    if algorithm == "dion" and (parameter.dim() != 2 or parameter.numel() == 0):
+    if algorithm == "dion" and (parameter.dim() < 2 or parameter.numel() == 0):
         raise ValueError(
             f'{name} has shape {tuple(parameter.shape)}, but algorithm="dion" takes matrices;'
             ' put it in a group with algorithm="adamw" or "lion" (split_parameters(module) makes such groups)'

@@ -22,7 +22,7 @@ class StepSignal:
     Attributes:
         numbers: RMMC, and the code of an unusable gradient or 0; float64, shape (2,), on the device.
         norms: ``||B||_F`` of the matrices, one tensor a stack; empty where a gradient has an unusable layout.
-        parameters: The matrices, in the order of the stacks.
+        parameters: The parameter of each matrix, in the order of the stacks.
         changes: Relative change of each matrix's norm, and last of the first moments', where there are any; empty where
             a gradient has an unusable layout.
     """
@@ -40,7 +40,7 @@ class SignalMeter:
         self._codes: tuple[list[int], Tensor] | None = None
 
     def measure(self, optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], rank: int) -> StepSignal:
-        """Measure RMMC, and look for a gradient that is not finite, sparse or complex.
+        """Measure RMMC, and look for a gradient or a shape that no step can be taken with.
 
         Args:
             optimizer: Holds the parameters.
@@ -54,10 +54,12 @@ class SignalMeter:
             return gradient_checks.encode(kind, number_of[parameter], len(parameters), rank)
 
         numbers = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
-        matrices = [parameter for stack in stacks for parameter in stack.parameters]
+        matrices = [parameter for stack in stacks for parameter in stack.owners]
         for parameter in parameters:
-            if parameter.requires_grad and parameter.grad is not None:
-                kind = gradient_checks.unusable_layout(parameter.grad)
+            if parameter.requires_grad:
+                kind = gradient_checks.unusable_shape(parameter, optimizer.state[parameter])
+                if kind is None and parameter.grad is not None:
+                    kind = gradient_checks.unusable_layout(parameter.grad)
                 if kind is not None:
                     numbers[1] = code(kind, parameter)
                     return StepSignal(numbers, [], [], numbers.new_empty(0))

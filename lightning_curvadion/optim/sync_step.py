@@ -77,7 +77,7 @@ def _share_leading_columns(
 
     The first columns of Q are the dominant ones: every step orthonormalises them from left to right.
     """
-    leading = [stack.Q[..., : dion.rank_of(stack.parameters[0].shape, rank_fraction)] for stack in stacks]
+    leading = [stack.Q[..., : dion.rank_of(stack.shape, rank_fraction)] for stack in stacks]
     left = [dion.left_factor(stack.B, Q) for stack, Q in zip(stacks, leading, strict=True)]
     shared_P = [dion.orthonormalize(mean) for mean in hook.mean_left(optimizer, left, [])]
     own_R = [dion.right_factor(stack.B, P) for stack, P in zip(stacks, shared_P, strict=True)]

@@ -46,8 +46,8 @@ class Anchors:
             self._anchor.pop(parameter, None)
 
     def missing(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of the parameters has no anchor."""
-        return any(parameter not in self._anchor for parameter in parameters)
+        """Whether any of the parameters has no anchor, or one of another shape than it has now."""
+        return any(p not in self._anchor or self._anchor[p].shape != p.shape for p in parameters)
 
     def of(self, parameter: Tensor) -> Tensor:
         """The anchor of a parameter: contiguous, at least float32."""
@@ -60,8 +60,7 @@ class Anchors:
 
     def stacked_displacement(self, stack: MatrixStack) -> Tensor:
         """Displacements of a stack of matrices, shape (k, m, n) with m >= n."""
-        displacement = torch.stack([parameter.detach() - self._anchor[parameter] for parameter in stack.parameters])
-        return displacement.mT if stack.wide else displacement
+        return stack.oriented(stack.stacked([p.detach() - self._anchor[p] for p in stack.parameters]))
 
     def move_through_factors(self, stack: MatrixStack, P: Tensor, own_R: Tensor, R: Tensor) -> None:
         """Replace the part of each displacement in the span of P by the mean's: ``X += P (R - own_R)^T``.
@@ -75,9 +74,8 @@ class Anchors:
             R: The mean over the replicas of what they sent.
         """
         self.moves += 1
-        changes, moves = P @ (R - own_R).mT, P @ R.mT
-        if stack.wide:
-            changes, moves = changes.mT, moves.mT
+        products = P @ (R - own_R).mT, P @ R.mT
+        changes, moves = (stack.like_parameters(stack.oriented(product)) for product in products)
         for parameter, change, move in zip(stack.parameters, changes, moves, strict=True):
             parameter.add_(change)
             self._anchor[parameter].add_(move)

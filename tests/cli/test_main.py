@@ -55,6 +55,14 @@ def test_the_drift_threshold_without_code():
     assert isinstance(trigger, DriftThreshold) and trigger.tau == 0.02
 
 
+def test_the_scale_of_the_learning_rate_without_code():
+    words = ["--optimizer=CurvaDion", "--optimizer.lr_scale=match_rms_adamw", "--groups.options={matrices: {lr: 0.1}}"]
+    groups = parse(*MODEL, *words).model.configure_optimizers().param_groups
+    assert {group["lr_scale"] for group in groups} == {"match_rms_adamw"} and groups[0]["lr"] == 0.1
+    with pytest.raises(SystemExit):
+        parse(*MODEL, "--optimizer=CurvaDion", "--optimizer.lr_scale=rms")
+
+
 def test_another_optimizer_gets_all_parameters():
     optimizer = parse(*MODEL, "--optimizer=AdamW", "--optimizer.lr=0.1").model.configure_optimizers()
     assert type(optimizer) is torch.optim.AdamW and len(optimizer.param_groups) == 1

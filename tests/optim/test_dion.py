@@ -90,7 +90,7 @@ def test_a_zero_momentum_does_not_move_the_parameters():
     parameters = [torch.ones(4, 3), torch.ones(4, 3)]
     Q = torch.stack([dion.initial_right_factor(3, 2, seed, parameters[0]) for seed in range(2)])
     P, step, _, _ = one_update(torch.zeros(2, 4, 3), Q, "qr")
-    dion.descend_(parameters, P, step, lr=0.1, weight_decay=0.0)
+    dion.descend_(parameters, P, step, lr=0.1, scale=1.0, weight_decay=0.0)
     assert all(torch.equal(parameter, torch.ones(4, 3)) for parameter in parameters)
 
 
@@ -104,8 +104,8 @@ def test_descend_is_the_equation(wide, k, large, monkeypatch):
     shape = (4, 6) if wide else (6, 4)
     start = [torch.randn(shape) for _ in range(k)]
     parameters = [tensor.clone() for tensor in start]
-    dion.descend_(parameters, P, Q, lr=0.1, weight_decay=0.5)
     scale = (shape[0] / shape[1]) ** 0.5
+    dion.descend_(parameters, P, Q, lr=0.1, scale=scale, weight_decay=0.5)
     for i in range(k):
         update = P[i] @ Q[i].T
         expected = 0.95 * start[i] - 0.1 * scale * (update.T if wide else update)

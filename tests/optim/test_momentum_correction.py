@@ -9,7 +9,8 @@ from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
 from lightning_curvadion.optim.momentum_correction import correct_momentum_, root_of_gram
 
 ADAMW = {"algorithm": "adamw", "betas": (0.9, 0.95), "eps": 1e-8}
-MUON = {"algorithm": "dion", "local_update": "muon", "eps": 1e-8}
+LAYOUT = {"flatten": False, "transposed": False, "lr_scale": "spectral"}
+MUON = {"algorithm": "dion", "local_update": "muon", "eps": 1e-8, **LAYOUT}
 
 
 def polar(M: Tensor) -> Tensor:
@@ -56,6 +57,35 @@ def test_the_root_turns_a_step_back_into_its_momentum():
         again = root @ polar(M) if M.shape[0] < M.shape[1] else polar(M) @ root
         assert (again - M).norm() < 0.3 * M.norm()
         torch.testing.assert_close(root, root.mT, rtol=1e-4, atol=1e-4)
+
+
+def corrected(group, momentum, difference):
+    state = {"momentum": momentum.clone(), "norm": torch.ones(momentum.shape[:-2] if not group["flatten"] else ())}
+    correct_momentum_(group, state, difference, travel=0.1, share=0.5)
+    return state["momentum"], state["norm"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 12, 5), (3, 5, 12)])
+def test_each_matrix_of_a_batch_is_corrected_as_if_it_were_alone(shape, transposed):
+    torch.manual_seed(0)
+    momenta, differences, group = torch.randn(shape), torch.randn(shape), MUON | {"transposed": transposed}
+    alone = [corrected(group, *pair) for pair in zip(momenta, differences, strict=True)]
+    for found, expected in zip(corrected(group, momenta, differences), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+    scaled, plain = (
+        corrected(MUON | {"transposed": turned}, momenta, differences)[0] - momenta for turned in (True, False)
+    )
+    torch.testing.assert_close(scaled, plain * (shape[1] / shape[2]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_kernel_is_corrected_like_its_flattened_matrix():
+    torch.manual_seed(0)
+    momentum, difference = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
+    kernel, norm = corrected(MUON | {"flatten": True}, momentum, difference)
+    flat, flat_norm = corrected(MUON, momentum.flatten(1), difference.flatten(1))
+    assert torch.equal(kernel.flatten(1), flat) and torch.equal(norm, flat_norm)
+    assert not torch.equal(kernel, momentum)
 
 
 @pytest.mark.parametrize("group", [MUON, ADAMW], ids=["muon", "adamw"])

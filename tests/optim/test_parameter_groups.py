@@ -22,12 +22,15 @@ from lightning_curvadion import CurvaDion
         ({"betas": (0.9, 1.0)}, "betas must be"),
         ({"local_update": "sgd"}, 'local_update="sgd" needs local_lr'),
         ({"local_update": "sgd", "local_lr": -1.0}, "local_lr must be"),
+        ({"flatten": 1}, "flatten must be True or False, not 1"),
+        ({"transposed": "yes"}, "transposed must be True or False, not 'yes'"),
+        ({"lr_scale": "rms"}, "lr_scale must be one of 'spectral', 'match_rms_adamw', not 'rms'"),
         ({"local_update": "adam"}, "local_update must be one of 'muon', 'dion', 'sgd', not 'adam'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        CurvaDion([matrix()], **options)
+        CurvaDion([{"params": [matrix()], **options}])
 
 
 def test_bad_parameters():

@@ -53,7 +53,7 @@ def test_one_host_synchronisation_a_step_on_a_gpu():
 
 
 def train_convolutions(rank, world, steps, algorithm):
-    """Decisions of a fully convolutional net, which has no matrix, with the default trigger and no cap."""
+    """Decisions of a net without a matrix group, with the default trigger and no cap."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
     groups = split_parameters(model, overrides={"*": algorithm})

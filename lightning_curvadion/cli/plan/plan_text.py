@@ -1,11 +1,13 @@
 """The text of a plan, as the command prints it."""
 
+import math
 from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ...optim import dion
+from ...optim.matrix_layout import matrix_shape
 from ..formatting import format_bit_rate, format_bytes, format_seconds, format_table
 from .collective_costs import FRAME_PAYLOAD, GLOO_DUPLEX_FACTOR, Network
 from .footprint import Footprint
@@ -78,10 +80,11 @@ def _parameter_rows(model: nn.Module, optimizer: Optimizer) -> Iterable[tuple[st
     for label, members in groups:
         yield row(label, str(len(members)), sum(parameter.numel() for parameter in members))
     factors = sum(
-        dion.rank_of(parameter.shape, group["rank_fraction"]) * sum(parameter.shape)
+        dion.rank_of(shape, group["rank_fraction"]) * sum(shape) * (parameter.numel() // math.prod(shape))
         for group in optimizer.param_groups
         if group["algorithm"] == "dion"
         for parameter in group["params"]
+        for shape in [matrix_shape(parameter.shape, group["flatten"])]
     )
     yield row("factors of the optimizer's rank", "", factors)
     embeddings = [
