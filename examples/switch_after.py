@@ -32,7 +32,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer."""
-        return CurvaDion(split_parameters(self), lr=0.01)
+        return CurvaDion(split_parameters(self), lr=0.003, lr_scale="match_rms_adamw")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from .matrix_layout import list_matrices
 from .matrix_stacks import MatrixStack, batches, new_matrix_state
-from .parameter_groups import OPTIONS_SINCE_0_1_0, Group, check_group
+from .parameter_groups import OPTIONS_SINCE_0_1_0, Group, check_group, check_saved_groups
 from .rmmc import norm_ratios, tensor_norms
 
 STEP_COUNTS = "step counts"
@@ -116,7 +116,12 @@ class StackedOptimizer(Optimizer):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim``."""
+        """As in ``torch.optim``.
+
+        Raises:
+            ValueError: The state was saved with other parameter groups.
+        """
+        check_saved_groups(state_dict["param_groups"], self.param_groups)
         super().load_state_dict(state_dict)
         saved_order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for index, (_, parameter) in zip(saved_order, self.members(), strict=True):

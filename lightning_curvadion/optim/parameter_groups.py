@@ -1,6 +1,7 @@
 """Parameter groups: their options, and an error for each bad one."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -96,3 +97,27 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
             f'{name} has shape {tuple(parameter.shape)}, but algorithm="dion" takes matrices;'
             ' put it in a group with algorithm="adamw" or "lion" (split_parameters(module) makes such groups)'
         )
+
+
+def check_saved_groups(saved: Sequence[Group], own: Sequence[Group]) -> None:
+    """Check that saved groups hold the same parameters as those of the optimizer that loads them.
+
+    By number, and by name where both have the same names.
+
+    Raises:
+        ValueError: They do not. It lists both.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]
+    names = [[group.get("param_names", []) for group in groups] for groups in (saved, own)]
+    renamed = set(chain(*names[0])) != set(chain(*names[1]))
+    if sizes[0] == sizes[1] and (renamed or names[0] == names[1]):
+        return
+    listed = [
+        ", ".join(f"{group.get('name', 'a group')} ({group['algorithm']}, {len(group['params'])})" for group in groups)
+        for groups in (saved, own)
+    ]
+    raise ValueError(
+        f"the state was saved with other parameter groups: {listed[0]}. Here: {listed[1]}. Build the groups as they"
+        " were, or load the weights without the state of the optimizer. Since version 0.1.0 split_parameters puts"
+        " transformers' Conv1D, experts and depthwise convolutions in groups of their own"
+    )

@@ -5,7 +5,7 @@ import torch
 from models import matrix
 from torch import nn
 
-from lightning_curvadion import CurvaDion
+from lightning_curvadion import CurvaDion, split_parameters
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,60 @@ def test_bad_parameters():
         for algorithm in ("dion", "adamw"):
             with pytest.raises(ValueError, match=rf"weight is {dtype}.* keep it in bfloat16 or float32"):
                 CurvaDion([{"params": [("weight", nn.Parameter(torch.zeros(2, 2).to(dtype)))], "algorithm": algorithm}])
+
+
+def image_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+
+
+def old_groups(model):
+    """As split_parameters made them in version 0.1.0."""
+    kernel, kernel_bias, scale, shift, head, head_bias = model.named_parameters()
+    return [
+        {"name": "matrices", "params": [head]},
+        {"name": "convolutions", "algorithm": "adamw", "params": [kernel]},
+        {"name": "norms", "algorithm": "adamw", "weight_decay": 0.0, "params": [scale, shift]},
+        {"name": "biases", "algorithm": "adamw", "weight_decay": 0.0, "params": [kernel_bias, head_bias]},
+    ]
+
+
+def test_a_state_of_the_same_parameters_continues_with_the_algorithms_it_was_saved_with():
+    model = image_model()
+    before, after = CurvaDion(old_groups(model)), CurvaDion(split_parameters(model))
+    model(torch.randn(8, 1, 8, 8)).square().mean().backward()
+    before.step()
+    after.load_state_dict(before.state_dict())
+    assert [group["algorithm"] for group in after.param_groups] == ["dion", "adamw", "adamw", "adamw"]
+    assert torch.equal(after.state[model[3].weight]["momentum"], before.state[model[3].weight]["momentum"])
+    after.step()
+
+
+def optimizer_of(chosen, named=True):
+    groups = old_groups(image_model())
+    if not named:
+        groups = [{**group, "params": [parameter for _, parameter in group["params"]]} for group in groups]
+    optimizer = CurvaDion([groups[index] for index in chosen])
+    optimizer.init_state()
+    return optimizer
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_of_other_groups_is_refused_with_both_lists(named):
+    saved = optimizer_of([1, 2, 3], named).state_dict()
+    message = r"saved with other parameter groups: convolutions \(adamw, 1\), .* Here: matrices \(dion, 1\)"
+    with pytest.raises(ValueError, match=message):
+        optimizer_of(range(4), named).load_state_dict(saved)
+    optimizer_of([1, 2, 3], named).load_state_dict(saved)
+
+
+def test_a_state_whose_groups_are_as_large_but_not_the_same_is_refused():
+    with pytest.raises(ValueError, match="saved with other parameter groups"):
+        optimizer_of([0, 1, 3, 2]).load_state_dict(optimizer_of(range(4)).state_dict())
+
+
+def test_a_state_of_parameters_that_were_renamed_since_loads():
+    # As by torch.compile.
+    model = torch.compile(image_model())
+    assert all(name.startswith("_orig_mod.") for name, _ in model.named_parameters())
+    CurvaDion(old_groups(model)).load_state_dict(optimizer_of(range(4)).state_dict())
