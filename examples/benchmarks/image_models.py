@@ -128,6 +128,7 @@ class ViT(DistortedDigits):
 
     length = 500
     adamw_rates = (0.001, 0.002, 0.004)
+    muon_rates = (0.004, 0.008, 0.016)
 
     def build(self) -> nn.Module:
         """Two blocks."""

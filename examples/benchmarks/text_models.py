@@ -90,6 +90,7 @@ class GPT2(OfTransformers):
 class Llama(OfTransformers):
     """Llama, with an untied head."""
 
+    adamw_rates = (0.001, 0.002, 0.004)
     config: ClassVar[dict[str, Any]] = {
         "model_type": "llama",
         "vocab_size": BYTES,
@@ -119,6 +120,9 @@ class Recurrent(nn.Module):
 
 class LSTM(LanguageModel):
     """An LSTM of one layer."""
+
+    adamw_rates = (0.004, 0.008, 0.016)
+    muon_rates = (0.016, 0.032, 0.064)
 
     def build(self) -> nn.Module:
         """128 wide."""
