@@ -5,6 +5,7 @@ import math
 import os
 import sysconfig
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+def warmup_and_cooldown(step: int, total: float, warmup: int = 20, cooldown: float = 0.5) -> float:
+    """Factor of the learning rate: it rises over ``warmup`` steps and falls to zero over the last ``cooldown`` of all.
+
+    Example:
+        >>> [warmup_and_cooldown(step, total=8, warmup=2) for step in range(8)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    return min(1.0, (step + 1) / warmup, (total - step) / max(1, cooldown * total))
+
+
 class ByteGPT(pl.LightningModule):
     """Trains a :class:`GPT` with next-byte cross entropy.
 
@@ -136,10 +147,7 @@ class ByteGPT(pl.LightningModule):
         """The optimizer, with linear warm-up and linear cooldown to zero."""
         optimizer = self.optimizer(split_parameters(self, options={"adamw": {"lr": self.vector_lr}}))
         total = self.trainer.estimated_stepping_batches
-
-        def factor(step: int) -> float:
-            return min(1.0, (step + 1) / self.warmup_steps, (total - step) / max(1, self.cooldown * total))
-
+        factor = partial(warmup_and_cooldown, total=total, warmup=self.warmup_steps, cooldown=self.cooldown)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

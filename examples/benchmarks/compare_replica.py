@@ -29,6 +29,16 @@ from examples.byte_gpt import ByteGPT, Windows
 from lightning_curvadion import CurvaDion
 
 CONTEXT = 64
+# Trainer arguments of a replica that only trains.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -226,17 +236,11 @@ def build_trainer(run: Run, meter: Meter) -> pl.Trainer:
     """A Trainer for one replica of the run."""
     method = METHODS[run.method]
     return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
+        **QUIET,
         num_nodes=run.replicas,
         strategy=method.strategy(),
         max_steps=run.stop or run.steps,
         callbacks=[*method.callbacks(), Disturbance(run.disturbance, run.steps), meter],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
     )
 
 

@@ -187,4 +187,5 @@ def _replica(rank: int, world: int, store: str, function: Callable[..., None], a
 def on_replicas(world: int, function: Callable[..., None], *args: Any) -> None:
     """Call ``function(*args)`` in ``world`` processes that form a gloo group."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_replica, (world, f"{folder}/store", function, args), nprocs=world)
+        # As daemons they end with this process, which otherwise waits for them where it is interrupted.
+        spawn(_replica, (world, f"{folder}/store", function, args), nprocs=world, daemon=True)

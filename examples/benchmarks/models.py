@@ -1,0 +1,198 @@
+"""Models of many kinds under DDP and under CurvaDion: the same data, order, schedule and steps for all three methods.
+
+    python examples/benchmarks/models.py                        # hours: all runs that results/models.csv lacks
+    python examples/benchmarks/models.py sweep --only LSTM      # one stage, or several; one model, or several
+    python examples/benchmarks/models.py --tables               # the CSV as Markdown tables
+    python examples/benchmarks/models.py --smoke                # a few steps of everything, without a file in results/
+
+The methods are DDP with AdamW, DDP with Muon and AdamW for what is no matrix, and the defaults of CurvaDion. Replicas
+are processes of one thread that form a gloo group. The stages, in order:
+
+- ``sweep``: three learning rates for every method, each for all parameters, with two replicas
+- ``seeds``: three seeds at the best of them
+- ``four``: the same with four replicas
+- ``parts``: where ours ends more than 2 % above DDP + Muon, ours without one of its parts
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from examples.benchmarks.model_replica import ADAMW, MUON, OURS, PARTS, TASKS, Outcome, Run, finished, train_all  # noqa: E402
+from examples.benchmarks.netlab import interruptible  # noqa: E402
+from examples.benchmarks.replica_training import on_replicas  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "models.csv"
+METHODS, SEEDS, STAGES = (ADAMW, MUON, OURS), (0, 1, 2), ("sweep", "seeds", "four", "parts")
+# What a loss above DDP + Muon's asks an explanation for, in percent.
+TOLERANCE = 2.0
+
+Done = dict[Run, tuple[Outcome, str]]
+
+
+def rates(model: str, method: str) -> tuple[float, ...]:
+    """Learning rates that are tried."""
+    return TASKS[model].adamw_rates if method == ADAMW else TASKS[model].muon_rates
+
+
+def swept(model: str, method: str, done: Done) -> dict[float, float]:
+    """Loss by learning rate, of the finished part of the sweep."""
+    runs = {lr: Run(model, method, 2, lr, SEEDS[0], TASKS[model].length) for lr in rates(model, method)}
+    return {lr: done[run][0].loss for lr, run in runs.items() if run in done}
+
+
+def at_best_rate(model: str, method: str, replicas: int, done: Done) -> list[Run]:
+    """Runs over all seeds, at the learning rate with the lowest loss in the sweep. Ours without a part has ours."""
+    losses = swept(model, OURS if method in PARTS else method, done)
+    if not losses:
+        return []
+    best = min(losses, key=losses.__getitem__)
+    return [Run(model, method, replicas, best, seed, TASKS[model].length) for seed in SEEDS]
+
+
+def above(model: str, method: str, replicas: int, done: Done) -> float | None:
+    """Percent by which a method's loss is above that of DDP + Muon, over the seeds that both have finished."""
+    pairs = zip(at_best_rate(model, method, replicas, done), at_best_rate(model, MUON, replicas, done), strict=False)
+    losses = [(done[mine][0].loss, done[muon][0].loss) for mine, muon in pairs if mine in done and muon in done]
+    if not losses:
+        return None
+    mine, muon = zip(*losses, strict=True)
+    return 100 * (mean(mine) / mean(muon) - 1)
+
+
+def plan(stage: str, models: Sequence[str], done: Done) -> list[Run]:
+    """The runs of a stage, whether done or not. What is done decides the learning rates."""
+    if stage == "sweep":
+        return [
+            Run(model, method, 2, lr, SEEDS[0], TASKS[model].length)
+            for model in models
+            for method in METHODS
+            for lr in rates(model, method)
+        ]
+    if stage == "parts":
+        losing = [model for model in models if (above(model, OURS, 2, done) or 0.0) > TOLERANCE]
+        return [run for model in losing for part in PARTS for run in at_best_rate(model, part, 2, done)]
+    replicas = 2 if stage == "seeds" else 4
+    return [run for model in models for method in METHODS for run in at_best_rate(model, method, replicas, done)]
+
+
+def train_missing(runs: Sequence[Run], results: Path) -> None:
+    """Train the runs that the CSV lacks, those with the same number of replicas in the same processes."""
+    done = finished(results)
+    todo = [run for run in dict.fromkeys(runs) if run not in done]
+    for model, steps in dict.fromkeys((run.model, run.steps) for run in todo):
+        TASKS[model].prepare(steps)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for replicas, group in groupby(todo, key=lambda run: run.replicas):
+        on_replicas(replicas, train_all, list(group), results.resolve(), commit())
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def tables(done: Done) -> None:
+    """Print the table of the models, the sweeps, and what parts of ours do where it loses."""
+    print(f"| model | replicas | {ADAMW} | {MUON} | {OURS} | above {MUON} | sync steps | of DDP | commit |")
+    print("| --- " * 9 + "|")
+    for model in TASKS:
+        for replicas in (2, 4):
+            ours = finished_seeds(model, OURS, replicas, done)
+            if not ours:
+                continue
+            cells = [cell(finished_seeds(model, method, replicas, done)) for method in METHODS]
+            gap = above(model, OURS, replicas, done)
+            sync_rate, byte_share = (mean(getattr(row, name) for row in ours) for name in ("sync_rate", "byte_share"))
+            commits = sorted({done[run][1] for run in at_best_rate(model, OURS, replicas, done) if run in done})
+            print(
+                f"| {model} | {replicas} | {' | '.join(cells)} | {percent(gap)} | {100 * sync_rate:.1f} % |"
+                f" {100 * byte_share:.2f} % | {', '.join(commits)} |"
+            )
+    print("\n| learning rate: loss | " + " | ".join(METHODS) + " |\n" + "| --- " * 4 + "|")
+    for model in TASKS:
+        sweeps = [swept(model, method, done) for method in METHODS]
+        if any(sweeps):
+            shown = [", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in sweep.items()) for sweep in sweeps]
+            print(f"| {model} | {' | '.join(shown)} |")
+    print(f"\n| ours, but | model | loss | above {MUON} | sync steps | of DDP |\n" + "| --- " * 6 + "|")
+    for model in TASKS:
+        for part in PARTS:
+            if rows := finished_seeds(model, part, 2, done):
+                sync_rate, byte_share = mean(row.sync_rate for row in rows), mean(row.byte_share for row in rows)
+                print(
+                    f"| {part} | {model} | {cell(rows)} | {percent(above(model, part, 2, done))} |"
+                    f" {100 * sync_rate:.1f} % | {100 * byte_share:.2f} % |"
+                )
+
+
+def finished_seeds(model: str, method: str, replicas: int, done: Done) -> list[Outcome]:
+    """Outcomes at the best learning rate."""
+    return [done[run][0] for run in at_best_rate(model, method, replicas, done) if run in done]
+
+
+def cell(rows: Sequence[Outcome]) -> str:
+    """Loss with half the distance between the best and the worst seed, their number, and the accuracy."""
+    if not rows:
+        return ""
+    losses = [row.loss for row in rows]
+    spread = f" ± {(max(losses) - min(losses)) / 2:.4f} ({len(rows)})" if len(rows) > 1 else ""
+    accuracy = mean(row.accuracy for row in rows)
+    return f"{mean(losses):.4f}{spread}" + (f", {100 * accuracy:.1f} %" if accuracy == accuracy else "")
+
+
+def percent(value: float | None) -> str:
+    """A difference in percent."""
+    return "" if value is None else f"{value:+.1f} %"
+
+
+def smoke() -> None:
+    """Three steps of every model under every method, and of every part with one model; then the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        results, steps = Path(folder) / "models.csv", 3
+        runs = [Run(model, method, 2, rates(model, method)[1], 0, steps) for model in TASKS for method in METHODS]
+        train_missing(runs + [Run("LSTM", part, 2, rates("LSTM", OURS)[1], 0, steps) for part in PARTS], results)
+        for task in TASKS.values():
+            task.length = steps
+        tables(finished(results))
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; by default all")
+    parser.add_argument("--only", action="append", metavar="NAME", choices=TASKS, help=f"{', '.join(TASKS)}")
+    parser.add_argument("--tables", action="store_true", help="print the tables")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    options = parser.parse_args()
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    os.chdir(ROOT)
+    try:
+        with interruptible():
+            if options.smoke:
+                smoke()
+            elif not options.tables:
+                for stage in options.stages or STAGES:
+                    train_missing(plan(stage, options.only or list(TASKS), finished(RESULTS)), RESULTS)
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are in the CSV, and the same command continues", file=sys.stderr)
+        return 130
+    if options.tables:
+        tables(finished(RESULTS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
