@@ -34,7 +34,7 @@ TASKS: dict[str, type[ModelTask]] = {
     "GAN": GAN,
     "text classifier": TextClassifier,
 }
-ADAMW, MUON, OURS = "DDP, AdamW", "DDP, Muon", "ours"
+ADAMW, MUON, OURS, CARRIED = "DDP, AdamW", "DDP, Muon", "ours", "ours, match_rms_adamw"
 # Parts of ours taken away one at a time, to see which of them loses.
 PARTS = {
     "budget 0.2": Method("muon", trigger=IntegratedRMMC(0.2)),
@@ -48,6 +48,7 @@ TABLE_METHODS = {
     # Without a hook CurvaDion is Muon on whatever split_parameters calls a matrix; torch.optim.Muon takes fewer.
     MUON: Method("dion", ddp=True, options={"local_update": "muon"}),
     OURS: METHODS[DEFAULT],
+    CARRIED: Method("muon", options={"lr_scale": "match_rms_adamw"}),
     **PARTS,
 }
 

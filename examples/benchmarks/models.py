@@ -12,6 +12,7 @@ are processes of one thread that form a gloo group. The stages, in order:
 - ``seeds``: three seeds at the best of them
 - ``four``: the same with four replicas
 - ``parts``: where ours ends more than 2 % above DDP + Muon, ours without one of its parts
+- ``carried``: ours with ``lr_scale="match_rms_adamw"``, at the best of AdamW's learning rates
 """
 
 import argparse
@@ -28,12 +29,23 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from examples.benchmarks.model_replica import ADAMW, MUON, OURS, PARTS, TASKS, Outcome, Run, finished, train_all  # noqa: E402
+from examples.benchmarks.model_replica import (  # noqa: E402
+    ADAMW,
+    CARRIED,
+    MUON,
+    OURS,
+    PARTS,
+    TASKS,
+    Outcome,
+    Run,
+    finished,
+    train_all,
+)
 from examples.benchmarks.netlab import interruptible  # noqa: E402
 from examples.benchmarks.replica_training import on_replicas  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "models.csv"
-METHODS, SEEDS, STAGES = (ADAMW, MUON, OURS), (0, 1, 2), ("sweep", "seeds", "four", "parts")
+METHODS, SEEDS, STAGES = (ADAMW, MUON, OURS), (0, 1, 2), ("sweep", "seeds", "four", "parts", "carried")
 # What a loss above DDP + Muon's asks an explanation for, in percent.
 TOLERANCE = 2.0
 
@@ -53,21 +65,21 @@ def swept(model: str, method: str, done: Done) -> dict[float, float]:
 
 def at_best_rate(model: str, method: str, replicas: int, done: Done) -> list[Run]:
     """Runs over all seeds, at the learning rate with the lowest loss in the sweep. Ours without a part has ours."""
-    losses = swept(model, OURS if method in PARTS else method, done)
+    losses = swept(model, {CARRIED: ADAMW, **dict.fromkeys(PARTS, OURS)}.get(method, method), done)
     if not losses:
         return []
     best = min(losses, key=losses.__getitem__)
     return [Run(model, method, replicas, best, seed, TASKS[model].length) for seed in SEEDS]
 
 
-def above(model: str, method: str, replicas: int, done: Done) -> float | None:
-    """Percent by which a method's loss is above that of DDP + Muon, over the seeds that both have finished."""
-    pairs = zip(at_best_rate(model, method, replicas, done), at_best_rate(model, MUON, replicas, done), strict=False)
-    losses = [(done[mine][0].loss, done[muon][0].loss) for mine, muon in pairs if mine in done and muon in done]
+def above(model: str, method: str, replicas: int, done: Done, other: str = MUON) -> float | None:
+    """Percent by which a method's loss is above another's, over the seeds that both have finished."""
+    pairs = zip(at_best_rate(model, method, replicas, done), at_best_rate(model, other, replicas, done), strict=False)
+    losses = [(done[mine][0].loss, done[theirs][0].loss) for mine, theirs in pairs if mine in done and theirs in done]
     if not losses:
         return None
-    mine, muon = zip(*losses, strict=True)
-    return 100 * (mean(mine) / mean(muon) - 1)
+    mine, theirs = zip(*losses, strict=True)
+    return 100 * (mean(mine) / mean(theirs) - 1)
 
 
 def plan(stage: str, models: Sequence[str], done: Done) -> list[Run]:
@@ -82,6 +94,8 @@ def plan(stage: str, models: Sequence[str], done: Done) -> list[Run]:
     if stage == "parts":
         losing = [model for model in models if (above(model, OURS, 2, done) or 0.0) > TOLERANCE]
         return [run for model in losing for part in PARTS for run in at_best_rate(model, part, 2, done)]
+    if stage == "carried":
+        return [run for model in models for run in at_best_rate(model, CARRIED, 2, done)]
     replicas = 2 if stage == "seeds" else 4
     return [run for model in models for method in METHODS for run in at_best_rate(model, method, replicas, done)]
 
@@ -126,6 +140,14 @@ def tables(done: Done) -> None:
         if any(sweeps):
             shown = [", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in sweep.items()) for sweep in sweeps]
             print(f"| {model} | {' | '.join(shown)} |")
+    print(
+        f"\n| model | AdamW's best rate | {ADAMW} | ours there, match_rms_adamw | above {OURS} |\n" + "| --- " * 5 + "|"
+    )
+    for model in TASKS:
+        if carried := finished_seeds(model, CARRIED, 2, done):
+            rate = at_best_rate(model, CARRIED, 2, done)[0].lr
+            adamw, gap = finished_seeds(model, ADAMW, 2, done), above(model, CARRIED, 2, done, OURS)
+            print(f"| {model} | {rate:g} | {cell(adamw)} | {cell(carried)} | {percent(gap)} |")
     print(f"\n| ours, but | model | loss | above {MUON} | sync steps | of DDP |\n" + "| --- " * 6 + "|")
     for model in TASKS:
         for part in PARTS:
@@ -162,7 +184,8 @@ def smoke() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results, steps = Path(folder) / "models.csv", 3
         runs = [Run(model, method, 2, rates(model, method)[1], 0, steps) for model in TASKS for method in METHODS]
-        train_missing(runs + [Run("LSTM", part, 2, rates("LSTM", OURS)[1], 0, steps) for part in PARTS], results)
+        runs += [Run("LSTM", part, 2, rates("LSTM", OURS)[1], 0, steps) for part in PARTS]
+        train_missing([*runs, Run("LSTM", CARRIED, 2, rates("LSTM", ADAMW)[1], 0, steps)], results)
         for task in TASKS.values():
             task.length = steps
         tables(finished(results))

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 from examples.benchmarks import models
-from examples.benchmarks.model_replica import ADAMW, MUON, OURS, PARTS, TASKS, Outcome, Run, finished
+from examples.benchmarks.model_replica import ADAMW, CARRIED, MUON, OURS, PARTS, TASKS, Outcome, Run, finished
 from examples.benchmarks.replica_training import append
 
 OUTCOME = Outcome(loss=2.0, accuracy=0.5, train_loss=1.0, sync_rate=0.25, byte_share=0.01, seconds=3.0)
@@ -49,6 +49,12 @@ def test_parts_are_run_where_ours_loses_more_than_two_percent():
     assert {run.lr for run in losing} == {LSTM.muon_rates[1]}, "ours without a part trains at the rate of ours"
 
 
+def test_adamws_rate_is_carried_over_from_its_own_sweep():
+    done = sweep_of(ADAMW, [2.2, 2.1, 1.9]) | sweep_of(OURS, [2.0, 1.9, 1.8])
+    planned = models.plan("carried", ["LSTM"], done)
+    assert {(run.method, run.lr) for run in planned} == {(CARRIED, LSTM.adamw_rates[2])}
+
+
 def test_the_difference_is_over_the_seeds_that_both_have():
     done = sweep_of(MUON, [2.0, 2.1, 2.2]) | sweep_of(OURS, [2.1, 2.2, 2.3])
     done[Run("LSTM", OURS, 2, LSTM.muon_rates[0], 1, LSTM.length)] = (replace(OUTCOME, loss=9.0), "abc")
@@ -70,3 +76,5 @@ def test_the_smoke_run_trains_every_model_on_two_replicas_and_prints_the_table()
         assert len(set(losses)) > 1 and all(0 < loss < 10 for loss in losses), f"{model}: {losses}"
         assert 0 < float(row[8].removesuffix(" %")) < 40, f"{model}: the share of DDP's bytes is that of one bit"
     assert {row[1] for row in rows if row[2] == "LSTM"} >= set(PARTS)
+    (carried,) = [row for row in rows if row[1] == "LSTM" and len(row) == 7]
+    assert float(carried[2]) == LSTM.adamw_rates[1] and 0 < float(carried[4].partition(",")[0]) < 10
