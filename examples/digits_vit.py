@@ -22,7 +22,30 @@ SIDE, CLASSES = 8, 10
 VALIDATION = 360
 
 
-class DigitsViT(pl.LightningModule):
+class DigitsClassifier(pl.LightningModule):
+    """Trains and validates a classifier of the digits: logits of shape (batch, 10) of images (batch, 1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Return and log the loss."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy of the consensus over the images of all replicas."""
+        images, labels = batch
+        logits = self(images)
+        self.accuracy(logits, labels)
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+        self.log("val_loss", F.cross_entropy(logits, labels), sync_dist=True)
+
+
+class DigitsViT(DigitsClassifier):
     """Vision transformer (Dosovitskiy et al., 2020, arXiv:2010.11929) with a convolution stem (Xiao et al., 2021,
     arXiv:2106.14881).
 
@@ -53,27 +76,11 @@ class DigitsViT(pl.LightningModule):
         )
         self.encoder = nn.TransformerEncoder(block, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, CLASSES)
-        self.accuracy = MulticlassAccuracy(CLASSES, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images of shape (batch, 1, 8, 8) to logits of shape (batch, 10)."""
         tokens = self.stem(images).flatten(2).transpose(1, 2) + self.positions
         return self.head(self.encoder(tokens).mean(dim=1))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Return and log the loss."""
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Log loss and accuracy of the consensus over the images of all replicas."""
-        images, labels = batch
-        logits = self(images)
-        self.accuracy(logits, labels)
-        self.log("val_accuracy", self.accuracy, prog_bar=True)
-        self.log("val_loss", F.cross_entropy(logits, labels), sync_dist=True)
 
 
 class Digits(pl.LightningDataModule):

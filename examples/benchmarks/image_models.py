@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from examples.benchmarks.model_task import Batch, ModelTask, Score
-from examples.digits_vit import CLASSES, Digits, DigitsViT
+from examples.digits_resnet import resnet
+from examples.digits_vit import Digits, DigitsViT
 
 
 def digits(batch_size: int) -> Digits:
@@ -87,40 +88,15 @@ class DistortedDigits(ModelTask):
                 yield [self.distorted(images, generator), labels]
 
 
-class Residual(nn.Module):
-    """Two convolutions with batch norm, and a shortcut around them (He et al., 2016, arXiv:1512.03385)."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, channels, side, side) to (batch, out, side / stride, side / stride)."""
-        return F.relu(self.second(self.first(x)) + self.shortcut(x))
-
-
 class ResNet(DistortedDigits):
-    """A ResNet of eight convolutions, with batch norm."""
+    """The ResNet of ``examples/digits_resnet.py``."""
 
+    muon_rates = (0.016, 0.032, 0.064)
     length, side, margin, noise = 400, 16, 0.6, 0.4
 
     def build(self) -> nn.Module:
         """Three stages of 16, 32 and 64 channels."""
-        return nn.Sequential(
-            nn.Conv2d(1, 16, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            Residual(16, 16, 1),
-            Residual(16, 32, 2),
-            Residual(32, 64, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(64, CLASSES),
-        )
+        return resnet(width=16)
 
 
 class ViT(DistortedDigits):

@@ -79,6 +79,23 @@ def test_the_digits_are_learnt(fit):
     assert len(metrics("loss")) == 50
 
 
+def test_a_resnet_learns_the_digits_at_one_learning_rate(fit):
+    pytest.importorskip("sklearn")
+    metrics = fit(
+        "resnet.yaml", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1",
+        "--trainer.limit_train_batches=30", "--model.width=8",
+    )  # fmt: skip
+    first, second = metrics("val_accuracy")
+    assert 0.1 < first < second and second > 0.7, "a tenth is chance"
+
+
+def test_a_gpt2_of_hugging_face_trains_at_one_learning_rate(fit):
+    pytest.importorskip("transformers")
+    metrics = fit("gpt2_hf.yaml", "--trainer.max_steps=12", "--trainer.check_val_every_n_epoch=null")
+    losses = metrics("loss")
+    assert losses[0] == pytest.approx(math.log(256), rel=0.05) and losses[-1] < 0.85 * losses[0]
+
+
 def test_the_digits_keep_a_parameter_of_every_kind():
     pytest.importorskip("sklearn")
     from examples.digits_vit import DigitsViT
