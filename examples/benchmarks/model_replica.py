@@ -40,6 +40,7 @@ PARTS = {
     "budget 0.2": Method("muon", trigger=IntegratedRMMC(0.2)),
     "momentum local": METHODS["ours: momentum local"],
     "float32": METHODS["ours: float32"],
+    "int8 for the rest": Method("muon", hook={"vector_format": "int8"}),
     "every step": Method("muon", trigger=EveryNSteps(1)),
     "every step, float32": Method("muon", trigger=EveryNSteps(1), hook={"wire_format": "float32"}),
 }

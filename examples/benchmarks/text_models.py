@@ -224,6 +224,7 @@ class LoRA(LanguageModel):
 
     length = 400
     corpus = "headers"
+    adamw_rates = (0.004, 0.008, 0.016)
 
     @classmethod
     def prepare(cls, steps: int) -> None:
