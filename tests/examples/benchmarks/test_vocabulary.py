@@ -1,23 +1,17 @@
 """``examples/benchmarks/vocabulary.py --smoke``."""
 
-import preloaded
 import torch
 from launching import ROOT
+from training import run_script
 
 from examples.benchmarks.vocabulary import words
 
 
 def test_the_smoke_run_prints_both_vocabularies(tmp_path):
-    output = tmp_path / "output"
-    process = preloaded.start("examples/benchmarks/vocabulary.py", "--smoke", folder=ROOT, output=output)
-    try:
-        status = process.wait(120)
-    finally:
-        process.kill()
-    printed = output.read_text()
-    assert status == 0, printed[-4000:]
+    process = run_script(ROOT / "examples/benchmarks/vocabulary.py", "--smoke", folder=tmp_path)
+    assert process.returncode == 0, process.stderr[-4000:]
     for line in ("\n| 256 | 0 |", "\n| 1,024 | 0 |", "\n| 1,024 | 0.03 |"):
-        assert line in printed
+        assert line in process.stdout
 
 
 def test_the_most_common_words_have_numbers_and_all_others_have_zero(tmp_path):
