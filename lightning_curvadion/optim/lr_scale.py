@@ -11,9 +11,8 @@ Dion's. It is multiplied by the learning rate and by
 """
 
 import math
-from typing import Any
 
-Group = dict[str, Any]
+from .parameter_groups import Group
 
 _RMS_OF_ADAMW = 0.2
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import dion, muon
-from .lr_scale import Group, step_scale
+from .lr_scale import step_scale
 from .matrix_layout import as_matrices, batch_shape, list_matrices, matrix_shape
+from .parameter_groups import Group
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
 # has a stack of its own.

@@ -26,9 +26,8 @@ from . import muon
 from .adamw_lion import denominators_of
 from .lr_scale import step_scale
 from .matrix_layout import as_matrices, list_matrices, matrix_shape
+from .parameter_groups import Group
 from .rmmc import norm_ratios, tensor_norms
-
-Group = dict[str, Any]
 
 
 def corrects(group: Group) -> bool:
