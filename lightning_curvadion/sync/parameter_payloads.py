@@ -133,12 +133,12 @@ class ParameterPayloads:
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
-        vectors = {name: p for name, p in moving.items() if p not in matrices}
-        sparse = {name: p for name, p in vectors.items() if self._sends_rows(p)}
-        dense = {name: p for name, p in vectors.items() if name not in sparse}
-        moving = {name: p for name, p in moving.items() if p in matrices}
+        of_matrices = {name: p for name, p in moving.items() if p in matrices}
+        others = {name: p for name, p in moving.items() if p not in matrices}
+        sparse = {name: p for name, p in others.items() if self._sends_rows(p)}
+        dense = {name: p for name, p in others.items() if name not in sparse}
         return [
-            *self.of(optimizer, moving, self._settings.wire_format, correct=True),
+            *self.of(optimizer, of_matrices, self._settings.wire_format, correct=True),
             *self.of(optimizer, dense, self._settings.vector_format, correct=True),
             *self._of_rows(optimizer, sparse, set_anywhere),
             *self.of(optimizer, resting, "float32", flush_residuals=True),
@@ -156,7 +156,10 @@ class ParameterPayloads:
     def _of_rows(
         self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], set_anywhere: SetAnywhere
     ) -> list[Payload]:
-        """The payloads of the rows that have moved on any replica."""
+        """The payloads of the rows that have moved on any replica.
+
+        Their momenta are not corrected: a row that waited has moved for longer than the steps since the last sync.
+        """
         if not parameters:
             return []
         if self.meter is not None:

@@ -95,7 +95,8 @@ class SparseRowsPayload(Payload):
         rows, part = self._part(start, stop)
         own, anchor, residual = self._parameter[rows], self._anchor[rows], self._residual[rows]
         anchor.view(-1)[part].add_(mean)
-        residual.view(-1)[part].copy_(error if error is not None else torch.zeros_like(mean))
+        if error is not None:
+            residual.view(-1)[part].copy_(error)
         if self._meter is not None:
             self._meter.observe(own.view(-1)[part], anchor.view(-1)[part])
         own.view(-1)[part].copy_(anchor.view(-1)[part])

@@ -24,6 +24,8 @@ consensus            first mean                     second mean
 Where a step along common factors follows (momentum ``"factors"`` and ``"dion"``), the parameters are averaged just
 before it. The result is the same, and it saves a collective.
 
+Where a large embedding sends its moved rows alone, an all-gather of one bit a row comes before (``sparse_rows.py``).
+
 An all-reduce of digests tells before which buffers differ, and only those are sent. Those of which no mean can be
 formed, such as counters, follow in a broadcast from rank 0.
 
