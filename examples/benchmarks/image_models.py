@@ -122,6 +122,8 @@ class GAN(ModelTask):
     length, batch_size, noise = 800, 32, 32
     adamw_rates = (0.001, 0.002, 0.004)
     muon_rates = (0.005, 0.01, 0.02)
+    # Losses of one method differ by a third.
+    seeds = range(6)
     optimizers_per_step = 2
 
     def __init__(self, optimizer: Callable[[Iterable[Any]], Optimizer], steps: int) -> None:

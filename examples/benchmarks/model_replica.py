@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from examples.benchmarks.compare_replica import QUIET
 from examples.benchmarks.image_models import GAN, ResNet, ViT
+from examples.benchmarks.layout_models import LAYOUTS
 from examples.benchmarks.methods import DEFAULT, METHODS, Method
 from examples.benchmarks.model_task import ModelTask, Score
 from examples.benchmarks.replica_training import append, read
@@ -34,12 +35,15 @@ TASKS: dict[str, type[ModelTask]] = {
     "GAN": GAN,
     "text classifier": TextClassifier,
 }
+# With those of which a layout is asked.
+ALL_TASKS = TASKS | {name: task for layouts in LAYOUTS.values() for name, task in layouts.items()}
 ADAMW, MUON, OURS, CARRIED = "DDP, AdamW", "DDP, Muon", "ours", "ours, match_rms_adamw"
 # Parts of ours taken away one at a time, to see which of them loses.
 PARTS = {
     "budget 0.2": Method("muon", trigger=IntegratedRMMC(0.2)),
     "momentum local": METHODS["ours: momentum local"],
     "float32": METHODS["ours: float32"],
+    "one bit for biases": Method("muon", hook={"vector_format": "sign"}),
     "int8 for the rest": Method("muon", hook={"vector_format": "int8"}),
     "every step": Method("muon", trigger=EveryNSteps(1)),
     "every step, float32": Method("muon", trigger=EveryNSteps(1), hook={"wire_format": "float32"}),
@@ -59,7 +63,7 @@ class Run:
     """Settings of a run: the first columns of the CSV.
 
     Attributes:
-        model: Name in ``TASKS``.
+        model: Name in ``ALL_TASKS``.
         method: Name in ``TABLE_METHODS``.
         replicas: Number of replicas.
         lr: Learning rate of all parameters.
@@ -129,7 +133,7 @@ class Meter(pl.Callback):
 
 def train(run: Run) -> Outcome:
     """Train one run. Every replica calls it."""
-    task, method = TASKS[run.model], TABLE_METHODS[run.method]
+    task, method = ALL_TASKS[run.model], TABLE_METHODS[run.method]
     pl.seed_everything(run.seed, verbose=False)
     module = task(partial(method.optimizer, lr=run.lr, vector_lr=run.lr), run.steps)
     # Dropout and noise of a replica are its own; the model is not.

@@ -1,6 +1,6 @@
 """What every model of ``models.py`` has in common: one way to make its optimizer, and one to be judged."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,8 +39,10 @@ class ModelTask(pl.LightningModule):
         adamw_rates: Learning rates of AdamW that are tried.
         muon_rates: Learning rates of Muon and of CurvaDion that are tried, each for all parameters.
         trainer_options: What the Trainer needs beside the strategy.
+        seeds: Of the runs at the best learning rate.
         optimizers_per_step: Optimizers that step on a batch. With more than one, a backward pass leaves out the
             parameters of the others.
+        overrides: Of ``split_parameters``.
     """
 
     length: ClassVar[int]
@@ -48,7 +50,9 @@ class ModelTask(pl.LightningModule):
     adamw_rates: ClassVar[tuple[float, ...]] = (0.002, 0.004, 0.008)
     muon_rates: ClassVar[tuple[float, ...]] = (0.008, 0.016, 0.032)
     trainer_options: ClassVar[dict[str, Any]] = {}
+    seeds: ClassVar[Sequence[int]] = (0, 1, 2)
     optimizers_per_step: ClassVar[int] = 1
+    overrides: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, optimizer: Callable[[Iterable[Any]], Optimizer], steps: int) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class ModelTask(pl.LightningModule):
 
     def optimizer_with_schedule(self, module: nn.Module) -> OptimizerLRSchedulerConfig:
         """The optimizer of a module, with linear warm-up and a linear fall to zero over the second half."""
-        optimizer = self.optimizer(split_parameters(module))
+        optimizer = self.optimizer(split_parameters(module, self.overrides))
         schedule = LambdaLR(optimizer, partial(warmup_and_cooldown, total=self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -9,9 +9,10 @@ The methods are DDP with AdamW, DDP with Muon and AdamW for what is no matrix, a
 are processes of one thread that form a gloo group. The stages, in order:
 
 - ``sweep``: three learning rates for every method, each for all parameters, with two replicas
-- ``seeds``: three seeds at the best of them
+- ``seeds``: three seeds at the best of them, and six of the GAN
 - ``four``: the same with four replicas
 - ``parts``: where ours ends more than 2 % above DDP + Muon, ours without one of its parts
+- ``layouts``, ``layout seeds``: ours where a layer's matrices could be taken in more than one way
 - ``carried``: ours with ``lr_scale="match_rms_adamw"``, at the best of AdamW's learning rates
 """
 
@@ -29,8 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from examples.benchmarks.layout_models import LAYOUTS  # noqa: E402
 from examples.benchmarks.model_replica import (  # noqa: E402
     ADAMW,
+    ALL_TASKS,
     CARRIED,
     MUON,
     OURS,
@@ -45,7 +48,10 @@ from examples.benchmarks.netlab import interruptible  # noqa: E402
 from examples.benchmarks.replica_training import on_replicas  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "models.csv"
-METHODS, SEEDS, STAGES = (ADAMW, MUON, OURS), (0, 1, 2), ("sweep", "seeds", "four", "parts", "carried")
+METHODS = (ADAMW, MUON, OURS)
+# Of the sweep.
+SEED = 0
+STAGES = ("sweep", "seeds", "four", "parts", "layouts", "layout seeds", "carried")
 # What a loss above DDP + Muon's asks an explanation for, in percent.
 TOLERANCE = 2.0
 
@@ -54,12 +60,12 @@ Done = dict[Run, tuple[Outcome, str]]
 
 def rates(model: str, method: str) -> tuple[float, ...]:
     """Learning rates that are tried."""
-    return TASKS[model].adamw_rates if method == ADAMW else TASKS[model].muon_rates
+    return ALL_TASKS[model].adamw_rates if method == ADAMW else ALL_TASKS[model].muon_rates
 
 
 def swept(model: str, method: str, done: Done) -> dict[float, float]:
     """Loss by learning rate, of the finished part of the sweep."""
-    runs = {lr: Run(model, method, 2, lr, SEEDS[0], TASKS[model].length) for lr in rates(model, method)}
+    runs = {lr: Run(model, method, 2, lr, SEED, ALL_TASKS[model].length) for lr in rates(model, method)}
     return {lr: done[run][0].loss for lr, run in runs.items() if run in done}
 
 
@@ -69,12 +75,15 @@ def at_best_rate(model: str, method: str, replicas: int, done: Done) -> list[Run
     if not losses:
         return []
     best = min(losses, key=losses.__getitem__)
-    return [Run(model, method, replicas, best, seed, TASKS[model].length) for seed in SEEDS]
+    return [Run(model, method, replicas, best, seed, ALL_TASKS[model].length) for seed in ALL_TASKS[model].seeds]
 
 
-def above(model: str, method: str, replicas: int, done: Done, other: str = MUON) -> float | None:
-    """Percent by which a method's loss is above another's, over the seeds that both have finished."""
-    pairs = zip(at_best_rate(model, method, replicas, done), at_best_rate(model, other, replicas, done), strict=False)
+def above(
+    model: str, method: str, replicas: int, done: Done, other: str = MUON, other_model: str | None = None
+) -> float | None:
+    """Percent by which a loss is above that of another method or model, over the seeds that both have finished."""
+    others = at_best_rate(other_model or model, other, replicas, done)
+    pairs = zip(at_best_rate(model, method, replicas, done), others, strict=False)
     losses = [(done[mine][0].loss, done[theirs][0].loss) for mine, theirs in pairs if mine in done and theirs in done]
     if not losses:
         return None
@@ -82,15 +91,26 @@ def above(model: str, method: str, replicas: int, done: Done, other: str = MUON)
     return 100 * (mean(mine) / mean(theirs) - 1)
 
 
+def sweep(models: Sequence[str], methods: Sequence[str]) -> list[Run]:
+    """Runs at all learning rates that are tried."""
+    return [
+        Run(model, method, 2, lr, SEED, ALL_TASKS[model].length)
+        for model in models
+        for method in methods
+        for lr in rates(model, method)
+    ]
+
+
 def plan(stage: str, models: Sequence[str], done: Done) -> list[Run]:
     """The runs of a stage, whether done or not. What is done decides the learning rates."""
+    if stage.startswith("layout"):
+        kinds = [kind for layouts in LAYOUTS.values() if set(models) & set(layouts) for kind in layouts]
+        if stage == "layouts":
+            return sweep(kinds, [OURS])
+        return [run for kind in kinds for run in at_best_rate(kind, OURS, 2, done)]
+    models = [model for model in models if model in TASKS]
     if stage == "sweep":
-        return [
-            Run(model, method, 2, lr, SEEDS[0], TASKS[model].length)
-            for model in models
-            for method in METHODS
-            for lr in rates(model, method)
-        ]
+        return sweep(models, METHODS)
     if stage == "parts":
         losing = [model for model in models if (above(model, OURS, 2, done) or 0.0) > TOLERANCE]
         return [run for model in losing for part in PARTS for run in at_best_rate(model, part, 2, done)]
@@ -105,7 +125,7 @@ def train_missing(runs: Sequence[Run], results: Path) -> None:
     done = finished(results)
     todo = [run for run in dict.fromkeys(runs) if run not in done]
     for model, steps in dict.fromkeys((run.model, run.steps) for run in todo):
-        TASKS[model].prepare(steps)
+        ALL_TASKS[model].prepare(steps)
     results.parent.mkdir(parents=True, exist_ok=True)
     for replicas, group in groupby(todo, key=lambda run: run.replicas):
         on_replicas(replicas, train_all, list(group), results.resolve(), commit())
@@ -148,6 +168,12 @@ def tables(done: Done) -> None:
             rate = at_best_rate(model, CARRIED, 2, done)[0].lr
             adamw, gap = finished_seeds(model, ADAMW, 2, done), above(model, CARRIED, 2, done, OURS)
             print(f"| {model} | {rate:g} | {cell(adamw)} | {cell(carried)} | {percent(gap)} |")
+    print(f"\n| a layer's matrices | model | {OURS} | above the first |\n" + "| --- " * 4 + "|")
+    for question, layouts in LAYOUTS.items():
+        default = next(iter(layouts))
+        for kind in layouts:
+            if rows := finished_seeds(kind, OURS, 2, done):
+                print(f"| {question} | {kind} | {cell(rows)} | {percent(above(kind, OURS, 2, done, OURS, default))} |")
     print(f"\n| ours, but | model | loss | above {MUON} | sync steps | of DDP |\n" + "| --- " * 6 + "|")
     for model in TASKS:
         for part in PARTS:
@@ -185,8 +211,9 @@ def smoke() -> None:
         results, steps = Path(folder) / "models.csv", 3
         runs = [Run(model, method, 2, rates(model, method)[1], 0, steps) for model in TASKS for method in METHODS]
         runs += [Run("LSTM", part, 2, rates("LSTM", OURS)[1], 0, steps) for part in PARTS]
+        runs += [Run(kind, OURS, 2, rates(kind, OURS)[1], 0, steps) for kind in ALL_TASKS if kind not in TASKS]
         train_missing([*runs, Run("LSTM", CARRIED, 2, rates("LSTM", ADAMW)[1], 0, steps)], results)
-        for task in TASKS.values():
+        for task in ALL_TASKS.values():
             task.length = steps
         tables(finished(results))
 
@@ -195,7 +222,7 @@ def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; by default all")
-    parser.add_argument("--only", action="append", metavar="NAME", choices=TASKS, help=f"{', '.join(TASKS)}")
+    parser.add_argument("--only", action="append", metavar="NAME", choices=ALL_TASKS, help=f"{', '.join(ALL_TASKS)}")
     parser.add_argument("--tables", action="store_true", help="print the tables")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     options = parser.parse_args()
@@ -208,7 +235,7 @@ def main() -> int:
                 smoke()
             elif not options.tables:
                 for stage in options.stages or STAGES:
-                    train_missing(plan(stage, options.only or list(TASKS), finished(RESULTS)), RESULTS)
+                    train_missing(plan(stage, options.only or list(ALL_TASKS), finished(RESULTS)), RESULTS)
     except KeyboardInterrupt:
         print("interrupted; finished runs are in the CSV, and the same command continues", file=sys.stderr)
         return 130

@@ -193,6 +193,9 @@ class SparseTransformer(nn.Module):
 class MixtureOfExperts(LanguageModel):
     """A mixture of four experts a block, each layer of experts one parameter of shape (4, in, out)."""
 
+    adamw_rates = (0.004, 0.008, 0.016)
+    muon_rates = (0.016, 0.032, 0.064)
+
     def build(self) -> nn.Module:
         """Two blocks."""
         return SparseTransformer()

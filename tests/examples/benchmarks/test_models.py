@@ -36,7 +36,7 @@ def test_every_method_runs_its_seeds_at_the_best_rate_of_its_own_sweep():
     done = sweep_of(ADAMW, [1.9, 2.1, 2.2]) | sweep_of(MUON, [2.0, 1.7, 2.0]) | sweep_of(OURS, [2.0, 1.9, 1.8])
     best = {ADAMW: LSTM.adamw_rates[0], MUON: LSTM.muon_rates[1], OURS: LSTM.muon_rates[2]}
     for stage, replicas in (("seeds", 2), ("four", 4)):
-        expected = {(method, replicas, lr, seed) for method, lr in best.items() for seed in models.SEEDS}
+        expected = {(method, replicas, lr, seed) for method, lr in best.items() for seed in LSTM.seeds}
         planned = models.plan(stage, ["LSTM"], done)
         assert {(run.method, run.replicas, run.lr, run.seed) for run in planned} == expected
 
