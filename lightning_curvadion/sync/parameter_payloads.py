@@ -133,13 +133,10 @@ class ParameterPayloads:
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
-        of_matrices = {name: p for name, p in moving.items() if p in matrices}
-        others = {name: p for name, p in moving.items() if p not in matrices}
-        sparse = {name: p for name, p in others.items() if self._sends_rows(p)}
-        dense = {name: p for name, p in others.items() if name not in sparse}
+        sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p)}
+        dense = {name: p for name, p in moving.items() if name not in sparse}
         return [
-            *self.of(optimizer, of_matrices, self._settings.wire_format, correct=True),
-            *self.of(optimizer, dense, self._settings.vector_format, correct=True),
+            *self.of(optimizer, dense, correct=True),
             *self._of_rows(optimizer, sparse, set_anywhere),
             *self.of(optimizer, resting, "float32", flush_residuals=True),
         ]
@@ -149,7 +146,7 @@ class ParameterPayloads:
         # An outer step moves all rows. At full width there is no residual that could take up what the others moved.
         return (
             has_sparse_rows(parameter)
-            and self._settings.vector_format in BLOCK_FORMATS
+            and self._settings.embedding_format in BLOCK_FORMATS
             and not self._settings.has_outer_step
         )
 
@@ -168,7 +165,7 @@ class ParameterPayloads:
         anchors = {name: self.anchors.to_move(parameter) for name, parameter in parameters.items()}
         residuals = {name: self._residual(optimizer.state[p], p) for name, p in parameters.items()}
         moved = set_anywhere([moved_rows(p, anchors[name], residuals[name]) for name, p in parameters.items()])
-        wire_format, meter = self._settings.vector_format, self.meter
+        wire_format, meter = self._settings.embedding_format, self.meter
         return [
             SparseRowsPayload(name, parameter, anchors[name], residuals[name], rows, wire_format, meter)
             for (name, parameter), rows in zip(parameters.items(), moved, strict=True)
@@ -201,7 +198,7 @@ class ParameterPayloads:
         self,
         optimizer: CurvaDion,
         parameters: Mapping[str, Tensor],
-        wire_format: str,
+        wire_format: str | None = None,
         flush_residuals: bool = False,
         outer_step: bool = True,
         correct: bool = False,
@@ -211,7 +208,8 @@ class ParameterPayloads:
         Args:
             optimizer: Its state holds residuals and outer momenta.
             parameters: By name.
-            wire_format: Format on the wire; a quantized one uses and updates the residuals.
+            wire_format: Format on the wire; a quantized one uses and updates the residuals. ``None`` is what the
+                settings say of each parameter.
             flush_residuals: With ``"float32"``, send the residuals too and delete them.
             outer_step: Whether an outer step is due.
             correct: Whether the momenta are corrected, where the settings say so.
@@ -223,9 +221,10 @@ class ParameterPayloads:
         group_of = {parameter: group for group, parameter in optimizer.members()}
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
-            state = optimizer.state[parameter]
+            group, state = group_of[parameter], optimizer.state[parameter]
+            own_format = wire_format or self._settings.format_of(parameter, matrix=group["algorithm"] == "dion")
             residual = state.pop("residual", None) if flush_residuals else None
-            if wire_format != "float32":
+            if own_format != "float32":
                 residual = self._residual(state, parameter)
             step = (
                 OuterStep(state, parameter, self._settings.outer_lr, self._settings.outer_momentum)
@@ -233,9 +232,9 @@ class ParameterPayloads:
                 else None
             )
             anchor = self.anchors.to_move(parameter)
-            correction = self._correction(group_of[parameter], state, parameter, wire_format) if correct else None
+            correction = self._correction(group, state, parameter, own_format) if correct else None
             payloads.append(
-                DisplacementPayload(name, parameter, anchor, wire_format, residual, step, self.meter, correction)
+                DisplacementPayload(name, parameter, anchor, own_format, residual, step, self.meter, correction)
             )
         self._restart(parameters.values())
         return payloads

@@ -47,7 +47,8 @@ class ProcessGroupSync:
             the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with the others and for parameters in
             float64.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings. ``None`` is
-            ``wire_format``. Quantized, only those rows of a matrix of 1024 rows or more travel that have moved
+            ``wire_format``, and ``"int8"`` for norms, biases and others of one dimension if ``wire_format`` has fewer
+            bits. Quantized, only those rows of a matrix of 1024 rows or more travel that have moved
             (``sync/sparse_rows.py``).
         momentum: What a sync step does to the momentum. ``"displacement"``: each replica takes a local step, and its
             momentum then takes over what the mean displacement says of the others' (``optim/momentum_correction.py``);
@@ -215,7 +216,11 @@ class ProcessGroupSync:
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
         verify_same_across_replicas(self._collectives, description, device)
         self.settings.check_trigger(optimizer.trigger)
-        formats = {name: getattr(self.settings, name) for name in ("wire_format", "vector_format", "factor_format")}
+        formats = {
+            "wire_format": self.settings.wire_format,
+            "vector_format": self.settings.embedding_format,
+            "factor_format": self.settings.factor_format,
+        }
         verify_wire_formats(self._collectives, optimizer, formats, device)
         state = state_tensors(optimizer)
         self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})

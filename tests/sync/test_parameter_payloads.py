@@ -1,5 +1,7 @@
 """Error feedback of parameters: residuals are stored, sent later, flushed and resumed."""
 
+from collections import Counter
+
 import pytest
 import torch
 from models import build, equal, exact_sync, state_of, train_step
@@ -119,18 +121,28 @@ def formats_of_groups(rank, world, hook):
     return calls[-1][1]
 
 
-@pytest.mark.parametrize(("wire_format", "vector_format"), [("sign", "int4"), ("int8", "float32"), ("float32", "int8")])
-def test_matrices_and_other_parameters_travel_in_formats_of_their_own(replicas, wire_format, vector_format):
-    model, optimizer = build()
-    of_matrices = {p for group in optimizer.param_groups if group["algorithm"] == "dion" for p in group["params"]}
-    numel = [
-        sum(p.numel() for p in model.parameters() if (p in of_matrices) == is_matrix) for is_matrix in (True, False)
-    ]
-    expected = sum(
-        quantization.quantized_bytes(n, name) for n, name in zip(numel, (wire_format, vector_format), strict=True)
-    )
-    hook = {"wire_format": wire_format, "vector_format": vector_format, "momentum": "local"}
+@pytest.mark.parametrize(
+    ("given", "of_matrices", "of_embeddings", "of_biases"),
+    [
+        ({"wire_format": "sign", "vector_format": "int4"}, "sign", "int4", "int4"),
+        ({"wire_format": "int8", "vector_format": "float32"}, "int8", "float32", "float32"),
+        ({"wire_format": "float32", "vector_format": "int8"}, "float32", "int8", "int8"),
+        ({"wire_format": "int2"}, "int2", "int2", "int8"),
+        ({"wire_format": "bfloat16"}, "bfloat16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_matrices_and_other_parameters_travel_in_formats_of_their_own(
+    replicas, given, of_matrices, of_embeddings, of_biases
+):
+    _, optimizer = build()
+    numel: Counter[str] = Counter()
+    for group, parameter in optimizer.members():
+        others = of_biases if parameter.dim() == 1 else of_embeddings
+        numel[of_matrices if group["algorithm"] == "dion" else others] += parameter.numel()
+    assert len(numel) == len({of_matrices, of_embeddings, of_biases}), "the model has all three"
+    expected = sum(quantization.quantized_bytes(count, name) for name, count in numel.items())
     running_statistics, flag = 2 * 4 * 16, 1
+    hook = {**given, "momentum": "local"}
     assert replicas.run(2, formats_of_groups, hook) == [expected + running_statistics + flag] * 2
 
 

@@ -53,20 +53,26 @@ def test_residual_dtype_is_a_name_or_a_dtype():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, ("sign", "sign", "displacement", "int4")),
-        ({"wire_format": "bfloat16"}, ("bfloat16", "bfloat16", "displacement", "bfloat16")),
-        ({"vector_format": "int4"}, ("sign", "int4", "displacement", "int4")),
-        ({"consensus": "factors"}, ("float32", "float32", "factors", "float32")),
-        ({"consensus": "none"}, ("float32", "float32", "dion", "float32")),
+        ({}, ("sign", "sign", "int8", "displacement", "int4")),
+        ({"wire_format": "int4"}, ("int4", "int4", "int8", "displacement", "int4")),
+        ({"wire_format": "bfloat16"}, ("bfloat16", "bfloat16", "bfloat16", "displacement", "bfloat16")),
+        ({"vector_format": "int4"}, ("sign", "int4", "int4", "displacement", "int4")),
+        ({"consensus": "factors"}, ("float32", "float32", "float32", "factors", "float32")),
+        ({"consensus": "none"}, ("float32", "float32", "float32", "dion", "float32")),
     ],
 )
 def test_the_hook_and_the_strategy_have_the_same_defaults(given, expected):
+    *formats, momentum, factor_format = expected
     for settings in (ProcessGroupSync(**given).settings, CurvaDionStrategy(**given).sync.settings):
-        formats = settings.wire_format, settings.vector_format, settings.momentum, settings.factor_format
-        assert formats == expected
+        assert (settings.momentum, settings.factor_format) == (momentum, factor_format)
+        matrix, bias, last_row = torch.zeros(4, 4), torch.zeros(4), torch.zeros(1, 4)
+        chosen = [settings.format_of(matrix, matrix=True)]
+        chosen += [settings.format_of(parameter, matrix=False) for parameter in (matrix, bias)]
+        assert chosen == formats
+        assert settings.format_of(last_row, matrix=False) == settings.format_of(bias, matrix=False)
 
 
 def test_parameters_in_float64_travel_at_full_width_by_default():
     optimizer = CurvaDion([nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))])
     settings = ProcessGroupSync().settings_for(optimizer)
-    assert settings.wire_format == settings.vector_format == "float32"
+    assert settings.wire_format == settings.embedding_format == settings.bias_format == "float32"

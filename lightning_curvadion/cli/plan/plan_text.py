@@ -59,7 +59,8 @@ def _heading(setup: RunSetup, network: Network) -> list[str]:
     return [
         f"{type(setup.model).__name__} on {network.replicas} replicas, each on a link of {speed} with {latency} latency"
         f" ({setup.backend})",
-        f"consensus {settings.consensus}, wire format {settings.wire_format} ({settings.vector_format} for vectors),"
+        f"consensus {settings.consensus}, wire format {settings.wire_format} ({settings.embedding_format} for vectors,"
+        f" {settings.bias_format} for those of one dimension),"
         f" momentum {settings.momentum}, trigger {type(trigger).__name__}({arguments})",
         *setup.notes,
     ]
