@@ -39,8 +39,9 @@ if __name__ == "__main__":
 
 from examples.benchmarks import compare_plan  # noqa: E402
 from examples.benchmarks.compare_plan import RATES, USUAL  # noqa: E402
+from examples.benchmarks.compare_plots import plots  # noqa: E402
 from examples.benchmarks.compare_replica import Run  # noqa: E402
-from examples.benchmarks.compare_report import plots, tables  # noqa: E402
+from examples.benchmarks.compare_report import tables  # noqa: E402
 from examples.benchmarks.corpora import CORPORA  # noqa: E402
 from examples.benchmarks.methods import DEFAULT  # noqa: E402
 from examples.benchmarks.netlab import Lab, LabError, interruptible, missing  # noqa: E402

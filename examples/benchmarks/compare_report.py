@@ -1,4 +1,4 @@
-"""Tables and plots of the comparison, from nothing but its CSV."""
+"""Tables of the comparison, from nothing but its CSV."""
 
 import itertools
 import statistics
@@ -314,33 +314,3 @@ def links_table(rows: list[Row]) -> None:
         with_link, without = pace(rows, DENSE, rate), pace([row for row in rows if row.run.stop], DENSE, "")
         if with_link and without:
             print(f"\n{DENSE} spends {100 * (1 - with_link / without):.0f} % of a step waiting for a link of {rate}.")
-
-
-def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
-    """Draw loss against bytes, and against seconds on the slowest link, of all methods."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read(results)
-    for name, label in (("bytes", "MB sent by a replica (kernel)"), ("seconds", f"seconds at {RATES[-1]}")):
-        figure, axes = pyplot.subplots(figsize=(9, 6))
-        for number, method in enumerate(METHODS):
-            mine = rows_at(rows, method=method, steps=steps)[:1]
-            speed = pace(rows, method, RATES[-1])
-            if not mine or (name == "seconds" and speed is None):
-                continue
-            curve = points(mine[0])
-            x = [sent / 1e6 if name == "bytes" else step / (speed or 1) for step, _, sent, _, _ in curve]
-            y = [loss for _, loss, _, _, _ in curve]
-            color, marker = f"C{number % 10}", "osD^vP"[number // 10 % 6]
-            if method in QUOTED:
-                axes.plot(x, y, color=color, linewidth=2.5 if method == DEFAULT else 1.2)
-            named = CHOICES.get(method, method).replace("ours: ", "CurvaDion, ")
-            axes.plot(x[-1:], y[-1:], marker=marker, linestyle="", color=color, label=named)
-        axes.set(xlabel=label, ylabel="validation loss, nats a byte", xscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=2)
-        figure.savefig(folder / f"loss_against_{name}.png", dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
