@@ -1,9 +1,12 @@
 """The sync hook: what the optimizer asks of the thing that communicates, such as ``ProcessGroupSync``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+
+# Called with an optimizer at each of its steps without a hook. Nothing here knows of other processes: sync/ does.
+watchers_without_hook: list[Callable[[Any], None]] = []
 
 
 class SyncHook(Protocol):

@@ -22,7 +22,13 @@ from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .load_notice import notify_of_loads
 from .parameter_payloads import ParameterPayloads
-from .replica_checks import describe_module, describe_optimizer, verify_same_across_replicas, verify_wire_formats
+from .replica_checks import (
+    describe_module,
+    describe_optimizer,
+    refuse_data_parallel,
+    verify_same_across_replicas,
+    verify_wire_formats,
+)
 from .settings import CHUNK, SyncSettings, resolve_settings
 from .sync_step import SyncStep
 from .untrained_tensors import UntrainedTensors
@@ -246,7 +252,11 @@ class ProcessGroupSync:
         They become their mean; integers become rank 0's. Only what differs between the replicas is sent. Sync steps in
         a wire format below 16 bits leave such parameters to the consensus outside of steps. Call it on every rank,
         after the hooks are attached; it sets parameters outside and buffers to rank 0's values.
+
+        Raises:
+            ValueError: The module is or holds a ``DistributedDataParallel``, or differs between replicas.
         """
+        refuse_data_parallel(module)
         self._untrained.include(module)
         # Before the broadcast: a rank with nothing to send would not join the ranks that have something.
         verify_same_across_replicas(self._collectives, describe_module(module), next(module.parameters()).device)
