@@ -8,9 +8,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 from .optim.curvadion import CurvaDion
 from .optim.split_parameters import split_parameters
 from .optim.sync_hook import watchers_without_hook
-from .optim.triggers import CommunicationBudget, DriftThreshold, EveryNSteps, IntegratedRMMC, RMMCThreshold
+from .optim.triggers import CommunicationBudget, DriftThreshold, EveryNSteps, IntegratedRMMC, RMMCThreshold, Trigger
 from .sync.lone_replicas import warn_if_apart
 from .sync.process_group_sync import ProcessGroupSync
+from .sync.quantization import register_wire_format
+from .sync.wire_format import WireFormat
 from .trainer.monitor import CommunicationMonitor
 from .trainer.strategy import CurvaDionStrategy
 
@@ -27,5 +29,8 @@ __all__ = [
     "IntegratedRMMC",
     "ProcessGroupSync",
     "RMMCThreshold",
+    "Trigger",
+    "WireFormat",
+    "register_wire_format",
     "split_parameters",
 ]

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from ..sync.errors import explain_failure
 from ..sync.process_group_sync import ProcessGroupSync
-from ..sync.quantization import WireFormat
+from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .checkpoint_io import AtomicCheckpointIO
 from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
@@ -90,12 +90,12 @@ class CurvaDionStrategy(DDPStrategy):
     def __init__(
         self,
         consensus: Consensus = "average",
-        wire_format: WireFormat | None = None,
-        vector_format: WireFormat | None = None,
+        wire_format: WireFormatName | str | None = None,
+        vector_format: WireFormatName | str | None = None,
         momentum: Momentum | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
-        factor_format: WireFormat | None = None,
+        factor_format: WireFormatName | str | None = None,
         sync_rank_fraction: float | None = None,
         residual_dtype: ResidualDtype = "float32",
         spread: int = 1,

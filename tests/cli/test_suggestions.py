@@ -64,7 +64,7 @@ def error_of(capsys, *words):
         (["--optimizer=CurvaDion", "--optimizer.lr=fast"], "Expected a <class 'float'>. Got value: fast"),
         (
             ["--trainer.strategy=CurvaDionStrategy", "--trainer.strategy.wire_format=int3"],
-            "Literal['float32', 'bfloat16'",
+            "wire_format must be one of 'float32', 'bfloat16', 'int8', 'int4', 'int2', 'sign', not 'int3'",
         ),
     ],
 )
