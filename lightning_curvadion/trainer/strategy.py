@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
 
-from ..sync.errors import explain_failure
+from ..sync.errors import ReplicaLostError, explain_failure
+from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
@@ -223,6 +224,7 @@ class CurvaDionStrategy(DDPStrategy):
         # By now Lightning has registered its own signal handlers.
         assert self._stop_requests is not None
         self._stop_requests.install()
+        withdraw_report()
         self._training = True
 
     @override
@@ -244,6 +246,8 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._training = False
+        if not isinstance(exception, ReplicaLostError):
+            report_failure(exception)
 
     @override
     def teardown(self) -> None:
