@@ -44,6 +44,8 @@ class CurvaDionStrategy(DDPStrategy):
     replicas reach consensus whatever the triggers say, so that what is validated, saved and returned is one model.
 
     Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
+    They are known once ``lightning_curvadion`` is imported, as it is where ``configure_optimizers`` returns its
+    optimizer. Lightning looks a name up before it loads any entry point, so installing could not make it known.
 
     Args:
         consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next ten.
