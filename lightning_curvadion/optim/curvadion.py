@@ -199,7 +199,7 @@ class CurvaDion(StackedOptimizer):
         if self._hook is not None:
             raise ValueError("a sync hook is registered already; an optimizer has one, made for one process group")
         self.init_state()
-        hook.attach(self)
+        hook._attach(self)
         self._hook = hook
         self.replicas_share_state()
 
@@ -269,7 +269,7 @@ class CurvaDion(StackedOptimizer):
             with record_function("curvadion::rmmc"):
                 signal = self._signal = self._meter.measure(self, stacks, rank=hook.rank if hook is not None else 0)
             with record_function("curvadion::agreement"):
-                rmmc, code, drift = hook.agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
+                rmmc, code, drift = hook._agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
             if code >= 1:
                 raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
             for stack, norm in zip(stacks, signal.norms, strict=True):

@@ -143,9 +143,9 @@ class ProcessGroupSync:
 
     def _configure(self, settings: SyncSettings) -> None:
         self.settings = settings
-        self.momentum = settings.momentum
-        self.sync_rank_fraction = settings.sync_rank_fraction
-        self.averages_vector_gradients = settings.consensus == "none"
+        self._momentum = settings.momentum
+        self._sync_rank_fraction = settings.sync_rank_fraction
+        self._averages_vector_gradients = settings.consensus == "none"
         self._parameters = ParameterPayloads(settings)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
         self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
@@ -196,7 +196,7 @@ class ProcessGroupSync:
 
     # -- attaching --------------------------------------------------------------------------------------------------
 
-    def attach(self, optimizer: CurvaDion) -> None:
+    def _attach(self, optimizer: CurvaDion) -> None:
         """Verify that all replicas train the same model with the same settings, then broadcast rank 0's values.
 
         Called by :meth:`CurvaDion.register_sync_hook <lightning_curvadion.CurvaDion.register_sync_hook>`.
@@ -288,7 +288,7 @@ class ProcessGroupSync:
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 
-    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+    def _agree(self, signal: Tensor) -> tuple[float, float, float]:
         """The element-wise maximum of ``signal`` over the replicas, and of their drift: all that a local step sends.
 
         Where a replica's parameters were set to something else, all settle theirs before the step.
@@ -318,11 +318,11 @@ class ProcessGroupSync:
             drift = self._displacement_meters[optimizer].measure(parameters)
             return drift * optimizer.trigger.drift_factor(float(optimizer.param_groups[0]["lr"]))
 
-    def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step."""
         return self._sync_step.mean_left(optimizer, factors, whole)
 
-    def mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The second mean of a sync step, parameters and buffers included."""
         means = self._sync_step.mean_right(optimizer, factors, whole)
         if self.settings.consensus == "average" and self.settings.spread == 1:

@@ -72,7 +72,7 @@ class SyncStep:
         self._displacement_P: list[Tensor] = []
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-        """The first mean; see :meth:`SyncHook.mean_left <lightning_curvadion.optim.sync_hook.SyncHook.mean_left>`."""
+        """The first mean; see ``SyncHook._mean_left``."""
         payloads = [self._factor("left factors of the momentum", factor) for factor in factors]
         sketches = []
         if self._settings.consensus == "factors":
