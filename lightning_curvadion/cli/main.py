@@ -7,12 +7,13 @@ import sys
 from argparse import _SubParsersAction
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerCallable
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
@@ -65,7 +66,6 @@ class CurvaDionCLI(LightningCLI):
 
     def __init__(self, model_class: Any = None, datamodule_class: Any = None, **options: Any) -> None:
         settings = {
-            "parser_class": SuggestingParser,
             "parser_kwargs": {
                 "default_env": True,
                 "description": __doc__,
@@ -76,6 +76,15 @@ class CurvaDionCLI(LightningCLI):
             **options,
         }
         super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **settings)
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # As Lightning's own. Its argument parser_class is younger than the oldest version that we support.
+        parser = SuggestingParser(**{"dump_header": [f"lightning.pytorch=={version('lightning')}"], **kwargs})
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
+        )
+        return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

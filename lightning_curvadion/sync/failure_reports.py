@@ -39,8 +39,9 @@ def report_failure(exception: BaseException | None = None) -> None:
         exception: Why; ``None`` if because of another rank.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        text = "" if exception is None else f"{type(exception).__name__}: {exception}".partition("\n")[0][:300]
-        _in_time(lambda: _store().set(_KEY.format(rank=dist.get_rank()), text))
+        text = "" if exception is None else f"{type(exception).__name__}: {exception}"
+        line = text.partition("\n")[0].strip(": ")[:300]
+        _in_time(lambda: _store().set(_KEY.format(rank=dist.get_rank()), line))
 
 
 def withdraw_report() -> None:

@@ -49,9 +49,10 @@ class ProcessGroupSync:
         wire_format: Format of the parameters on the wire. ``"float32"`` sends them. ``"bfloat16"``, ``"int8"``,
             ``"int4"``, ``"int2"`` and ``"sign"`` (16, 8.1, 4.3, 2.3 and 1.1 bits a number) send their quantized
             displacement since the last consensus. The quantization error is stored in ``state[p]["residual"]`` and
-            sent later (error feedback). ``None`` is ``"sign"`` with the consensus ``"average"``, the fewest bytes for
-            the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with the others and for parameters in
-            float64.
+            sent later (error feedback). So is that of a format of your own, by the name that
+            :func:`~lightning_curvadion.register_wire_format` gave it. ``None`` is ``"sign"`` with the consensus
+            ``"average"``, the fewest bytes for the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with
+            the others and for parameters in float64.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings. ``None`` is
             ``wire_format``. Quantized, only those rows of a matrix of 1024 rows or more travel that have moved
             (``sync/sparse_rows.py``).

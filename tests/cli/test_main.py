@@ -188,8 +188,8 @@ def test_the_installed_program_trains_two_ranks_with_a_module_of_the_working_fol
     assert "max_steps=2` reached" in launching.outputs(process)[0]
 
 
-def test_what_stops_two_ranks_before_training_is_one_line():
-    words = ["--trainer.max_steps=1", "--trainer.logger=false", "--model.optimizer.mu=3"]
+def test_what_stops_two_ranks_before_training_is_one_line(tmp_path):
+    words = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--model.optimizer.mu=3"]
     command = [sys.executable, "-m", "lightning_curvadion", "fit", "--config=configs/byte_gpt.yaml", *words]
     process = launching.start(*command)
     printed, _ = process.communicate(timeout=120)
