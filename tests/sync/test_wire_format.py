@@ -63,7 +63,7 @@ def test_a_format_of_ones_own_restores_what_it_can_say():
     restored = quantization.dequantize(quantization.quantize(said, "ternary"), "ternary", said.numel())
     torch.testing.assert_close(restored, 0.75 * said, rtol=2**-7, atol=0)
     assert quantization.quantized_bytes(1920, "ternary") == 6 * 66
-    assert CurvaDionStrategy(wire_format="ternary").sync.settings.vector_format == "ternary"
+    assert CurvaDionStrategy(wire_format="ternary").sync.settings.wire_format == "ternary"
 
 
 class Broken(WireFormat):
