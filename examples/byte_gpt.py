@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -143,7 +143,7 @@ class ByteGPT(pl.LightningModule):
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self.log("val_bits_per_byte", loss / math.log(2), sync_dist=True)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with linear warm-up and linear cooldown to zero."""
         optimizer = self.optimizer(split_parameters(self, options={"adamw": {"lr": self.vector_lr}}))
         total = self.trainer.estimated_stepping_batches

@@ -41,8 +41,8 @@ def main() -> None:
     curvadion = CurvaDion(split_parameters(net), lr=0.01)
     model, optimizer = fabric.setup(net, curvadion)
     loader = fabric.setup_dataloaders(DataLoader(data, batch_size=32, shuffle=True))
-    # After fabric.setup, which moves the parameters to their device. These are the Lightning strategy's defaults.
-    sync = ProcessGroupSync(wire_format="sign", momentum="local")
+    # After fabric.setup, which moves the parameters to their device.
+    sync = ProcessGroupSync()
     curvadion.register_sync_hook(sync)  # on the optimizer itself, not on Fabric's wrapper of it
     sync.include_module(net)
 

@@ -9,6 +9,7 @@
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -164,6 +165,11 @@ def kill_once(folder: Path, world: int, victim: int, step: int, where: str) -> f
         assert end.status > 0, (rank, end)
         lost = f"lost the connection to another rank during {COLLECTIVES[where]}"
         assert lost in end.output, end.output[-3000:]
+        assert "GLHF" not in end.output and ".cc:" not in end.output, end.output[-3000:]
+        # The store goes with rank 0, be it the victim or a survivor that has ended.
+        silent = re.findall(r"No report came from (.*), as where", end.output)
+        named = [str(victim) in re.findall(r"\d+", ranks) for ranks in silent]
+        assert named == [True] or (rank != 0 and "store does not answer either" in end.output), end.output[-3000:]
         assert end.report["how"] == "ReplicaLostError", end.report
     assert not processes_in(folder)
     return max(end.seconds for end in result)
@@ -281,7 +287,8 @@ def stall(folder: Path, timeout: float = 5.0) -> float:
     job = Job(str(folder), steps=10**6, timeout=timeout, victim=1, step=7, what="stop", where="agreement")
     result = ends(job, start(job), within=timeout + 25, stopped=True)
     assert result[0].status > 0
-    assert "On rank 0 the RMMC all-reduce timed out" in result[0].output, result[0].output[-3000:]
+    late = "On rank 0 the RMMC all-reduce timed out: rank 1 did not arrive."
+    assert late in result[0].output, result[0].output[-3000:]
     assert result[0].seconds >= timeout - 0.5
     print(f"SIGSTOP with a timeout of {timeout:.0f} s: the other rank ended after {result[0].seconds:.1f} s")
     return result[0].seconds
@@ -326,7 +333,7 @@ def exception(folder: Path) -> float:
     assert all(end.status == 1 for end in result)
     assert "ArithmeticError: the batch is broken" in result[1].output
     assert "lost the connection to another rank during the RMMC all-reduce" in result[0].output
-    assert "ArithmeticError" not in result[0].output
+    assert "Mend what ended rank 1: ArithmeticError: the batch is broken." in result[0].output
     assert [end.report["how"] for end in result] == ["ReplicaLostError", "ArithmeticError"]
     # Rank 0 alone writes, what it has.
     assert torch.load(folder / "on_exception.ckpt", weights_only=True)["global_step"] == 7

@@ -1,29 +1,43 @@
-"""The command line: ``python -m lightning_curvadion {fit,validate,test,predict} --config FILE``.
+"""The command line: ``curvadion {fit,validate,test,predict} --config FILE``, or ``python -m lightning_curvadion``.
 
 Two more commands: ``report`` plots what a run has logged, ``plan`` predicts what a run would cost.
 """
 
 import sys
+from argparse import _SubParsersAction
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerCallable
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..optim.curvadion import CurvaDion
 from ..optim.split_parameters import split_parameters
-from .suggestions import SuggestingParser, did_you_mean
+from .errors import is_same_on_all_ranks, says_what_to_do
+from .suggestions import SuggestingParser, did_you_mean, one_line, subclasses
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 # Strategy names of the Trainer that its registry does not list.
 _UNREGISTERED_STRATEGIES = ("auto", "hpu_parallel", "hpu_single")
 # Imported when called: they import this module, and need libraries that training does not.
-_EXTRA_COMMANDS = {"report": ".report.command", "plan": ".plan.command"}
+_EXTRA_COMMANDS = {
+    "plan": (".plan.command", "Predict what a run would send and cost."),
+    "report": (".report.command", "Plot what runs have logged."),
+}
+_OPTIONS_HINT = (
+    "The options of a class: --optimizer.help=CurvaDion, --trainer.strategy.help=CurvaDionStrategy; of a trigger:"
+    " --optimizer=CurvaDion --optimizer.trigger.help=IntegratedRMMC."
+)
 
 
 class CurvaDionCLI(LightningCLI):
@@ -52,13 +66,25 @@ class CurvaDionCLI(LightningCLI):
 
     def __init__(self, model_class: Any = None, datamodule_class: Any = None, **options: Any) -> None:
         settings = {
-            "parser_class": SuggestingParser,
-            "parser_kwargs": {"default_env": True, "description": __doc__},
+            "parser_kwargs": {
+                "default_env": True,
+                "description": __doc__,
+                **{command: {"epilog": _OPTIONS_HINT} for command in self.subcommands()},
+            },
             "seed_everything_default": 0,
             "save_config_kwargs": {"overwrite": True},
             **options,
         }
         super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **settings)
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # As Lightning's own. Its argument parser_class is younger than the oldest version that we support.
+        parser = SuggestingParser(**{"dump_header": [f"lightning.pytorch=={version('lightning')}"], **kwargs})
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
+        )
+        return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -95,13 +121,27 @@ class CurvaDionCLI(LightningCLI):
                 suggestion = did_you_mean(error.args[0], _argument_names(config))
                 parser.error(f"links: there is no argument {error.args[0]}{suggestion}")
         strategy = config.trainer.get("strategy")
-        known = [*StrategyRegistry.available_strategies(), *_UNREGISTERED_STRATEGIES]
-        if isinstance(strategy, str) and strategy not in known:
-            parser.error(f"trainer.strategy: there is no strategy {strategy!r}{did_you_mean(strategy, known)}")
+        names = [*StrategyRegistry.available_strategies(), *_UNREGISTERED_STRATEGIES]
+        if not isinstance(strategy, str) or strategy in names:
+            return
+        classes = [part.__name__ for part in subclasses(Strategy)]
+        if "." not in strategy and strategy not in classes:
+            suggestion = did_you_mean(strategy, [*names, *classes])
+            parser.error(f"trainer.strategy: there is no strategy {strategy!r}{suggestion}")
+        # The Trainer takes a name or an object, so that the parser takes any word for a name.
+        settings: dict[str, Any] = {"trainer": {"strategy": {"class_path": strategy}}}
+        self.config = self.parser.parse_object(
+            {self.subcommand: settings} if self.subcommand else settings, self.config
+        )
 
     @override
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            if not says_what_to_do(error):
+                raise
+            self._parser(self.subcommand).error(one_line(str(error)))
         build_optimizer = self._get(self.config_init, "optimizer")
         if build_optimizer is None:
             return
@@ -141,6 +181,21 @@ def _argument_names(config: Any) -> list[str]:
     return [key.replace(".init_args", "") for key in config.keys()]  # noqa: SIM118, a Namespace is no dict
 
 
+class _Program(CurvaDionCLI):
+    """The command line of this package, whose usage names all commands."""
+
+    @override
+    def setup_parser(self, add_subcommands: bool, main_kwargs: Any, subparser_kwargs: Any) -> None:
+        module = Path(sys.argv[0]).name == "__main__.py"
+        main_kwargs = {**main_kwargs, "prog": "python -m lightning_curvadion" if module else "curvadion"}
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        commands: Any
+        (commands,) = (action for action in self.parser._actions if isinstance(action, _SubParsersAction))
+        for name, (_, summary) in _EXTRA_COMMANDS.items():
+            # main() runs them; here they are named.
+            commands.add_subcommand(name, ArgumentParser(), help=summary)
+
+
 def main(args: ArgsType = None) -> int:
     """Run a command.
 
@@ -152,6 +207,20 @@ def main(args: ArgsType = None) -> int:
     """
     words: Sequence[str] = sys.argv[1:] if args is None else list(args)
     if words and words[0] in _EXTRA_COMMANDS:
-        return import_module(_EXTRA_COMMANDS[words[0]], __package__).main(list(words[1:]))
-    CurvaDionCLI(args=args)
+        return import_module(_EXTRA_COMMANDS[words[0]][0], __package__).main(list(words[1:]))
+    try:
+        _Program(args=args)
+    except (ValueError, MisconfigurationException) as error:
+        if not says_what_to_do(error):
+            raise
+        # Once, not once a rank.
+        if getattr(rank_zero_only, "rank", 0) == 0 or not is_same_on_all_ranks(error):
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def program() -> int:
+    """The console script ``curvadion``: as ``python -m lightning_curvadion``, with modules of the working folder."""
+    sys.path.insert(0, "")
+    return main()

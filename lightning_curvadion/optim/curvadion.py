@@ -31,7 +31,7 @@ from .local_step import local_step
 from .optimizer_state import StackedOptimizer
 from .parameter_groups import OPTIONS_SINCE_0_1_0
 from .step_signal import FIRST_MOMENTS, SignalMeter, StepSignal
-from .sync_hook import SyncHook
+from .sync_hook import SyncHook, watchers_without_hook
 from .sync_step import sync_step
 from .triggers import IntegratedRMMC, LocalStepCap, RMMCThreshold, Trigger
 
@@ -48,7 +48,8 @@ class StepReport:
 
     Attributes:
         rmmc: The largest RMMC of any momentum on any replica; infinite at the first step.
-        synced: Whether the trigger fired; with a hook, whether the replicas synchronised.
+        synced: Whether the replicas synchronised. Without a hook, and for a single replica, nobody is there to
+            synchronise with: whether the trigger fired.
         bytes_sent: Payload of this replica's collectives in bytes; an all-reduce of n bytes counts n.
     """
 
@@ -198,7 +199,7 @@ class CurvaDion(StackedOptimizer):
         if self._hook is not None:
             raise ValueError("a sync hook is registered already; an optimizer has one, made for one process group")
         self.init_state()
-        hook.attach(self)
+        hook._attach(self)
         self._hook = hook
         self.replicas_share_state()
 
@@ -268,7 +269,7 @@ class CurvaDion(StackedOptimizer):
             with record_function("curvadion::rmmc"):
                 signal = self._signal = self._meter.measure(self, stacks, rank=hook.rank if hook is not None else 0)
             with record_function("curvadion::agreement"):
-                rmmc, code, drift = hook.agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
+                rmmc, code, drift = hook._agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
             if code >= 1:
                 raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
             for stack, norm in zip(stacks, signal.norms, strict=True):
@@ -282,6 +283,9 @@ class CurvaDion(StackedOptimizer):
                 with record_function("curvadion::local_step"):
                     changed_Q = local_step(self, stacks, at_sync=synced)
                     self._replicas_share_Q = self._replicas_share_Q and not changed_Q
+            if hook is None:
+                for watcher in watchers_without_hook:
+                    watcher(self)
             sent = hook.bytes_sent - sent_before if hook is not None else 0
             self.last_step = StepReport(rmmc=rmmc, synced=synced, bytes_sent=sent)
         return loss

@@ -1,26 +1,31 @@
 """The sync hook: what the optimizer asks of the thing that communicates, such as ``ProcessGroupSync``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+
+# Called with an optimizer at each of its steps without a hook. Nothing here knows of other processes: sync/ does.
+watchers_without_hook: list[Callable[[Any], None]] = []
 
 
 class SyncHook(Protocol):
     """What communicates for the optimizer. Every method is a collective: all replicas call it.
 
+    The optimizer alone calls what begins with an underscore; a user of the hook needs none of it.
+
     Attributes:
         rank: This replica.
         world_size: Number of replicas. A single one takes local steps only.
-        momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what a sync step does to the momentum.
-        sync_rank_fraction: Rank of the momentum's factors on the wire; ``None`` for the rank of the local step.
-        averages_vector_gradients: Whether AdamW and Lion groups step with the mean gradient at a sync step.
+        _momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what a sync step does to the momentum.
+        _sync_rank_fraction: Rank of the momentum's factors on the wire; ``None`` for the rank of the local step.
+        _averages_vector_gradients: Whether AdamW and Lion groups step with the mean gradient at a sync step.
         bytes_sent: Payload of this replica so far, in bytes.
     """
 
-    momentum: str
-    sync_rank_fraction: float | None
-    averages_vector_gradients: bool
+    _momentum: str
+    _sync_rank_fraction: float | None
+    _averages_vector_gradients: bool
 
     @property
     def rank(self) -> int: ...  # noqa: D102
@@ -31,17 +36,17 @@ class SyncHook(Protocol):
     @property
     def bytes_sent(self) -> int: ...  # noqa: D102
 
-    def attach(self, optimizer: Any) -> None:
+    def _attach(self, optimizer: Any) -> None:
         """Verify that all replicas hold the same parameters, and start them from the same values."""
 
-    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+    def _agree(self, signal: Tensor) -> tuple[float, float, float]:
         """The element-wise maximum over the replicas of a float64 tensor of two elements.
 
         Third comes the largest drift of any replica, times what the trigger's ``drift_factor`` says; 0 where the
         trigger watches none.
         """
 
-    def mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step.
 
         Args:
@@ -53,5 +58,5 @@ class SyncHook(Protocol):
             The means of the factors over the replicas.
         """
 
-    def mean_right(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_right(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The second mean of a sync step, the same for right factors. It also synchronises the parameters."""

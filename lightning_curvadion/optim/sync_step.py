@@ -42,17 +42,17 @@ def sync_step(
     Returns:
         Whether they do afterwards.
     """
-    if hook.momentum in ("displacement", "local"):
+    if hook._momentum in ("displacement", "local"):
         local_step(optimizer, stacks, at_sync=True)
-        hook.mean_left(optimizer, [], [])
-        hook.mean_right(optimizer, [], [])
+        hook._mean_left(optimizer, [], [])
+        hook._mean_right(optimizer, [], [])
         return False
-    if hook.momentum == "average":
+    if hook._momentum == "average":
         _average_momenta(optimizer, stacks, hook)
         return True
-    if hook.sync_rank_fraction is not None:
+    if hook._sync_rank_fraction is not None:
         local_step(optimizer, stacks, at_sync=True)
-        _share_leading_columns(optimizer, stacks, hook, hook.sync_rank_fraction)
+        _share_leading_columns(optimizer, stacks, hook, hook._sync_rank_fraction)
         return False
     _step_along_mean_factors(optimizer, stacks, hook, replicas_share_Q)
     return True
@@ -62,12 +62,12 @@ def _average_momenta(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack],
     """The momenta become their mean, and every replica computes the same factors from it."""
     for stack in stacks:
         stack.accumulate()
-    hook.mean_left(optimizer, [], [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)])
+    hook._mean_left(optimizer, [], [tensor for stack in stacks for tensor in (stack.momentum, stack.Q)])
     for stack in stacks:
         stack.norm.copy_(tensor_norms(stack.momenta))
         full_step(stack)
     step_vector_groups(optimizer)
-    hook.mean_right(optimizer, [], [])
+    hook._mean_right(optimizer, [], [])
 
 
 def _share_leading_columns(
@@ -79,9 +79,9 @@ def _share_leading_columns(
     """
     leading = [stack.Q[..., : dion.rank_of(stack.shape, rank_fraction)] for stack in stacks]
     left = [dion.left_factor(stack.B, Q) for stack, Q in zip(stacks, leading, strict=True)]
-    shared_P = [dion.orthonormalize(mean) for mean in hook.mean_left(optimizer, left, [])]
+    shared_P = [dion.orthonormalize(mean) for mean in hook._mean_left(optimizer, left, [])]
     own_R = [dion.right_factor(stack.B, P) for stack, P in zip(stacks, shared_P, strict=True)]
-    for stack, P, sent, R in zip(stacks, shared_P, own_R, hook.mean_right(optimizer, own_R, []), strict=True):
+    for stack, P, sent, R in zip(stacks, shared_P, own_R, hook._mean_right(optimizer, own_R, []), strict=True):
         own_norms = tensor_norms(stack.momenta)
         dion.feed_back_error_(stack.B, P, sent - R, share=1.0)
         if stack.steps_whole:
@@ -98,13 +98,13 @@ def _step_along_mean_factors(
     """The Dion factor collectives: P and R are means over the replicas, one mean each for the whole model."""
     for stack in stacks:
         stack.accumulate()
-    shares_momentum = hook.momentum == "factors"
+    shares_momentum = hook._momentum == "factors"
     whole_B = _whole_momenta(stacks, shares_momentum)
     stacks = [stack for stack in stacks if not stack.steps_whole]
     dense_B = _dense_momenta(stacks, shares_momentum, replicas_share_Q)
     factored = [stack for stack in stacks if stack not in dense_B]
     left_factors = [*whole_B.values(), *(dion.left_factor(stack.B, stack.Q) for stack in factored)]
-    left = iter(hook.mean_left(optimizer, left_factors, list(dense_B.values())))
+    left = iter(hook._mean_left(optimizer, left_factors, list(dense_B.values())))
     # What is no step along common factors comes before the parameters are averaged, so that they end the step equal.
     for stack, sent in whole_B.items():
         _step_along_whole_momentum(stack, sent, next(left), shares_momentum)
@@ -115,11 +115,11 @@ def _step_along_mean_factors(
         own_R[stack] = dion.right_factor(B, P[stack])
 
     gradients: dict[Tensor, Tensor] = {}
-    if hook.averages_vector_gradients:
+    if hook._averages_vector_gradients:
         gradients = _vector_gradients(optimizer)
     else:
         step_vector_groups(optimizer)
-    right = iter(hook.mean_right(optimizer, [own_R[stack] for stack in factored], list(gradients.values())))
+    right = iter(hook._mean_right(optimizer, [own_R[stack] for stack in factored], list(gradients.values())))
     for stack in stacks:
         R = own_R[stack] if stack in dense_B else next(right)
         stack.descend(P[stack], R, own_R[stack] if shares_momentum and stack not in dense_B else None)

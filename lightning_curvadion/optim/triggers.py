@@ -17,11 +17,24 @@ State = dict[str, Any]
 
 class Trigger(ABC):
     """Base class. A subclass answers in :meth:`wants_sync` and may keep its state in the attributes named in
-    ``_state``.
+    ``_state``, plain numbers that a checkpoint then holds.
 
     Attributes:
         watches_drift: Whether the trigger needs the drift, which :meth:`observe` then receives. Measuring it is a pass
             over the parameters at every step, and the agreement of a step then has 24 bytes in place of 16.
+
+    Example:
+        >>> class Doubling(Trigger):
+        ...     '''Synchronise at the steps 1, 2, 4, 8 and so on.'''
+        ...     _state = ("steps",)
+        ...     def __init__(self):
+        ...         self.steps = 0
+        ...     def wants_sync(self, rmmc):
+        ...         self.steps += 1
+        ...         return self.steps & (self.steps - 1) == 0
+        >>> trigger = Doubling()
+        >>> [trigger.wants_sync(rmmc=0.1) for _ in range(5)], trigger.state_dict()
+        ([True, True, False, True, False], {'type': 'Doubling', 'steps': 5})
     """
 
     watches_drift: ClassVar[bool] = False

@@ -22,7 +22,13 @@ from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .load_notice import notify_of_loads
 from .parameter_payloads import ParameterPayloads
-from .replica_checks import describe_module, describe_optimizer, verify_same_across_replicas, verify_wire_formats
+from .replica_checks import (
+    describe_module,
+    describe_optimizer,
+    refuse_data_parallel,
+    verify_same_across_replicas,
+    verify_wire_formats,
+)
 from .settings import CHUNK, SyncSettings, resolve_settings
 from .sync_step import SyncStep
 from .untrained_tensors import UntrainedTensors
@@ -43,9 +49,10 @@ class ProcessGroupSync:
         wire_format: Format of the parameters on the wire. ``"float32"`` sends them. ``"bfloat16"``, ``"int8"``,
             ``"int4"``, ``"int2"`` and ``"sign"`` (16, 8.1, 4.3, 2.3 and 1.1 bits a number) send their quantized
             displacement since the last consensus. The quantization error is stored in ``state[p]["residual"]`` and
-            sent later (error feedback). ``None`` is ``"sign"`` with the consensus ``"average"``, the fewest bytes for
-            the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with the others and for parameters in
-            float64.
+            sent later (error feedback). So is that of a format of your own, by the name that
+            :func:`~lightning_curvadion.register_wire_format` gave it. ``None`` is ``"sign"`` with the consensus
+            ``"average"``, the fewest bytes for the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with
+            the others and for parameters in float64.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings. ``None`` is
             ``wire_format``, and ``"int8"`` for norms, biases and others of one dimension if ``wire_format`` has fewer
             bits. Quantized, only those rows of a matrix of 1024 rows or more travel that have moved
@@ -138,9 +145,9 @@ class ProcessGroupSync:
 
     def _configure(self, settings: SyncSettings) -> None:
         self.settings = settings
-        self.momentum = settings.momentum
-        self.sync_rank_fraction = settings.sync_rank_fraction
-        self.averages_vector_gradients = settings.consensus == "none"
+        self._momentum = settings.momentum
+        self._sync_rank_fraction = settings.sync_rank_fraction
+        self._averages_vector_gradients = settings.consensus == "none"
         self._parameters = ParameterPayloads(settings)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
         self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
@@ -191,7 +198,7 @@ class ProcessGroupSync:
 
     # -- attaching --------------------------------------------------------------------------------------------------
 
-    def attach(self, optimizer: CurvaDion) -> None:
+    def _attach(self, optimizer: CurvaDion) -> None:
         """Verify that all replicas train the same model with the same settings, then broadcast rank 0's values.
 
         Called by :meth:`CurvaDion.register_sync_hook <lightning_curvadion.CurvaDion.register_sync_hook>`.
@@ -251,7 +258,11 @@ class ProcessGroupSync:
         They become their mean; integers become rank 0's. Only what differs between the replicas is sent. Sync steps in
         a wire format below 16 bits leave such parameters to the consensus outside of steps. Call it on every rank,
         after the hooks are attached; it sets parameters outside and buffers to rank 0's values.
+
+        Raises:
+            ValueError: The module is or holds a ``DistributedDataParallel``, or differs between replicas.
         """
+        refuse_data_parallel(module)
         self._untrained.include(module)
         # Before the broadcast: a rank with nothing to send would not join the ranks that have something.
         verify_same_across_replicas(self._collectives, describe_module(module), next(module.parameters()).device)
@@ -283,7 +294,7 @@ class ProcessGroupSync:
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 
-    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+    def _agree(self, signal: Tensor) -> tuple[float, float, float]:
         """The element-wise maximum of ``signal`` over the replicas, and of their drift: all that a local step sends.
 
         Where a replica's parameters were set to something else, all settle theirs before the step.
@@ -313,11 +324,11 @@ class ProcessGroupSync:
             drift = self._displacement_meters[optimizer].measure(parameters)
             return drift * optimizer.trigger.drift_factor(float(optimizer.param_groups[0]["lr"]))
 
-    def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step."""
         return self._sync_step.mean_left(optimizer, factors, whole)
 
-    def mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
+    def _mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The second mean of a sync step, parameters and buffers included."""
         means = self._sync_step.mean_right(optimizer, factors, whole)
         if self.settings.consensus == "average" and self.settings.spread == 1:

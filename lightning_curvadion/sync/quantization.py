@@ -1,6 +1,7 @@
-r"""Wire formats: block-wise quantization of tensors, as pure functions.
+r"""Wire formats: block-wise quantization of tensors.
 
-A quantized tensor is one flat tensor of bytes. The integer formats cut the numbers into blocks of consecutive elements,
+A format is one :class:`~lightning_curvadion.WireFormat` with a name; :func:`register_wire_format` adds a user's own. A
+quantized tensor is one flat tensor of bytes. The integer formats cut the numbers into blocks of consecutive elements,
 the last of them filled up with zeros. Each block has a step s, one bfloat16. A number x becomes the level
 
 .. math:: u = \mathrm{trunc}(x / s + c + 1/2), \qquad \hat x = s\,(u - c),
@@ -33,22 +34,23 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-WireFormat = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
-WIRE_FORMATS = get_args(WireFormat)
+from .wire_format import PlainFormat, WireFormat
 
-# Formats that store numbers as they are. float64 is for tensors that must not be rounded; it is no user's choice.
-_PLAIN = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# A Literal, so that a command line lists the choices.
+WireFormatName = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign"]
+WIRE_FORMATS = get_args(WireFormatName)
+
 _STEP_BYTES = torch.bfloat16.itemsize
 # On a CPU so many numbers at a time: the temporaries then stay in its cache.
 _CPU_BATCH = 2**17
 
 
 @dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(WireFormat):
     """An integer format.
 
     Attributes:
-        bits: Bits a number.
+        bits: Bits a number, without the steps.
         block: Elements that share a step.
         centre: Level of the number zero.
         step: The steps of blocks, which are the last dimension of a tensor.
@@ -62,14 +64,96 @@ class BlockFormat:
     mean_format: str | None = None
 
     @property
-    def block_bytes(self) -> int:
+    def level_bytes(self) -> int:
         """Bytes of the levels of a block."""
         return self.block * self.bits // 8
+
+    @property
+    def block_bytes(self) -> int:  # type: ignore[override]
+        """Bytes of a block: its levels and its step."""
+        return self.level_bytes + _STEP_BYTES
 
     @property
     def clips(self) -> bool:
         """Whether numbers can lie beyond the outermost level."""
         return self.bits < 4
+
+    def quantize_rows(self, numbers: Tensor, numel: int) -> Tensor:
+        """The levels of a row, then its steps; all rows at once."""
+        shape = (numbers.shape[1] // self.block, self.block)
+        blocks = numbers.to(torch.float32).unflatten(1, shape)
+        packed = torch.empty(len(numbers), shape[0] * self.block_bytes, dtype=torch.uint8, device=numbers.device)
+        levels = self._levels_of(packed)
+        steps = torch.empty(blocks.shape[:2], dtype=torch.bfloat16, device=numbers.device)
+        for batch in _batches(blocks):
+            self._quantize_blocks(blocks[batch], levels[batch], steps[batch])
+        last, rest = divmod(numel, self.block)
+        if rest:
+            # Zeros that are no numbers must not make the step of their block smaller.
+            row, column = divmod(last, blocks.shape[1])
+            batch = (slice(row, row + 1), slice(column, column + 1))
+            self._quantize_blocks(blocks[batch], levels[batch], steps[batch], numel=rest)
+        packed[:, packed.shape[1] - _STEP_BYTES * blocks.shape[1] :] = steps.view(torch.uint8)
+        return packed
+
+    def dequantize_rows(self, packed: Tensor, out: Tensor) -> Tensor:  # noqa: D102
+        levels = self._levels_of(packed)
+        blocks = out.unflatten(1, (levels.shape[1], self.block))
+        step_bytes = packed[:, packed.shape[1] - _STEP_BYTES * levels.shape[1] :]
+        steps = torch.empty(levels.shape[:2], dtype=torch.bfloat16, device=packed.device)
+        steps.view(torch.uint8).copy_(step_bytes)
+        steps = steps.float()
+        for batch in _batches(blocks):
+            self._dequantize_blocks(levels[batch], steps[batch], blocks[batch])
+        return out
+
+    def _levels_of(self, packed: Tensor) -> Tensor:
+        """The levels of quantized rows, shape (rows, blocks, bytes), as a view."""
+        count = packed.shape[1] // self.block_bytes
+        return packed[:, : count * self.level_bytes].unflatten(1, (count, self.level_bytes))
+
+    def _quantize_blocks(self, blocks: Tensor, levels: Tensor, steps: Tensor, numel: int | None = None) -> None:
+        """Write levels and steps. The steps follow from the first ``numel`` elements of each block."""
+        step = self.step(blocks[..., :numel]).to(torch.bfloat16)
+        # A step too small to be divided by means zero. NaN compares as false, and so stays.
+        step.masked_fill_(step < torch.finfo(torch.bfloat16).tiny, 0.0)
+        steps.copy_(step)
+        inverse = step.float().reciprocal_().masked_fill_(step == 0, 0.0)
+        scaled = torch.mul(blocks, inverse.unsqueeze(-1)).add_(self.centre + 0.5)
+        if self.clips:
+            scaled.clamp_(0, 2**self.bits - 0.5)
+        if self.bits == 8:
+            levels.copy_(scaled)
+            return
+        # The k-th share of a byte comes from the k-th part of the block: neighbours stay neighbours, which is fast, as
+        # is adding the shares as floating-point numbers, of which a byte is exactly one.
+        shares = 8 // self.bits
+        parts = scaled.floor_().unflatten(-1, (shares, -1))
+        byte = torch.add(parts[..., 0, :], parts[..., 1, :], alpha=2**self.bits)
+        for k in range(2, shares):
+            byte.add_(parts[..., k, :], alpha=2 ** (k * self.bits))
+        levels.copy_(byte)
+
+    def _dequantize_blocks(self, levels: Tensor, steps: Tensor, blocks: Tensor) -> None:
+        if self.bits == 8:
+            blocks.copy_(levels)
+        else:
+            mask, shares = 2**self.bits - 1, 8 // self.bits
+            parts = torch.empty(*levels.shape[:2], shares, levels.shape[2], dtype=torch.uint8, device=levels.device)
+            for k in range(shares):
+                torch.bitwise_and(levels >> (k * self.bits), mask, out=parts[..., k, :])
+            blocks.copy_(parts.view(blocks.shape))
+        blocks.sub_(self.centre).mul_(steps.unsqueeze(-1))
+
+
+def _batches(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Batches of blocks, shape (rows, blocks, elements): a part of one row, or several whole rows."""
+    rows, count, numel = blocks.shape
+    at_a_time = max(1, _CPU_BATCH // numel) if blocks.device.type == "cpu" else max(1, rows * count)
+    several = max(1, at_a_time // max(1, count))
+    for row in range(0, rows, several):
+        for start in range(0, count, at_a_time):
+            yield slice(row, row + several), slice(start, start + at_a_time)
 
 
 def _of_largest(levels: int) -> Callable[[Tensor], Tensor]:
@@ -78,6 +162,10 @@ def _of_largest(levels: int) -> Callable[[Tensor], Tensor]:
     return lambda blocks: blocks.abs().amax(dim=-1).div_(levels)
 
 
+# -- formats by name --------------------------------------------------------------------------------------------------
+
+# float64 is for tensors that must not be rounded; it is no user's choice.
+_PLAIN = {name: PlainFormat(getattr(torch, name)) for name in ("float64", "float32", "bfloat16")}
 BLOCK_FORMATS = {
     "int8": BlockFormat(8, 128, 128.0, _of_largest(127)),
     "int4": BlockFormat(4, 64, 8.0, _of_largest(7)),
@@ -87,6 +175,54 @@ BLOCK_FORMATS = {
     # A mean of signs is no sign: quantized to one bit again, it cost four replicas 0.03 of the loss.
     "sign": BlockFormat(1, 128, 0.5, lambda blocks: blocks.abs().mean(dim=-1).mul_(2.0), mean_format="int2"),
 }
+_REGISTERED: dict[str, WireFormat] = {}
+
+
+def register_wire_format(name: str, wire_format: WireFormat) -> None:
+    """Let ``wire_format=name`` mean a format of your own, in every process, before the hook or the strategy is built.
+
+    Raises:
+        ValueError: The name is taken, or the format does not return what :class:`WireFormat` says.
+
+    Example:
+        >>> register_wire_format("sign", BLOCK_FORMATS["int2"])
+        Traceback (most recent call last):
+        ValueError: the wire format 'sign' exists already; choose another name
+    """
+    if name in (*_PLAIN, *BLOCK_FORMATS):
+        raise ValueError(f"the wire format {name!r} exists already; choose another name")
+    numbers = torch.linspace(-1, 1, 4 * wire_format.block).view(2, -1)
+    packed = wire_format.quantize_rows(numbers, numbers.numel())
+    expected = (2, 2 * wire_format.block_bytes)
+    if packed.shape != expected or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"quantize_rows of the wire format {name!r} must return uint8 of shape (rows, bytes), here {expected}, not"
+            f" {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    if not torch.isfinite(wire_format.dequantize_rows(packed, torch.full_like(numbers, math.nan))).all():
+        raise ValueError(f"dequantize_rows of the wire format {name!r} must write all of out, with finite numbers")
+    _REGISTERED[name] = wire_format
+
+
+def wire_formats() -> tuple[str, ...]:
+    """Names of all formats that can be chosen."""
+    return (*WIRE_FORMATS, *_REGISTERED)
+
+
+def format_of(name: str) -> WireFormat:
+    """The format of a name."""
+    return BLOCK_FORMATS.get(name) or _PLAIN.get(name) or _REGISTERED[name]
+
+
+def bits_of(wire_format: str) -> float:
+    """Bits a number, steps included.
+
+    Example:
+        >>> bits_of("int4"), bits_of("bfloat16")
+        (4.25, 16.0)
+    """
+    form = format_of(wire_format)
+    return 8 * form.block_bytes / form.block
 
 
 def block_of(wire_format: str) -> int:
@@ -96,7 +232,7 @@ def block_of(wire_format: str) -> int:
         >>> block_of("int2"), block_of("bfloat16")
         (64, 1)
     """
-    return BLOCK_FORMATS[wire_format].block if wire_format in BLOCK_FORMATS else 1
+    return format_of(wire_format).block
 
 
 def mean_format_of(wire_format: str) -> str:
@@ -106,8 +242,7 @@ def mean_format_of(wire_format: str) -> str:
         >>> mean_format_of("int4"), mean_format_of("sign")
         ('int4', 'int2')
     """
-    block_format = BLOCK_FORMATS.get(wire_format)
-    return (block_format.mean_format if block_format is not None else None) or wire_format
+    return format_of(wire_format).mean_format or wire_format
 
 
 def quantized_bytes(numel: int, wire_format: str) -> int:
@@ -117,10 +252,8 @@ def quantized_bytes(numel: int, wire_format: str) -> int:
         >>> [quantized_bytes(1_000_000, wire_format) for wire_format in ("float32", "int8", "sign")]
         [4000000, 1015690, 140634]
     """
-    if wire_format in _PLAIN:
-        return numel * _PLAIN[wire_format].itemsize
-    block_format = BLOCK_FORMATS[wire_format]
-    return -(-numel // block_format.block) * (block_format.block_bytes + _STEP_BYTES)
+    form = format_of(wire_format)
+    return -(-numel // form.block) * form.block_bytes
 
 
 def quantize(tensor: Tensor, wire_format: str, name: str = "tensor") -> Tensor:
@@ -128,7 +261,7 @@ def quantize(tensor: Tensor, wire_format: str, name: str = "tensor") -> Tensor:
 
     Args:
         tensor: Floating-point, of any shape.
-        wire_format: One of ``WIRE_FORMATS``.
+        wire_format: The name of a format.
         name: What to call the tensor in an error.
 
     Returns:
@@ -177,32 +310,13 @@ def quantize_rows(numbers: Tensor, wire_format: str, numel: int) -> Tensor:
 
     Args:
         numbers: Shape (rows, elements), of whole blocks.
-        wire_format: One of ``WIRE_FORMATS``.
+        wire_format: The name of a format.
         numel: How many of all elements are numbers. The others are zeros at the end.
 
     Returns:
-        uint8, shape ``(rows, quantized_bytes(elements, wire_format))``. The levels of a row, then its steps.
+        uint8, shape ``(rows, quantized_bytes(elements, wire_format))``.
     """
-    if wire_format in _PLAIN:
-        return numbers.to(_PLAIN[wire_format]).view(torch.uint8)
-    block_format = BLOCK_FORMATS[wire_format]
-    shape = (numbers.shape[1] // block_format.block, block_format.block)
-    blocks = numbers.to(torch.float32).unflatten(1, shape)
-    packed = torch.empty(
-        len(numbers), quantized_bytes(numbers.shape[1], wire_format), dtype=torch.uint8, device=numbers.device
-    )
-    levels = _levels_of(packed, block_format)
-    steps = torch.empty(blocks.shape[:2], dtype=torch.bfloat16, device=numbers.device)
-    for batch in _batches(blocks):
-        _quantize_blocks(blocks[batch], block_format, levels[batch], steps[batch])
-    last, rest = divmod(numel, block_format.block)
-    if rest:
-        # Zeros that are no numbers must not make the step of their block smaller.
-        row, column = divmod(last, blocks.shape[1])
-        batch = (slice(row, row + 1), slice(column, column + 1))
-        _quantize_blocks(blocks[batch], block_format, levels[batch], steps[batch], numel=rest)
-    packed[:, packed.shape[1] - _STEP_BYTES * blocks.shape[1] :] = steps.view(torch.uint8)
-    return packed
+    return format_of(wire_format).quantize_rows(numbers, numel)
 
 
 def dequantize_rows(packed: Tensor, wire_format: str, out: Tensor) -> Tensor:
@@ -213,72 +327,4 @@ def dequantize_rows(packed: Tensor, wire_format: str, out: Tensor) -> Tensor:
         wire_format: The same as there.
         out: Receives all elements, contiguous, shape (rows, elements): float32, or float64 with ``"float64"``.
     """
-    if wire_format in _PLAIN:
-        # Bytes are copied, not viewed: numbers must start at a multiple of their size.
-        dtype = _PLAIN[wire_format]
-        numbers = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-        numbers.view(torch.uint8).copy_(packed)
-        return out if numbers is out else out.copy_(numbers)
-    block_format = BLOCK_FORMATS[wire_format]
-    levels = _levels_of(packed, block_format)
-    blocks = out.unflatten(1, (levels.shape[1], block_format.block))
-    step_bytes = packed[:, packed.shape[1] - _STEP_BYTES * levels.shape[1] :]
-    steps = torch.empty(levels.shape[:2], dtype=torch.bfloat16, device=packed.device)
-    steps.view(torch.uint8).copy_(step_bytes)
-    steps = steps.float()
-    for batch in _batches(blocks):
-        _dequantize_blocks(levels[batch], steps[batch], block_format, blocks[batch])
-    return out
-
-
-def _levels_of(packed: Tensor, block_format: BlockFormat) -> Tensor:
-    """The levels of quantized rows, shape (rows, blocks, bytes), as a view."""
-    count = packed.shape[1] // (block_format.block_bytes + _STEP_BYTES)
-    return packed[:, : count * block_format.block_bytes].unflatten(1, (count, block_format.block_bytes))
-
-
-def _batches(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Batches of blocks, shape (rows, blocks, elements): a part of one row, or several whole rows."""
-    rows, count, numel = blocks.shape
-    at_a_time = max(1, _CPU_BATCH // numel) if blocks.device.type == "cpu" else max(1, rows * count)
-    several = max(1, at_a_time // max(1, count))
-    for row in range(0, rows, several):
-        for start in range(0, count, at_a_time):
-            yield slice(row, row + several), slice(start, start + at_a_time)
-
-
-def _quantize_blocks(
-    blocks: Tensor, block_format: BlockFormat, levels: Tensor, steps: Tensor, numel: int | None = None
-) -> None:
-    """Write levels and steps. The steps follow from the first ``numel`` elements of each block."""
-    step = block_format.step(blocks[..., :numel]).to(torch.bfloat16)
-    # A step too small to be divided by means zero. NaN compares as false, and so stays.
-    step.masked_fill_(step < torch.finfo(torch.bfloat16).tiny, 0.0)
-    steps.copy_(step)
-    inverse = step.float().reciprocal_().masked_fill_(step == 0, 0.0)
-    scaled = torch.mul(blocks, inverse.unsqueeze(-1)).add_(block_format.centre + 0.5)
-    if block_format.clips:
-        scaled.clamp_(0, 2**block_format.bits - 0.5)
-    if block_format.bits == 8:
-        levels.copy_(scaled)
-        return
-    # The k-th share of a byte comes from the k-th part of the block: neighbours stay neighbours, which is fast, as is
-    # adding the shares as floating-point numbers, of which a byte is exactly one.
-    shares = 8 // block_format.bits
-    parts = scaled.floor_().unflatten(-1, (shares, -1))
-    byte = torch.add(parts[..., 0, :], parts[..., 1, :], alpha=2**block_format.bits)
-    for k in range(2, shares):
-        byte.add_(parts[..., k, :], alpha=2 ** (k * block_format.bits))
-    levels.copy_(byte)
-
-
-def _dequantize_blocks(levels: Tensor, steps: Tensor, block_format: BlockFormat, blocks: Tensor) -> None:
-    if block_format.bits == 8:
-        blocks.copy_(levels)
-    else:
-        mask, shares = 2**block_format.bits - 1, 8 // block_format.bits
-        parts = torch.empty(*levels.shape[:2], shares, levels.shape[2], dtype=torch.uint8, device=levels.device)
-        for k in range(shares):
-            torch.bitwise_and(levels >> (k * block_format.bits), mask, out=parts[..., k, :])
-        blocks.copy_(parts.view(blocks.shape))
-    blocks.sub_(block_format.centre).mul_(steps.unsqueeze(-1))
+    return format_of(wire_format).dequantize_rows(packed, out)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..optim.curvadion import CurvaDion
 from ..optim.parameter_groups import GROUP_OPTIONS
@@ -29,6 +30,20 @@ def describe_optimizer(optimizer: CurvaDion) -> list[str]:
             frozen = "" if parameter.requires_grad else " frozen"
             lines.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}{frozen} {options} {state}")
     return lines
+
+
+def refuse_data_parallel(module: nn.Module) -> None:
+    """Check that no part of a module averages its gradients at every step.
+
+    Raises:
+        ValueError: One is wrapped in ``DistributedDataParallel``.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, DistributedDataParallel):
+            raise ValueError(
+                f"leave DistributedDataParallel out: {name or 'the module'} is wrapped in it and would send all its"
+                " gradients at every step, beside what the sync hook sends"
+            )
 
 
 def describe_module(module: nn.Module) -> list[str]:

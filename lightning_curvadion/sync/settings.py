@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..optim.parameter_groups import check_choice
 from ..optim.triggers import Trigger
-from .quantization import BLOCK_FORMATS, WIRE_FORMATS
+from .quantization import bits_of, wire_formats
 
 # Literals, so that a command line lists the choices.
 Consensus = Literal["average", "factors", "none"]
@@ -19,13 +19,14 @@ _RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How a momentum travels where nothing else is said, chosen by loss, see examples/benchmarks/README.md.
 _FACTOR_FORMATS = {"float32": "float32", "bfloat16": "bfloat16"}
 _QUANTIZED_FACTOR_FORMAT = "int4"
-# How much of the difference between the mean displacement and its own a momentum takes over, by the format on the wire:
-# the error of few bits would enter the momentum. All of it at 4 bits and more. Chosen by loss as well.
-_CORRECTION_SHARES = {"sign": 0.3, "int2": 0.8}
+# How much of the difference between the mean displacement and its own a momentum takes over, where a number has fewer
+# bits on the wire than said: the error of few bits would enter the momentum. All of it above. Chosen by loss as well.
+_CORRECTION_SHARES = ((2, 0.3), (4, 0.8))
 # The same of AdamW's first moments, which an error in sparse rows harms more.
-_CORRECTION_SHARES_OF_VECTORS = {"sign": 0.0, "int2": 0.0}
-# Of norms and biases, by wire format: they are few, and in one bit they cost a GAN a fifth of its loss.
-_BIAS_FORMATS = dict.fromkeys(("sign", "int2", "int4"), "int8")
+_CORRECTION_SHARES_OF_VECTORS = ((4, 0.0),)
+# Of norms and biases, where the wire format has fewer bits than it: they are few, and in one bit they cost a GAN a
+# fifth of its loss.
+_BIAS_FORMAT = "int8"
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 
@@ -52,10 +53,10 @@ class SyncSettings:
 
     def __post_init__(self) -> None:
         check_choice("consensus", self.consensus, get_args(Consensus))
-        check_choice("wire_format", self.wire_format, WIRE_FORMATS)
-        check_choice("vector_format", self.embedding_format, WIRE_FORMATS)
+        check_choice("wire_format", self.wire_format, wire_formats())
+        check_choice("vector_format", self.embedding_format, wire_formats())
         check_choice("momentum", self.momentum, get_args(Momentum))
-        check_choice("factor_format", self.factor_format, WIRE_FORMATS)
+        check_choice("factor_format", self.factor_format, wire_formats())
         check_choice("residual_dtype", self.residual_dtype, get_args(ResidualDtype))
         if not self.outer_lr > 0:
             raise ValueError(f"outer_lr must be > 0, not {self.outer_lr}; 1.0 takes the average itself")
@@ -89,8 +90,7 @@ class SyncSettings:
                 'sync_rank_fraction is the rank of what momentum="factors" sends and needs a consensus of parameters;'
                 f" leave it out with momentum={self.momentum!r}, consensus={self.consensus!r}"
             )
-        block_format = BLOCK_FORMATS.get(self.factor_format)
-        if self.momentum == "average" and block_format is not None and block_format.bits <= 2:
+        if self.momentum == "average" and bits_of(self.factor_format) < 3:
             warnings.warn(
                 f"a whole momentum in {self.factor_format} is known to hurt the loss; use factor_format='int4', or"
                 " momentum='factors'",
@@ -129,7 +129,7 @@ class SyncSettings:
     @property
     def bias_format(self) -> str:
         """The wire format of parameters in AdamW and Lion groups that have one dimension."""
-        return self.vector_format or _BIAS_FORMATS.get(self.wire_format, self.wire_format)
+        return self.vector_format or max(self.wire_format, _BIAS_FORMAT, key=bits_of)
 
     def format_of(self, parameter: Tensor, matrix: bool) -> str:
         """The wire format of a parameter in a sync step.
@@ -151,7 +151,9 @@ class SyncSettings:
         """
         if self.momentum != "displacement":
             return 0.0
-        return (_CORRECTION_SHARES if matrix else _CORRECTION_SHARES_OF_VECTORS).get(wire_format, 1.0)
+        shares = _CORRECTION_SHARES if matrix else _CORRECTION_SHARES_OF_VECTORS
+        bits = bits_of(wire_format)
+        return next((share for fewer_than, share in shares if bits < fewer_than), 1.0)
 
     @property
     def dtype_of_residuals(self) -> torch.dtype:

@@ -42,7 +42,7 @@ from ..optim.curvadion import CurvaDion
 from .collectives import Collectives
 from .parameter_payloads import ParameterPayloads
 from .payloads import FactorPayload, Payload, TensorPayload, full_width_payloads
-from .quantization import BLOCK_FORMATS
+from .quantization import bits_of
 from .settings import SyncSettings
 from .untrained_tensors import UntrainedTensors
 
@@ -72,7 +72,7 @@ class SyncStep:
         self._displacement_P: list[Tensor] = []
 
     def mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-        """The first mean; see :meth:`SyncHook.mean_left <lightning_curvadion.optim.sync_hook.SyncHook.mean_left>`."""
+        """The first mean; see ``SyncHook._mean_left``."""
         payloads = [self._factor("left factors of the momentum", factor) for factor in factors]
         sketches = []
         if self._settings.consensus == "factors":
@@ -134,6 +134,6 @@ class SyncStep:
         if self._settings.consensus == "none":
             return {}
         due = self._untrained.buffers()
-        if self._settings.wire_format not in BLOCK_FORMATS:
+        if bits_of(self._settings.wire_format) >= 16:
             due.update({**self._untrained.parameters_outside(), **self._parameters.untrained(optimizer)})
         return self._collectives.differing(due)

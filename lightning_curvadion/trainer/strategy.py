@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
 
-from ..sync.errors import explain_failure
+from ..sync.errors import ReplicaLostError, explain_failure
+from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
-from ..sync.quantization import WireFormat
+from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .checkpoint_io import AtomicCheckpointIO
 from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
@@ -43,6 +44,8 @@ class CurvaDionStrategy(DDPStrategy):
     replicas reach consensus whatever the triggers say, so that what is validated, saved and returned is one model.
 
     Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
+    They are known once ``lightning_curvadion`` is imported, as it is where ``configure_optimizers`` returns its
+    optimizer. Lightning looks a name up before it loads any entry point, so installing could not make it known.
 
     Args:
         consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next ten.
@@ -90,12 +93,12 @@ class CurvaDionStrategy(DDPStrategy):
     def __init__(
         self,
         consensus: Consensus = "average",
-        wire_format: WireFormat | None = None,
-        vector_format: WireFormat | None = None,
+        wire_format: WireFormatName | str | None = None,
+        vector_format: WireFormatName | str | None = None,
         momentum: Momentum | None = None,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
-        factor_format: WireFormat | None = None,
+        factor_format: WireFormatName | str | None = None,
         sync_rank_fraction: float | None = None,
         residual_dtype: ResidualDtype = "float32",
         spread: int = 1,
@@ -223,6 +226,7 @@ class CurvaDionStrategy(DDPStrategy):
         # By now Lightning has registered its own signal handlers.
         assert self._stop_requests is not None
         self._stop_requests.install()
+        withdraw_report()
         self._training = True
 
     @override
@@ -244,6 +248,8 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._training = False
+        if not isinstance(exception, ReplicaLostError):
+            report_failure(exception)
 
     @override
     def teardown(self) -> None:

@@ -37,7 +37,8 @@ def fit(tmp_path, monkeypatch):
         config = CONFIGS / name
         strategy = yaml.safe_load(config.read_text())["trainer"]["strategy"]
         assert main(["fit", "--config", str(config), files, f"--trainer.strategy={strategy}_fork", *words]) == 0
-        with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+        newest = max((tmp_path / "lightning_logs").glob("version_*"), key=lambda folder: folder.name)
+        with (newest / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         return lambda column: [float(row[column]) for row in rows if row[column]]
 
@@ -66,6 +67,24 @@ def test_the_same_job_under_ddp_trains(fit, tmp_path, capfd):
     assert "8 (100.0 %)" in table and "100.00 % of DDP" in table
     (val_loss,) = metrics("val_loss")
     assert val_loss < 0.95 * math.log(256)
+
+
+def test_the_main_job_resumed_with_more_steps_trains_on(fit, tmp_path):
+    small = [
+        "--trainer.limit_train_batches=3", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=1",
+        "--model.layers=1", f"--data.cache={tmp_path / 'data'}",
+    ]  # fmt: skip
+    fit("byte_gpt.yaml", "--trainer.max_steps=3", *small)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    losses = fit("byte_gpt.yaml", "--trainer.max_steps=5", f"--ckpt_path={checkpoint}", *small)("loss")
+    assert len(losses) == 2
+    assert [torch.load(path)["global_step"] for path in sorted(tmp_path.rglob("*.ckpt"))] == [3, 5]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_one_number_says_when_a_config_ends(path):
+    trainer = yaml.safe_load(path.read_text())["trainer"]
+    assert ("max_steps" in trainer) != ("max_epochs" in trainer), "a resumed run would end at the other one"
 
 
 def test_the_digits_are_learnt(fit):

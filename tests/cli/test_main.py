@@ -1,8 +1,10 @@
 """The command line: settings from files, arguments and environment variables."""
 
+import os
 import re
 import sys
 
+import launching
 import pytest
 import torch
 import yaml
@@ -93,6 +95,12 @@ def test_short_names_of_strategy_and_callbacks_in_a_file(tmp_path):
     assert built.model.gpt.embedding.weight.shape == (256, 32)
 
 
+@pytest.mark.parametrize("word", ["CurvaDionStrategy", "lightning_curvadion.CurvaDionStrategy"])
+def test_a_strategy_is_named_by_its_class_alone(word):
+    trainer = parse(*MODEL, f"--trainer.strategy={word}", "--trainer.accelerator=cpu", "--trainer.max_steps=7").trainer
+    assert isinstance(trainer.strategy, CurvaDionStrategy) and trainer.max_steps == 7
+
+
 def test_variables_of_the_environment(monkeypatch):
     monkeypatch.setenv("PL_TRAINER__MAX_STEPS", "11")
     monkeypatch.setenv("PL_TRAINER__STRATEGY", "curvadion")
@@ -120,17 +128,75 @@ def test_help_explains_every_argument(capsys, thing):
         assert len([word for word in words if word[:-1].islower()]) >= 1, f"{name}: {words}"
 
 
-def test_the_configuration_can_be_printed_and_read_again(capsys, tmp_path):
+@pytest.mark.parametrize("strategy", ["curvadion", "CurvaDionStrategy", "lightning_curvadion.CurvaDionStrategy"])
+def test_the_configuration_can_be_printed_and_read_again(capsys, tmp_path, strategy):
+    words = [f"--trainer.strategy={strategy}", "--model.width=32"]
+    if strategy != "curvadion":
+        words.insert(1, "--trainer.strategy.spread=2")
     with pytest.raises(SystemExit):
-        main.main(["fit", "--config=configs/byte_gpt.yaml", "--model.width=32", "--print_config"])
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["trainer"]["strategy"] == "curvadion" and printed["links"] == {"model.context": "data.context"}
+        main.main(["fit", "--config=configs/byte_gpt.yaml", *words, "--print_config"])
+    text = capsys.readouterr().out
+    printed = yaml.safe_load(text)
+    assert printed["links"] == {"model.context": "data.context"}
     # Of the command, not of the classes.
     for name in ("ckpt_path", "weights_only"):
         printed.pop(name, None)
     (tmp_path / "printed.yaml").write_text(yaml.safe_dump(printed))
     built = parse(f"--config={tmp_path / 'printed.yaml'}")
     assert built.trainer.max_steps == 600 and built.model.gpt.head.in_features == 32
+    assert built.trainer.strategy.sync.settings.spread == (1 if strategy == "curvadion" else 2)
+    (tmp_path / "as_printed.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main.main(["fit", f"--config={tmp_path / 'as_printed.yaml'}", "--print_config"])
+    assert capsys.readouterr().out == text
+
+
+def test_the_usage_names_all_commands_and_the_program(capsys, monkeypatch):
+    for script, program in (("/bin/curvadion", "curvadion"), ("package/__main__.py", "python -m lightning_curvadion")):
+        monkeypatch.setattr(sys, "argv", [script])
+        with pytest.raises(SystemExit):
+            main.main(["--help"])
+        usage = capsys.readouterr().out.partition("\n\n")[0]
+        assert " ".join(usage.split()) == f"usage: {program} [-c CONFIG] {{fit,validate,test,predict,plan,report}} ..."
+
+
+def test_the_help_of_a_command_says_where_the_options_of_classes_are(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["fit", "--help"])
+    end = " ".join(capsys.readouterr().out.splitlines()[-4:])
+    for words in (["--optimizer.help=CurvaDion"], ["--trainer.strategy.help=CurvaDionStrategy"],
+                  ["--optimizer=CurvaDion", "--optimizer.trigger.help=IntegratedRMMC"]):  # fmt: skip
+        assert " ".join(words) in " ".join(end.split())
+        with pytest.raises(SystemExit) as stopped:
+            main.main(["fit", *words])
+        assert stopped.value.code == 0 and "type: " in capsys.readouterr().out
+
+
+def test_the_installed_program_trains_two_ranks_with_a_module_of_the_working_folder(tmp_path):
+    scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[2]
+    module, function = re.search(r'^curvadion = "(\S+):(\S+)"$', scripts, flags=re.M).groups()
+    program = tmp_path / "bin/curvadion"
+    program.parent.mkdir()
+    program.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    (tmp_path / "own.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Own(BoringModel):\n    pass\n"
+    )
+    words = ["--model=own.Own", "--optimizer=CurvaDion", "--trainer.strategy=curvadion", "--trainer.accelerator=cpu",
+             "--trainer.devices=2", "--trainer.max_steps=2", "--trainer.logger=false"]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    process = launching.start(sys.executable, program, "fit", *words, cwd=tmp_path, PYTHONPATH=path)
+    assert "max_steps=2` reached" in launching.outputs(process)[0]
+
+
+def test_what_stops_two_ranks_before_training_is_one_line(tmp_path):
+    words = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--model.optimizer.mu=3"]
+    command = [sys.executable, "-m", "lightning_curvadion", "fit", "--config=configs/byte_gpt.yaml", *words]
+    process = launching.start(*command)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in printed
+    assert re.findall("^error: .*", printed, flags=re.M) == [
+        "error: mu must be in [0, 1), not 3.0: it is the share of the momentum kept at each step"
+    ]
 
 
 def test_extra_commands_are_reached(capsys, tmp_path):

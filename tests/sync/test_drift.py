@@ -10,9 +10,9 @@ from lightning_curvadion import EveryNSteps, ProcessGroupSync
 class TrueDrift(ProcessGroupSync):
     """Measures the drift from copies of the parameters before and after the consensus."""
 
-    def mean_right(self, optimizer, factors, whole):
+    def _mean_right(self, optimizer, factors, whole):
         before = [parameter.detach().clone() for _, parameter in optimizer.named_parameters()]
-        means = super().mean_right(optimizer, factors, whole)
+        means = super()._mean_right(optimizer, factors, whole)
         consensus = [parameter.detach() for _, parameter in optimizer.named_parameters()]
         distance = sum((a - b).double().square().sum() for a, b in zip(before, consensus, strict=True))
         self.true_drift = (distance / sum(b.double().square().sum() for b in consensus)).sqrt().item()

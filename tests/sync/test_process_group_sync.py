@@ -5,7 +5,7 @@ import torch
 from models import build, exact_sync, parameters_of, train_step
 from replicas import counted_collectives
 
-from lightning_curvadion import EveryNSteps
+from lightning_curvadion import EveryNSteps, ProcessGroupSync
 
 
 def start(rank, world, seeds):
@@ -45,6 +45,13 @@ def test_what_is_equal_already_is_not_sent_when_a_hook_attaches(replicas):
         answers = replicas.run(2, start, seeds)
         assert [counted for *_, counted in answers] == [compared + expected, compared]
         assert sum(size for name, size in answers[0][2] if name == "broadcast") == expected
+
+
+def test_a_user_sees_what_a_user_calls():
+    calls = {"include_module", "note_other_values", "reach_consensus", "average", "measure_drift"}
+    reads = {"settings", "agreement", "rank", "world_size", "bytes_sent", "drift"}
+    of_the_plan = {"settings_for", "anchor_bytes"}
+    assert {name for name in dir(ProcessGroupSync()) if name[0] != "_"} == calls | reads | of_the_plan
 
 
 def second_hook(rank, world):

@@ -154,7 +154,7 @@ def refused(rank, world, hook, value):
             last.view(-1)[-1] = value
     before = everything(model, optimizer)
     with counted_collectives() as calls, pytest.raises(ValueError, match=f"rank {world - 1}: .*{name} holds NaN"):
-        sync.mean_right(optimizer, [], [])
+        sync._mean_right(optimizer, [], [])
     after = everything(model, optimizer)
     return [bits(a) == bits(b) for a, b in zip(before, after, strict=True)], list(calls)
 
@@ -181,7 +181,7 @@ def large(rank, world, wire_format, value):
             parameter.fill_(value)
             optimizer.sync_hook._parameters.anchors.of(parameter).fill_(-value)
             optimizer.state[parameter]["residual"].fill_(value)
-    optimizer.sync_hook.mean_right(optimizer, [], [])
+    optimizer.sync_hook._mean_right(optimizer, [], [])
     return all(bool(torch.isfinite(tensor).all()) for tensor in everything(model, optimizer))
 
 
@@ -194,9 +194,9 @@ def test_the_largest_numbers_that_pass_the_check_stay_finite(replicas, wire_form
 class SeesFactors(ProcessGroupSync):
     """Keeps the left factors that a sync step sends, and those of all columns."""
 
-    def mean_left(self, optimizer, factors, whole):
+    def _mean_left(self, optimizer, factors, whole):
         self.seen = [factor.clone() for factor in factors], [stack.B @ stack.Q for stack in optimizer.matrix_stacks()]
-        return super().mean_left(optimizer, factors, whole)
+        return super()._mean_left(optimizer, factors, whole)
 
 
 def thin_factors(rank, world):

@@ -1,6 +1,7 @@
 """The private names of Lightning that we use are where we look for them, in the version that is installed."""
 
 import signal
+import sys
 
 import lightning
 import lightning.pytorch as pl
@@ -41,6 +42,21 @@ def fit(function, steps=4, **options):
     )
     trainer.fit(BoringModel())
     return trainer
+
+
+def test_a_name_is_looked_up_before_any_entry_point_is_loaded(tmp_path, monkeypatch):
+    # An entry point could otherwise register ours, and nobody would have to import the package.
+    distribution = tmp_path / "own_factory-1.0.dist-info"
+    distribution.mkdir()
+    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: own-factory\nVersion: 1.0\n")
+    (distribution / "entry_points.txt").write_text("[lightning.pytorch.callbacks_factory]\nown = own_factory:make\n")
+    (tmp_path / "own_factory.py").write_text("def make():\n    return []\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="invalid strategy name"):
+        pl.Trainer(accelerator="cpu", strategy="a_name_of_ours", logger=False)
+    assert "own_factory" not in sys.modules
+    pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert "own_factory" in sys.modules, "the first Trainer that has found its strategy loads it"
 
 
 def test_both_handlers_are_replaced_and_a_users_own_stays():

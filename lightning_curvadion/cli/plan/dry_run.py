@@ -136,10 +136,10 @@ class DryRunSync(ProcessGroupSync):
     def include_module(self, module: nn.Module) -> None:  # noqa: D102
         self._untrained.include(module)
 
-    def attach(self, optimizer: CurvaDion) -> None:  # noqa: D102
+    def _attach(self, optimizer: CurvaDion) -> None:
         self._register(optimizer)
 
-    def agree(self, signal: Tensor) -> tuple[float, float, float]:
+    def _agree(self, signal: Tensor) -> tuple[float, float, float]:
         """RMMC and drift 0 and finite gradients: there are no values to look at."""
         self.recorder.all_reduce_max(self.agreement.message(signal, self._own_drift()))
         return 0.0, 0.0, 0.0
