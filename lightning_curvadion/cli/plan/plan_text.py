@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from ...optim import dion
 from ...optim.matrix_layout import matrix_shape
-from ..formatting import format_bit_rate, format_bytes, format_seconds, format_table
+from ...trainer.formatting import format_bit_rate, format_bytes, format_seconds, format_table
 from .collective_costs import FRAME_PAYLOAD, GLOO_DUPLEX_FACTOR, Network
 from .footprint import Footprint
 from .plan import Plan

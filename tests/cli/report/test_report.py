@@ -42,6 +42,11 @@ def open_in_browser(page, folder):
     return json.loads(html.unescape(re.search(r"<pre>(.*)</pre>", done.stdout, flags=re.S)[1]))
 
 
+def embedded_images(text):
+    """Those on white and those for a dark page."""
+    return [base64.b64decode(data) for data in re.findall(r'src(?:set)?="data:image/png;base64,([^"]+)"', text)]
+
+
 def test_a_browser_shows_every_figure(page, tmp_path):
     found = open_in_browser(page, tmp_path)
     # Two that compare, five of the run, and DDP's loss and layers.
@@ -53,9 +58,8 @@ def test_a_browser_shows_every_figure(page, tmp_path):
 def test_the_page_needs_nothing_but_itself(page):
     text = page.read_text()
     assert not re.search(r"://|<script|<link|@import|url\(", text)
-    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
     beside = sorted(path.read_bytes() for path in page.parent.glob("*.png"))
-    assert sorted(embedded) == beside and len(beside) == text.count("<img ")
+    assert sorted(embedded_images(text)) == beside and len(beside) == 2 * text.count("<img ")
     assert {path.suffix for path in page.parent.iterdir()} == {".html", ".png"}, "nothing half written is left"
 
 
@@ -65,8 +69,8 @@ def test_captions_state_the_numbers_of_the_run(page, trained):
     sent, dense = curvadion.metric("bytes_sent").last, curvadion.ddp_bytes.last
     for words in (
         f"this replica sent {sent / 1e3:.3g} kB, {100 * sent / dense:.3g} % of the {dense / 1e3:.3g} kB",
-        f"The validation loss goes from {curvadion.val_loss.values[0]:.3g} to {curvadion.val_loss.last:.3g}.",
-        f"The validation loss goes from {ddp.val_loss.values[0]:.3g} to {ddp.val_loss.last:.3g}.",
+        f"The validation loss goes from {curvadion.val_loss.values[0]:.4f} to {curvadion.val_loss.last:.4f}.",
+        f"The validation loss goes from {ddp.val_loss.values[0]:.4f} to {ddp.val_loss.last:.4f}.",
         "Green marks 4 sync steps.",
         "3 gaps with a median of 3 steps",
         "Filled: 4 sync steps.",
@@ -83,11 +87,11 @@ def test_runs_with_similar_names_have_pictures_of_their_own(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(f"loss,step\n{number + 3},9\n2,19\n")
     page = build_report([tmp_path / name for name in names], tmp_path / "report").read_text()
-    embedded = {base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
+    embedded = set(embedded_images(page))
     beside = [path.read_bytes() for path in (tmp_path / "report").glob("*.png")]
-    assert len(beside) == len(embedded) == len(names) and set(beside) == embedded
+    assert len(beside) == len(embedded) == 2 * len(names) and set(beside) == embedded
     # Where a capital is a small letter.
-    assert len({path.name.lower() for path in (tmp_path / "report").glob("*.png")}) == len(names)
+    assert len({path.name.lower() for path in (tmp_path / "report").glob("*.png")}) == 2 * len(names)
 
 
 def test_the_page_says_at_which_step_the_logs_end(tmp_path):
@@ -123,7 +127,7 @@ def test_the_command_prints_the_page_and_takes_a_key(tmp_path, capsys):
     assert main([str(tmp_path), "--loss", "nll", "--output", str(tmp_path / "out")]) == 0
     place = capsys.readouterr().out.strip()
     assert place == str(tmp_path / "out" / "report.html")
-    assert "The training loss goes from 3 to 2." in (tmp_path / "out" / "report.html").read_text()
+    assert "The training loss goes from 3.0000 to 2.0000." in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
