@@ -26,6 +26,47 @@ def _rate_text(rate: float) -> str:
 
 
 @register_metric
+class Replicas(RunMetric):
+    """Number of replicas.
+
+    Example:
+        >>> replicas = Replicas()
+        >>> replicas.update(2)
+        >>> replicas.compute()
+        tensor(2)
+    """
+
+    name = "replicas"
+    rows: ClassVar = {"replicas": Row("replicas")}
+    number: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("number", torch.tensor(1), dist_reduce_fx="max")
+
+    def update(self, number: int) -> None:
+        """Set the number."""
+        self.number = torch.tensor(number)
+
+    def compute(self) -> Tensor:
+        """The number."""
+        return self.number
+
+    @override
+    def observe(self, event: Event) -> None:
+        if event.synced is not None:
+            self.update(event.replicas)
+
+    @override
+    def values(self) -> dict[str, float]:
+        return {}
+
+    @override
+    def totals(self) -> dict[str, float]:
+        return super().values()
+
+
+@register_metric
 class SyncRate(RunMetric):
     """Share of the steps that synchronised, in [0, 1].
 

@@ -138,7 +138,7 @@ class CommunicationMonitor(Callback):
             self._synced_in_last_step = hook.drift is not None
             if synced:
                 self._note_sync(trainer, drift, local_steps=float(self._metric(StepsSinceSync).steps))
-        self._observe(Event("steps", sent, ddp, optimizer, synced, drift))
+        self._observe(Event("steps", sent, ddp, optimizer, synced, drift, trainer.world_size))
 
     def _note_sync(self, trainer: "pl.Trainer", drift: float | None, **more: float) -> None:
         if drift is not None:
@@ -284,6 +284,6 @@ class CommunicationMonitor(Callback):
         width = max(map(len, rows), default=0)
         body = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
         part = f"this part of the run, resumed after step {self._resumed_at}" if self._resumed_at else "this run"
-        heading = f"\nCommunication of {part} ({type(trainer.strategy).__name__}, {trainer.world_size} replicas)"
+        heading = f"\nCommunication of {part} ({type(trainer.strategy).__name__})"
         advice = {**self._advice_on_model, **(self._advice_on_run() if self._several_replicas(trainer) else {})}
         return "\n".join([heading, *body, *(f"\n{sentence}" for sentence in advice.values())])

@@ -29,6 +29,7 @@ class Event:
         optimizer: The one that has stepped; ``None`` between steps.
         synced: Whether the step synchronised; ``None`` between steps.
         drift: Distance to a consensus that was reached; ``None`` where none was, or nobody measured it.
+        replicas: Their number.
     """
 
     cause: Cause
@@ -37,6 +38,7 @@ class Event:
     optimizer: Optimizer | None = None
     synced: bool | None = None
     drift: float | None = None
+    replicas: int = 1
 
 
 class Row(NamedTuple):

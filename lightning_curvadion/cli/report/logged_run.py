@@ -117,7 +117,7 @@ class LoggedRun:
     @property
     def val_losses(self) -> dict[str, Series]:
         """All that was logged under a name that begins with ``val``, as the closing table has it, and ``val_loss``."""
-        named = {key: series for key, series in self.series.items() if key.startswith("val")}
+        named = {key: series for key, series in sorted(self.series.items()) if key.startswith("val")}
         if self.val_loss and self.val_loss not in named.values():
             named["validation loss"] = self.val_loss
         return named

@@ -81,6 +81,30 @@ def test_captions_state_the_numbers_of_the_run(page, trained):
         assert words in text, words
 
 
+@pytest.mark.parametrize("name", ["curvadion", "ddp"])
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_the_page_and_the_closing_table_agree_to_the_byte(trained, tmp_path, name, logger):
+    printed = (trained / name / "printed").read_text().partition("Communication of this run")[2]
+    table = [(label.strip(), value) for label, value in re.findall(r"^ +(\S.*?)  +(\S.*)$", printed, flags=re.M)]
+    text = build_report([trained / name / logger], tmp_path / "report").read_text()
+    rows = re.findall(r"<tr><th>(?:&emsp;)?(.*?)</th><td>(.*?)</td></tr>", text)
+    # The page has the training loss above.
+    assert rows[0][0] == "last training loss" and rows[1:] == table
+    assert len(table) >= 7
+    if name == "curvadion":
+        values = dict(table)
+        sent, share = values["sent per replica"], values["share of DDP"]
+        assert f"this replica sent {sent}, {share} of the {values['DDP would have sent']} that DDP" in text
+        assert {"in steps", "in validation", "in checkpoints", "at start and end"} < values.keys()
+
+
+def test_the_page_has_settings_date_and_words_that_explain_it(page):
+    text = html.unescape(page.read_text())
+    assert "trigger: EveryNSteps(n=3)" in text and "wire_format: sign" in text
+    assert re.search(r"written on \d{4}-\d\d-\d\d \d\d:\d\d, up to step", text)
+    assert [text.count(f"<p><b>{word}</b> is") for word in ("RMMC", "Drift", "Consensus")] == [1, 1, 1]
+
+
 def test_runs_with_similar_names_have_pictures_of_their_own(tmp_path):
     names = ["a b", "a-b", "a?b", "A-B", "a-b-2"]
     for number, name in enumerate(names):
