@@ -1,4 +1,4 @@
-"""Errors of the commands ``plan`` and ``report``: one line for the user, which says what to do."""
+"""Errors of the commands ``plan`` and ``report``: a message for the user, which says what to do."""
 
 
 class PlanError(ValueError):

@@ -278,7 +278,9 @@ class CommunicationMonitor(Callback):
     def summary(self, trainer: "pl.Trainer") -> str:
         """The table that is printed at the end of fit, with advice below it."""
         rows = {
-            name: loss_text(float(value)) for name, value in trainer.callback_metrics.items() if name.startswith("val")
+            name: loss_text(float(value))
+            for name, value in sorted(trainer.callback_metrics.items())
+            if name.startswith("val")
         }
         rows.update(table_rows(self._totals))
         width = max(map(len, rows), default=0)
