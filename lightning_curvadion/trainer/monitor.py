@@ -240,11 +240,12 @@ class CommunicationMonitor(Callback):
     @rank_zero_only
     def _give_advice(self, trainer: "pl.Trainer", advice: Mapping[str, str]) -> None:
         bar = trainer.progress_bar_callback
+        # A bar that is shown writes in its own line; one of tqdm prints nothing before it is shown.
+        shown = getattr(bar, "is_enabled", bar is not None) and trainer.global_step > self._resumed_at
         for key, sentence in advice.items():
             if key not in self._given:
                 self._given.add(key)
-                # Otherwise it would stand in the line of the progress bar.
-                (bar.print if bar is not None else print)(f"CommunicationMonitor: {sentence}")
+                (bar.print if bar is not None and shown else print)(f"CommunicationMonitor: {sentence}")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

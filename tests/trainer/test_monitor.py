@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from replicas import counted_collectives
-from training import Module, trainer_for
+from training import ROOT, Member, Module, trainer_for
 
 from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy, EveryNSteps
 from lightning_curvadion.cli.report.log_readers import read_run
 from lightning_curvadion.trainer.formatting import format_bytes, format_percent
-from lightning_curvadion.trainer.run_metric import METRICS, RunMetric, register_metric
+from lightning_curvadion.trainer.run_metric import METRICS, Row, RunMetric, register_metric
 
 
 def fit(rank, world, folder, with_monitor, strategy=None, trigger=None, ckpt_path=None, options=None, **more):
@@ -189,6 +189,34 @@ def test_the_progress_bar_shows_the_sync_rate_and_the_megabytes_saved(tmp_path, 
     assert "sync_rate" in shown.out + shown.err and "saved_MB" in shown.out + shown.err
 
 
+class Embedded(Module):
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(10_000, 8)
+
+
+def fit_with_bar(rank, world, folder):
+    printed = io.StringIO()
+    bar = TQDMProgressBar(refresh_rate=1)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, strategy=CurvaDionStrategy(), plugins=[Member(rank, world)], logger=False,
+        max_steps=120, max_epochs=20, limit_train_batches=6, limit_val_batches=2, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[CommunicationMonitor(), bar], log_every_n_steps=4,
+        num_sanity_val_steps=0, default_root_dir=folder,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        trainer.fit(Embedded())
+    return printed.getvalue()
+
+
+def test_advice_stands_on_lines_of_its_own_beside_a_progress_bar(replicas, tmp_path):
+    printed, _ = replicas.run(2, fit_with_bar, str(tmp_path), timeout=120)
+    advice = [line for line in re.split(r"[\r\n]", printed) if "CommunicationMonitor: " in line]
+    assert "Epoch 19" in printed
+    assert len(advice) == 2 and all(line.startswith("CommunicationMonitor: ") for line in advice)
+    assert "The embedding 'words'" in advice[0] and "The consensus before validations" in advice[1]
+
+
 def test_advice_comes_once_from_rank_0_and_again_under_the_table(replicas, tmp_path):
     often = {
         "max_steps": 120,
@@ -205,37 +233,18 @@ def test_advice_comes_once_from_rank_0_and_again_under_the_table(replicas, tmp_p
     assert rank1["printed"] == ""
 
 
-class LongestGap(RunMetric):
-    """A user's own metric."""
-
-    name = "longest_gap"
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.add_state("longest", torch.tensor(0), dist_reduce_fx="max")
-        self.gap = 0
-
-    def update(self, synced):
-        self.gap = 0 if synced else self.gap + 1
-        self.longest = torch.maximum(self.longest, torch.tensor(self.gap))
-
-    def compute(self):
-        return self.longest
-
-    def observe(self, event):
-        if event.synced is not None:
-            self.update(event.synced)
-
-
 def fit_with_own_metric(rank, world, folder):
-    register_metric(LongestGap)
+    guide = (ROOT / "examples/guide.md").read_text()
+    (example,) = re.findall(r"```python\n(@register_metric.*?)```", guide, flags=re.S)
+    exec(example, {"RunMetric": RunMetric, "Row": Row, "register_metric": register_metric})
     try:
         return fit(rank, world, folder, True)["printed"]
     finally:
-        del METRICS[LongestGap.name]
+        del METRICS["longest_gap"]
 
 
-def test_a_metric_of_the_users_is_logged_and_has_its_row(replicas, tmp_path):
+def test_the_guides_metric_is_logged_and_has_its_row(replicas, tmp_path):
     printed, _ = replicas.run(2, fit_with_own_metric, str(tmp_path))
-    assert table_of(printed)["longest gap"] == "2"
+    assert table_of(printed)["longest run of local steps"] == "2"
+    # The report's process knows no such metric.
     assert read_run(tmp_path).table["longest gap"] == "2"

@@ -13,6 +13,7 @@ import pytest
 from lightning_curvadion.cli.errors import ReportError
 from lightning_curvadion.cli.report.command import main
 from lightning_curvadion.cli.report.log_readers import read_run
+from lightning_curvadion.cli.report.plotting import FIGURE_WIDTH, STYLE
 from lightning_curvadion.cli.report.report import build_report
 
 
@@ -22,14 +23,16 @@ def page(trained):
     return build_report(runs, trained / "report")
 
 
-def open_in_browser(page, folder):
+def open_in_browser(page, folder, *more):
     """What a browser as wide as a phone finds in the page. A copy of the page gets a script that reports it."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium, chromium-browser or google-chrome is installed")
     script = """<script>addEventListener("load", () => {
         const images = [...document.images].map(image => [image.complete ? image.naturalWidth : 0, image.alt]);
-        const found = {images, fits: document.documentElement.scrollWidth <= innerWidth, width: innerWidth};
+        const dark = [...document.images].filter(i => i.currentSrc == i.parentElement.children[0].srcset).length;
+        const root = document.documentElement, margin = root.clientWidth - document.images[0].clientWidth;
+        const found = {images, dark, margin, fits: root.scrollWidth <= innerWidth, width: innerWidth};
         document.body.innerHTML = "<pre></pre>";
         document.querySelector("pre").textContent = JSON.stringify(found);
     })</script>"""
@@ -37,7 +40,7 @@ def open_in_browser(page, folder):
     copy.write_text(page.read_text().replace("</body>", script + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", f"--user-data-dir={folder}/user"]
     done = subprocess.run(
-        [browser, *options, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [browser, *options, *more, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=60, check=True
     )
     return json.loads(html.unescape(re.search(r"<pre>(.*)</pre>", done.stdout, flags=re.S)[1]))
 
@@ -52,7 +55,14 @@ def test_a_browser_shows_every_figure(page, tmp_path):
     # Two that compare, five of the run, and DDP's loss and layers.
     assert len(found["images"]) == 9 and all(width > 1000 for width, _ in found["images"])
     assert all(len(alt) > 40 for _, alt in found["images"])
-    assert found["fits"] and found["width"] <= 500
+    assert found["fits"] and found["width"] <= 500 and found["dark"] == 0
+    # On a phone of 390 pixels the text of a figure, in points of an inch of its width, is as high as small print.
+    assert STYLE["font.size"] / 72 * (390 - found["margin"]) / FIGURE_WIDTH > 10.9
+
+
+def test_a_browser_that_prefers_the_dark_shows_dark_figures(page, tmp_path):
+    found = open_in_browser(page, tmp_path, "--blink-settings=preferredColorScheme=0")
+    assert found["dark"] == len(found["images"]) == 9
 
 
 def test_the_page_needs_nothing_but_itself(page):
