@@ -11,16 +11,63 @@ In a process group ``compute()`` of any torchmetric communicates; ``sync_on_comp
 where all but bytes, drift and the groups of RMMC are the same on every replica anyway.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from typing_extensions import override
+
+from .formatting import format_bytes, format_percent
+from .run_metric import Cause, Event, Row, RunMetric, register_metric
 
 
-class SyncRate(Metric):
+def _rate_text(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+@register_metric
+class Replicas(RunMetric):
+    """Number of replicas.
+
+    Example:
+        >>> replicas = Replicas()
+        >>> replicas.update(2)
+        >>> replicas.compute()
+        tensor(2)
+    """
+
+    name = "replicas"
+    rows: ClassVar = {"replicas": Row("replicas")}
+    number: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("number", torch.tensor(1), dist_reduce_fx="max")
+
+    def update(self, number: int) -> None:
+        """Set the number."""
+        self.number = torch.tensor(number)
+
+    def compute(self) -> Tensor:
+        """The number."""
+        return self.number
+
+    @override
+    def observe(self, event: Event) -> None:
+        if event.synced is not None:
+            self.update(event.replicas)
+
+    @override
+    def values(self) -> dict[str, float]:
+        return {}
+
+    @override
+    def totals(self) -> dict[str, float]:
+        return super().values()
+
+
+@register_metric
+class SyncRate(RunMetric):
     """Share of the steps that synchronised, in [0, 1].
 
     Args:
@@ -34,7 +81,12 @@ class SyncRate(Metric):
         tensor(0.2500)
     """
 
-    full_state_update = False
+    name = "sync_rate"
+    rows: ClassVar = {
+        "steps": Row("optimizer steps", "{:.0f}".format),
+        "sync_steps": Row("sync steps", "{:.0f}".format),
+        "sync_rate": Row("sync rate", _rate_text),
+    }
     steps: Tensor
     sync_steps: Tensor
 
@@ -56,8 +108,18 @@ class SyncRate(Metric):
         """The share so far; 0 before the first step."""
         return self.sync_steps / self.steps.clamp_min(1)
 
+    @override
+    def observe(self, event: Event) -> None:
+        if event.synced is not None:
+            self.update(event.synced)
 
-class StepsSinceSync(Metric):
+    @override
+    def totals(self) -> dict[str, float]:
+        return {"steps": float(self.steps), "sync_steps": float(self.sync_steps), **self.values()}
+
+
+@register_metric
+class StepsSinceSync(RunMetric):
     """Length of the present run of local steps.
 
     Args:
@@ -71,7 +133,8 @@ class StepsSinceSync(Metric):
         tensor(2)
     """
 
-    full_state_update = False
+    name = "steps_since_sync"
+    rows: ClassVar = {"steps_since_sync": None}
     steps: Tensor
 
     def __init__(self, **options: Any) -> None:
@@ -90,8 +153,14 @@ class StepsSinceSync(Metric):
         """How many local steps have followed the last sync step."""
         return self.steps
 
+    @override
+    def observe(self, event: Event) -> None:
+        if event.synced is not None:
+            self.update(event.synced)
 
-class BytesSent(Metric):
+
+@register_metric
+class BytesSent(RunMetric):
     """Payload of collectives in bytes; a mean of n bytes, coded or not, counts n.
 
     Reduced over processes it is the sum of all replicas.
@@ -107,12 +176,20 @@ class BytesSent(Metric):
         tensor(4000048)
     """
 
-    full_state_update = False
+    name = "bytes_sent"
+    rows: ClassVar = {
+        "bytes_sent": Row("sent per replica", format_bytes),
+        "bytes_in_steps": Row("  in steps", format_bytes),
+        "bytes_in_validation": Row("  in validation", format_bytes),
+        "bytes_in_checkpoints": Row("  in checkpoints", format_bytes),
+        "bytes_at_ends": Row("  at start and end", format_bytes),
+    }
     sent: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_state("sent", torch.tensor(0), dist_reduce_fx="sum")
+        self.by_cause: dict[Cause, int] = {}
 
     def update(self, sent: int) -> None:
         """Add a step.
@@ -127,8 +204,24 @@ class BytesSent(Metric):
         """Bytes so far."""
         return self.sent
 
+    @override
+    def observe(self, event: Event) -> None:
+        self.update(event.sent)
+        self.by_cause[event.cause] = self.by_cause.get(event.cause, 0) + event.sent
 
-class BytesSaved(Metric):
+    @override
+    def totals(self) -> dict[str, float]:
+        keys: dict[Cause, str] = {
+            "steps": "bytes_in_steps",
+            "validation": "bytes_in_validation",
+            "checkpoints": "bytes_in_checkpoints",
+            "ends": "bytes_at_ends",
+        }
+        return {**self.values(), **{keys[cause]: float(sent) for cause, sent in self.by_cause.items()}}
+
+
+@register_metric
+class BytesSaved(RunMetric):
     """Bytes that DistributedDataParallel would send, every gradient at every step, less the bytes that were sent.
 
     Args:
@@ -142,12 +235,19 @@ class BytesSaved(Metric):
         tensor(7874968)
     """
 
-    full_state_update = False
+    name = "bytes_saved"
+    rows: ClassVar = {
+        "bytes_saved": None,
+        "bytes_of_ddp": Row("DDP would have sent", format_bytes),
+        "share_of_ddp": Row("share of DDP", format_percent),
+    }
     saved: Tensor
+    ddp: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_state("saved", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("ddp", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, sent: int, ddp: int) -> None:
         """Add a step, or what was sent between steps.
@@ -157,13 +257,24 @@ class BytesSaved(Metric):
             ddp: Bytes of all gradients, 0 between steps.
         """
         self.saved = self.saved + ddp - sent
+        self.ddp = self.ddp + ddp
 
     def compute(self) -> Tensor:
         """Bytes so far; negative where more was sent than saved."""
         return self.saved
 
+    @override
+    def observe(self, event: Event) -> None:
+        self.update(event.sent, event.ddp)
 
-class Drift(Metric):
+    @override
+    def totals(self) -> dict[str, float]:
+        saved, ddp = float(self.saved), float(self.ddp)
+        return {**self.values(), "bytes_of_ddp": ddp, **({"share_of_ddp": (ddp - saved) / ddp} if ddp else {})}
+
+
+@register_metric
+class Drift(RunMetric):
     r"""Mean distance of a replica to the consensus just before it took it over, relative to the consensus's norm.
 
     :math:`\|x_i - \bar x\| / \|\bar x\|` over all parameters. After :meth:`ProcessGroupSync.measure_drift
@@ -181,7 +292,13 @@ class Drift(Metric):
         tensor(0.0200)
     """
 
-    full_state_update = False
+    name = "mean_drift"
+    rows: ClassVar = {
+        "drift": None,
+        "local_steps": None,
+        "mean_drift": Row("drift before syncs, mean", format_percent),
+        "last_drift": Row("drift before syncs, last", format_percent),
+    }
     total: Tensor
     syncs: Tensor
 
@@ -189,6 +306,7 @@ class Drift(Metric):
         super().__init__(**options)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("syncs", torch.tensor(0), dist_reduce_fx="sum")
+        self.history: list[float] = []
 
     def update(self, drift: float | None) -> None:
         """Add a sync.
@@ -199,49 +317,21 @@ class Drift(Metric):
         if drift is not None:
             self.total += drift
             self.syncs += 1
+            self.history.append(drift)
 
     def compute(self) -> Tensor:
         """The mean; 0 before the first sync."""
         return self.total / self.syncs.clamp_min(1)
 
+    @override
+    def observe(self, event: Event) -> None:
+        self.update(event.drift)
 
-class RMMC(Metric):
-    """The largest Relative Maximum Momentum Change since the last reset, of all momenta and of each group.
+    @override
+    def values(self) -> dict[str, float]:
+        # The monitor logs the drift of every sync at its own step.
+        return {}
 
-    First steps, whose change counts as infinite, are left out.
-
-    Args:
-        groups: Names of the groups, such as parameter groups or layers.
-        **options: Of ``torchmetrics.Metric``.
-
-    Example:
-        >>> rmmc = RMMC(groups=["attention", "mlp"])
-        >>> rmmc.update(0.30, {"attention": 0.10, "mlp": 0.30})
-        >>> rmmc.update(0.20, {"attention": 0.20, "mlp": 0.05})
-        >>> {name: round(value.item(), 2) for name, value in rmmc.compute().items()}
-        {'max': 0.3, 'attention': 0.2, 'mlp': 0.3}
-    """
-
-    full_state_update = False
-    largest: Tensor
-
-    def __init__(self, groups: Sequence[str] = (), **options: Any) -> None:
-        super().__init__(**options)
-        self.groups = tuple(groups)
-        self.add_state("largest", torch.zeros(1 + len(self.groups)), dist_reduce_fx="max")
-
-    def update(self, rmmc: float, by_group: Mapping[str, float] | None = None) -> None:
-        """Add a step.
-
-        Args:
-            rmmc: Of all momenta, ``optimizer.last_step.rmmc``.
-            by_group: Of each group; a missing one had nothing to train.
-        """
-        by_group = by_group or {}
-        values = [rmmc, *(by_group.get(name, 0.0) for name in self.groups)]
-        finite = torch.tensor([value if math.isfinite(value) else 0.0 for value in values])
-        self.largest = torch.maximum(self.largest, finite.to(self.largest))
-
-    def compute(self) -> dict[str, Tensor]:
-        """The largest of all under ``"max"``, and that of each group under its name."""
-        return dict(zip(("max", *self.groups), self.largest.unbind(), strict=True))
+    @override
+    def totals(self) -> dict[str, float]:
+        return {"mean_drift": float(self.compute()), "last_drift": self.history[-1]} if self.history else {}

@@ -1,26 +1,30 @@
-"""CommunicationMonitor: logs and sums up what a run communicates, and warns where its settings defeat the purpose."""
+"""CommunicationMonitor: logs and sums up what a run communicates, and says where its settings defeat the purpose."""
 
-import re
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..optim.curvadion import CurvaDion
-from ..optim.step_signal import FIRST_MOMENTS
 from ..sync.process_group_sync import ProcessGroupSync
+
+# These register themselves; their order is that of the rows in the closing table.
+from . import metrics, rmmc_metric, run_totals  # noqa: F401
 from .advice import RunSoFar, advice_on_model, advice_on_run
 from .lightning_internals import is_logging_step, optimizer_steps
-from .metrics import RMMC, BytesSaved, BytesSent, Drift, StepsSinceSync, SyncRate
+from .metrics import BytesSaved, BytesSent, Drift, StepsSinceSync, SyncRate
+from .run_metric import METRICS, Cause, Event, RunMetric, loss_text, table_rows
+from .run_settings import communication_settings
+
+M = TypeVar("M", bound=RunMetric)
 
 
 class CommunicationMonitor(Callback):
-    """Logs what a run communicates, shows it in the progress bar, prints a table at the end, and warns of bad settings.
+    """Logs what a run communicates, shows it in the progress bar, and prints a table and advice at the end.
 
     Logged at the Trainer's ``log_every_n_steps``, through its loggers:
 
@@ -35,16 +39,21 @@ class CommunicationMonitor(Callback):
     replica to the consensus relative to its norm, just before it took it over, and ``curvadion/local_steps``, the local
     steps before. A validation after a local step has a drift of its own.
 
-    The progress bar shows the sync rate and the megabytes saved. Each warning comes once: where nearly every step
-    synchronises, or none; where drift grows; where one embedding dominates what is sent; where validations and
-    checkpoints send more than the steps. Under ``strategy="ddp"`` the same callback reports what DDP sends, so that two
-    runs compare. The callback itself sends nothing.
+    Logged once more when everything is sent, the last consensus and checkpoint too: every value of the table. Logged as
+    hyperparameters: the settings of the sync hook and of the first optimizer's trigger. A run without CurvaDion's sync
+    hook, as under ``strategy="ddp"``, logs what DDP sends, under ``ddp/``.
+
+    The progress bar shows the sync rate and the megabytes saved. Advice comes once, above the progress bar, and again
+    below the table where it holds for the whole run: where the sync rate is far above all that was measured, or 0;
+    where drift grows; where one embedding dominates what is sent; where validations and checkpoints send more than the
+    steps. The callback itself sends nothing.
 
     Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n). What DDP would send
     is the size of all gradients times the number of optimizer steps.
 
     Attributes:
-        sync_rate, steps_since_sync, bytes_sent, bytes_saved, drift: The torchmetrics behind the values.
+        metrics: The metrics behind the values, by name; each is an attribute too. Yours are among them after
+            :func:`~lightning_curvadion.trainer.run_metric.register_metric`.
 
     Example:
         >>> monitor = CommunicationMonitor()
@@ -54,84 +63,129 @@ class CommunicationMonitor(Callback):
     """
 
     def __init__(self) -> None:
-        # Without sync_on_compute: a metric must not start a collective here.
-        self.sync_rate = SyncRate(sync_on_compute=False)
-        self.steps_since_sync = StepsSinceSync(sync_on_compute=False)
-        self.bytes_sent = BytesSent(sync_on_compute=False)
-        self.bytes_saved = BytesSaved(sync_on_compute=False)
-        self.drift = Drift(sync_on_compute=False)
+        self._checkpointed: dict[str, Any] = {}
         self._reset()
 
     def _reset(self) -> None:
-        for metric in (self.sync_rate, self.steps_since_sync, self.bytes_sent, self.bytes_saved, self.drift):
-            metric.reset()
+        # Without sync_on_compute: a metric must not start a collective here.
+        self.metrics = {name: metric(sync_on_compute=False) for name, metric in METRICS.items()}
         self._hook_handles: list[Any] = []
         self._hooks: list[ProcessGroupSync] = []
-        self._step_bytes = 0
-        self._sent_before_training = 0
+        self._counted = 0
         # (step of the Trainer, values) of sync steps that are not logged yet.
         self._unlogged_syncs: list[tuple[int, dict[str, float]]] = []
-        self._drifts: list[float] = []
         self._synced_in_last_step = False
-        self._warned: set[str] = set()
-        self._start = time.perf_counter()
+        self._given: set[str] = set()
+        self._advice_on_model: dict[str, str] = {}
+        self._totals: dict[str, float] = {}
+        self._resumed_at = 0
+
+    def __getattr__(self, name: str) -> RunMetric:
+        found: RunMetric | None = vars(self).get("metrics", {}).get(name)
+        if found is None:
+            raise AttributeError(f"{type(self).__name__} has no metric {name!r}")
+        return found
+
+    def _metric(self, kind: type[M]) -> M:
+        return next(metric for metric in self.metrics.values() if isinstance(metric, kind))
 
     # -- counting ----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._reset()
+        self._resumed_at = trainer.global_step
+        for name, states in self._checkpointed.items():
+            if name in self.metrics:
+                self.metrics[name].load_state_dict(states)
+                self.metrics[name].resumed = True
+        self._checkpointed = {}
         attached = {optimizer.sync_hook for optimizer in trainer.optimizers if isinstance(optimizer, CurvaDion)}
         self._hooks = [hook for hook in attached if isinstance(hook, ProcessGroupSync)]
         for hook in self._hooks:
             hook.measure_drift()
         self._hook_handles = [
-            optimizer.register_step_post_hook(lambda stepped, *_: self._count(trainer, stepped))
+            optimizer.register_step_post_hook(lambda stepped, *_: self._count_step(trainer, stepped))
             for optimizer in trainer.optimizers
         ]
-        self._count_between_steps()
-        self._sent_before_training = int(self.bytes_sent.sent)
+        # Checkpoints of weights only call no callback; all of them ask the module for its state.
+        self._hook_handles.append(
+            pl_module.register_state_dict_post_hook(lambda *_: self._count_between_steps("checkpoints"))
+        )
+        self._log_settings(trainer)
+        self._count_between_steps("ends")
         if self._several_replicas(trainer):
-            self._warn_once(dict(advice_on_model(pl_module)))
+            self._advice_on_model = dict(advice_on_model(pl_module))
+            self._give_advice(trainer, self._advice_on_model)
 
-    def _count(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
+    def _observe(self, event: Event) -> None:
+        for metric in self.metrics.values():
+            metric.observe(event)
+
+    def _newly_sent(self) -> int:
+        sent = sum(hook.bytes_sent for hook in self._hooks)
+        newly, self._counted = sent - self._counted, sent
+        return newly
+
+    def _count_step(self, trainer: "pl.Trainer", optimizer: Optimizer) -> None:
         ddp = sum(p.nbytes for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
         hook = optimizer.sync_hook if isinstance(optimizer, CurvaDion) else None
+        synced, sent, drift = True, ddp, None
+        # Without a hook the replicas communicate through DDP's reducer, at every step.
         if isinstance(optimizer, CurvaDion) and isinstance(hook, ProcessGroupSync) and optimizer.last_step is not None:
-            synced, sent = optimizer.last_step.synced, optimizer.last_step.bytes_sent
+            synced, sent = optimizer.last_step.synced, self._newly_sent()
+            drift = hook.drift if synced else None
             self._synced_in_last_step = hook.drift is not None
             if synced:
-                gap = float(self.steps_since_sync.steps)
-                self._record_sync(optimizer_steps(trainer), hook.drift, local_steps=gap)
-        else:
-            # Without a hook the replicas communicate through DDP's reducer, at every step.
-            synced, sent = True, ddp
-        self._step_bytes += sent
-        self.sync_rate.update(synced)
-        self.steps_since_sync.update(synced)
-        self.bytes_sent.update(sent)
-        self.bytes_saved.update(sent, ddp)
+                self._note_sync(trainer, drift, local_steps=float(self._metric(StepsSinceSync).steps))
+        self._observe(Event("steps", sent, ddp, optimizer, synced, drift, trainer.world_size))
 
-    def _record_sync(self, step: int, drift: float | None, **more: float) -> None:
-        self.drift.update(drift)
+    def _note_sync(self, trainer: "pl.Trainer", drift: float | None, **more: float) -> None:
         if drift is not None:
-            self._drifts.append(drift)
             more["drift"] = drift
         if more:
-            self._unlogged_syncs.append((step, {f"curvadion/{name}": value for name, value in more.items()}))
+            self._unlogged_syncs.append((optimizer_steps(trainer), more))
+
+    def _count_between_steps(self, cause: Cause, drift: float | None = None) -> None:
+        if self._hooks:
+            sent = self._newly_sent()
+            if sent or drift is not None:
+                self._observe(Event(cause, sent, drift=drift))
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # After a sync step there was nothing left to average, and its drift is recorded.
-        if not self._synced_in_last_step:
-            for hook in self._hooks:
-                self._record_sync(optimizer_steps(trainer), hook.drift)
+        drifts = [] if self._synced_in_last_step else [hook.drift for hook in self._hooks]
+        for drift in drifts:
+            self._note_sync(trainer, drift)
+        self._count_between_steps("validation", next(iter(drifts), None))
 
-    def _count_between_steps(self) -> None:
-        """Count what was sent between steps, for validations and checkpoints."""
-        between = sum(hook.bytes_sent for hook in self._hooks) - int(self.bytes_sent.sent) if self._hooks else 0
-        self.bytes_sent.update(between)
-        self.bytes_saved.update(between, ddp=0)
+    @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._count_between_steps("ends")
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._count_between_steps("ends")
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        states = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        return {name: dict(state) for name, state in states.items() if state}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._checkpointed = state_dict
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        self._count_between_steps("checkpoints")
+        # The states so far were taken before the optimizers' were averaged.
+        checkpoint.setdefault("callbacks", {})[self.state_key] = self.state_dict()
 
     # -- logging -----------------------------------------------------------------------------------------------------
 
@@ -139,112 +193,100 @@ class CommunicationMonitor(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not int(self.sync_rate.steps):
+        rate = self._metric(SyncRate)
+        if not rate.update_called:
             return
-        self._count_between_steps()
-        saved = {"sync_rate": self.sync_rate.compute(), "saved_MB": self.bytes_saved.saved / 1e6}
+        saved = {"sync_rate": rate.compute(), "saved_MB": self._metric(BytesSaved).compute() / 1e6}
         pl_module.log_dict(saved, prog_bar=True, logger=False)
         if is_logging_step(trainer):
-            pl_module.log_dict({f"curvadion/{name}": value for name, value in self._values(trainer).items()})
+            pl_module.log_dict(self._tagged(dict(self._values())))
             self._log_syncs(trainer)
-            self._advise(trainer)
+            if self._several_replicas(trainer):
+                self._give_advice(trainer, self._advice_on_run())
 
-    def _values(self, trainer: "pl.Trainer") -> dict[str, float]:
-        values = {
-            "sync_rate": float(self.sync_rate.compute()),
-            "steps_since_sync": float(self.steps_since_sync.compute()),
-            "bytes_sent": float(self.bytes_sent.compute()),
-            "bytes_saved": float(self.bytes_saved.compute()),
-            "seconds": time.perf_counter() - self._start,
-        }
-        stepped = [o for o in trainer.optimizers if isinstance(o, CurvaDion) and o.last_step is not None]
-        if stepped:
-            values["rmmc"] = max(optimizer.last_step.rmmc for optimizer in stepped if optimizer.last_step is not None)
-        for optimizer in stepped:
-            values.update(rmmc_by_group(optimizer))
-        return values
+    def _log_settings(self, trainer: "pl.Trainer") -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, CurvaDion) and isinstance(optimizer.sync_hook, ProcessGroupSync):
+                settings = communication_settings(optimizer.sync_hook.settings, optimizer, trainer.world_size)
+                for logger in trainer.loggers:
+                    logger.log_hyperparams({"curvadion": settings})
+                return
+
+    def _tagged(self, values: Mapping[str, float]) -> dict[str, float]:
+        prefix = "curvadion" if self._hooks else "ddp"
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+    def _values(self) -> Iterator[tuple[str, float]]:
+        for metric in self.metrics.values():
+            yield from metric.values().items()
 
     def _log_syncs(self, trainer: "pl.Trainer") -> None:
         unlogged, self._unlogged_syncs = self._unlogged_syncs, []
         for step, values in unlogged:
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+                logger.log_metrics(self._tagged(values), step=step)
+
+    # -- advice ------------------------------------------------------------------------------------------------------
 
     def _several_replicas(self, trainer: "pl.Trainer") -> bool:
         return bool(self._hooks) and trainer.world_size > 1
 
-    def _advise(self, trainer: "pl.Trainer") -> None:
-        if self._several_replicas(trainer):
-            steps, sync_steps = int(self.sync_rate.steps), int(self.sync_rate.sync_steps)
-            between = int(self.bytes_sent.sent) - self._step_bytes - self._sent_before_training
-            self._warn_once(dict(advice_on_run(RunSoFar(steps, sync_steps, self._step_bytes, between, self._drifts))))
+    def _advice_on_run(self) -> dict[str, str]:
+        rate, sent, drifts = self._metric(SyncRate), self._metric(BytesSent).by_cause, self._metric(Drift).history
+        between = sent.get("validation", 0) + sent.get("checkpoints", 0)
+        run = RunSoFar(int(rate.steps), int(rate.sync_steps), sent.get("steps", 0), between, drifts)
+        return dict(advice_on_run(run))
 
-    def _warn_once(self, advice: Mapping[str, str]) -> None:
+    @rank_zero_only
+    def _give_advice(self, trainer: "pl.Trainer", advice: Mapping[str, str]) -> None:
+        bar = trainer.progress_bar_callback
+        # A bar that is shown writes in its own line; one of tqdm prints nothing before it is shown.
+        shown = getattr(bar, "is_enabled", bar is not None) and trainer.global_step > self._resumed_at
         for key, sentence in advice.items():
-            if key not in self._warned:
-                self._warned.add(key)
-                rank_zero_warn(f"CommunicationMonitor: {sentence}")
+            if key not in self._given:
+                self._given.add(key)
+                (bar.print if bar is not None and shown else print)(f"CommunicationMonitor: {sentence}")
+
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._count_between_steps("ends")
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         for handle in self._hook_handles:
             handle.remove()
-        self._log_syncs(trainer)
-        self._advise(trainer)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._count_between_steps()
-        if trainer.is_global_zero and int(self.sync_rate.steps):
+        self._remove_hooks()
+        if not self._metric(SyncRate).update_called:
+            return
+        self._log_syncs(trainer)
+        totals = {}
+        for metric in self.metrics.values():
+            totals.update(metric.totals())
+        self._totals = totals
+        for logger in trainer.loggers:
+            logger.log_metrics(self._tagged(totals), step=max(0, optimizer_steps(trainer) - 1))
+        if trainer.is_global_zero:
             print(self.summary(trainer))
 
     def summary(self, trainer: "pl.Trainer") -> str:
-        """The table that is printed at the end of fit."""
-        steps, sync_steps = int(self.sync_rate.steps), int(self.sync_rate.sync_steps)
-        sent = int(self.bytes_sent.sent)
-        ddp = sent + int(self.bytes_saved.saved)
-        rows = [(name, f"{value:.4f}") for name, value in trainer.callback_metrics.items() if name.startswith("val")]
-        rows += [
-            ("replicas", f"{trainer.world_size}"),
-            ("optimizer steps", f"{steps}"),
-            ("sync steps", f"{sync_steps} ({100 * sync_steps / steps:.1f} %)"),
-            ("sent per replica", f"{sent / 1e6:.2f} MB"),
-            ("  of it in steps", f"{self._step_bytes / 1e6:.2f} MB"),
-            ("DDP would have sent", f"{ddp / 1e6:.2f} MB"),
-            ("ratio", f"{100 * sent / ddp:.2f} % of DDP" if ddp else "-"),
-        ]
-        if self._drifts:
-            drift = f"{100 * self.drift.compute().item():.2f} % of the parameters' norm, {100 * self._drifts[-1]:.2f} %"
-            rows.append(("drift before syncs", f"{drift} at the last"))
-        width = max(len(name) for name, _ in rows)
-        body = "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
-        return f"\nCommunication of this run ({type(trainer.strategy).__name__})\n{body}"
-
-
-def rmmc_by_group(optimizer: CurvaDion) -> dict[str, float]:
-    """RMMC of the last step by parameter group and by layer, on this replica.
-
-    Args:
-        optimizer: It has stepped.
-
-    Returns:
-        ``rmmc_group/<name>`` and ``rmmc_layer/<layer>``; a layer is a parameter's name up to its last number, such as
-        ``gpt.blocks.3``, or the module that holds the parameter. AdamW and Lion groups are together one group and one
-        layer, ``first moments``, since RMMC counts them as one.
-    """
-    changes = optimizer.rmmc_by_parameter()
-    name_of = {parameter: name for name, parameter in optimizer.named_parameters()}
-    members = {FIRST_MOMENTS: f"rmmc_group/{FIRST_MOMENTS}"}
-    for number, group in enumerate(optimizer.param_groups):
-        of_group = f"rmmc_group/{group.get('name', number)}"
-        members.update({name_of[p]: of_group for p in group["params"] if name_of[p] in changes})
-    groups = dict.fromkeys(members[name] for name in changes)
-    metric = RMMC([*groups, *dict.fromkeys(map(_layer, changes))], sync_on_compute=False)
-    for name, change in changes.items():
-        metric.update(change, {members[name]: change, _layer(name): change})
-    return {name: float(value) for name, value in metric.compute().items() if name != "max"}
-
-
-def _layer(parameter_name: str) -> str:
-    numbered = re.match(r"(.*\.\d+)\.", f"{parameter_name}.")
-    return f"rmmc_layer/{numbered[1] if numbered else parameter_name.rpartition('.')[0] or parameter_name}"
+        """The table that is printed at the end of fit, with advice below it."""
+        rows = {
+            name: loss_text(float(value))
+            for name, value in sorted(trainer.callback_metrics.items())
+            if name.startswith("val")
+        }
+        rows.update(table_rows(self._totals))
+        width = max(map(len, rows), default=0)
+        body = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
+        part = f"this part of the run, resumed after step {self._resumed_at}" if self._resumed_at else "this run"
+        heading = f"\nCommunication of {part} ({type(trainer.strategy).__name__})"
+        advice = {**self._advice_on_model, **(self._advice_on_run() if self._several_replicas(trainer) else {})}
+        return "\n".join([heading, *body, *(f"\n{sentence}" for sentence in advice.values())])

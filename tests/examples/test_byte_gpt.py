@@ -19,5 +19,5 @@ def test_the_main_job_trains_and_ends_with_its_table(tmp_path):
     assert float(table["val_bits_per_byte"]) == pytest.approx(float(table["val_loss"]) / 0.6931, rel=1e-3)
     assert float(table["val_loss"]) < 5.6
     assert table["optimizer steps"] == "12" and table["replicas"] == "2"
-    assert float(table["ratio"].split()[0]) > 0
+    assert float(table["share of DDP"].split()[0]) > 0
     assert {"sent per replica", "DDP would have sent"} <= set(table)

@@ -1,6 +1,11 @@
 """A short training with CurvaDion and one with DDP, both logged: what the report's tests read."""
 
+import contextlib
+import io
+from pathlib import Path
+
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from training import Module, trainer_for
@@ -19,16 +24,22 @@ class LoggingModule(Module):
 
 
 def train(rank, world, folder):
-    """Train on a rank of the pool; logs go to ``folder/{curvadion,ddp}/{csv,tensorboard}``."""
+    """Train on a rank of the pool; logs go to ``folder/{curvadion,ddp}/{csv,tensorboard}``, what is printed beside."""
     for name, strategy in (("curvadion", CurvaDionStrategy()), ("ddp", DDPStrategy())):
         pl.seed_everything(0, verbose=False)
-        trainer_for(
+        trainer = trainer_for(
             rank,
             world,
             strategy,
             max_steps=STEPS,
             val_check_interval=4,
             log_every_n_steps=2,
-            callbacks=[CommunicationMonitor()],
+            enable_checkpointing=True,
+            callbacks=[CommunicationMonitor(), ModelCheckpoint(f"{folder}/{name}/checkpoints", every_n_train_steps=9)],
             logger=[CSVLogger(f"{folder}/{name}", "csv"), TensorBoardLogger(f"{folder}/{name}", "tensorboard")],
-        ).fit(LoggingModule())
+        )
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            trainer.fit(LoggingModule())
+        if rank == 0:
+            Path(folder, name, "printed").write_text(printed.getvalue())

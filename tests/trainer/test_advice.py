@@ -1,9 +1,13 @@
 """Each warning of ``CommunicationMonitor`` comes where it applies, and nowhere else."""
 
+import csv
+
 import pytest
 from torch import nn
+from training import ROOT
 
-from lightning_curvadion.trainer.advice import RunSoFar, advice_on_model, advice_on_run
+from examples.benchmarks.methods import DEFAULT
+from lightning_curvadion.trainer.advice import MEASURED_SYNC_RATES, RunSoFar, advice_on_model, advice_on_run
 
 HEALTHY = {"steps": 400, "sync_steps": 80, "step_bytes": 8000, "consensus_bytes": 1000, "drifts": [0.03] * 80}
 
@@ -22,6 +26,21 @@ HEALTHY = {"steps": 400, "sync_steps": 80, "step_bytes": 8000, "consensus_bytes"
 )
 def test_a_run_is_warned_of_what_defeats_its_purpose(changes, warnings):
     assert [key for key, _ in advice_on_run(RunSoFar(**{**HEALTHY, **changes}))] == warnings
+
+
+def rows(name):
+    with (ROOT / "examples/benchmarks/results" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_measured_sync_rates_are_the_extremes_of_the_benchmarks():
+    # A run that was stopped early for its timing has no rate.
+    compared = [row for row in rows("compare.csv") if row["method"] == DEFAULT and row["stop"] == "0"]
+    rates = {int(row["sync_steps"]) / int(row["steps"]): f"{row['replicas']} replicas" for row in compared}
+    rates |= {float(row["sync_rate"]): row["model"] for row in rows("models.csv") if row["method"] == "ours"}
+    low, high = min(rates), max(rates)
+    print(f"sync rates of the defaults: {low:.1%} ({rates[low]}) to {high:.1%} ({rates[high]})")
+    assert (round(low, 2), round(high, 2)) == MEASURED_SYNC_RATES
 
 
 def test_a_large_embedding_is_named_unless_it_is_frozen():

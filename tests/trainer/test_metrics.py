@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps, split_parameters
 from lightning_curvadion.trainer import metrics
+from lightning_curvadion.trainer.rmmc_metric import RMMC
 
 
 def loop_with_metrics(rank, world):
@@ -41,7 +42,7 @@ def test_bytes_are_exact_beyond_float32():
 
 
 def test_rmmc_leaves_out_the_infinite_first_step():
-    rmmc = metrics.RMMC(["a"])
+    rmmc = RMMC(["a"])
     rmmc.update(math.inf, {"a": math.inf})
     rmmc.update(0.5, {"a": 0.25, "unknown": 9.0})
     assert {name: value.item() for name, value in rmmc.compute().items()} == {"max": 0.5, "a": 0.25}

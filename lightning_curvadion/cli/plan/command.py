@@ -15,7 +15,7 @@ def main(args: list[str]) -> int:
         args: What follows ``python -m lightning_curvadion plan``.
 
     Returns:
-        The exit status: 0, or 2 after one line about bad input.
+        The exit status: 0, or 2 after a message about bad input.
 
     Example:
         >>> main(["--link", "fast", "--latency", "1ms"])

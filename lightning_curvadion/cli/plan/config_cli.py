@@ -65,7 +65,7 @@ def silent_trainer(**options: Any) -> pl.Trainer:
 
 @contextlib.contextmanager
 def config_errors_as_plan_errors() -> Iterator[None]:
-    """Turn errors of a command line or a Trainer into a one-line :class:`PlanError`, and hide their other output.
+    """Turn errors of a command line or a Trainer into a :class:`PlanError`, and hide their other output.
 
     Example:
         >>> with config_errors_as_plan_errors():
@@ -84,8 +84,9 @@ def config_errors_as_plan_errors() -> Iterator[None]:
     except SystemExit as stopped:
         if stopped.code == 0:
             raise
-        lines = [line.strip() for line in stderr.getvalue().splitlines() if line.strip()]
-        raise PlanError(lines[-1].removeprefix("error: ") if lines else "the config cannot be read") from stopped
+        message = stderr.getvalue().strip()
+        # What stands before it is how to call fit.
+        raise PlanError(message.rpartition("\nerror: ")[2].removeprefix("error: ")) from stopped
     except MisconfigurationException as error:
         raise PlanError(one_line(error)) from error
     finally:

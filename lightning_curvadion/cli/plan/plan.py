@@ -11,8 +11,9 @@ from .benchmark import measure_quantization, measure_training_step
 from .collective_costs import Network
 from .footprint import dion_step_traffic, measure_footprint
 from .run_setup import RunSetup, read_run_setup
+from .run_traffic import ConsensusPayload, measure_consensus
 from .step_prediction import StepPrediction
-from .sync_rate import choose_sync_rate
+from .sync_rate import choose_sync_rates
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,16 @@ class Plan:
 
     Attributes:
         setup: What is trained.
-        steps: What its steps cost.
-        sync_rate_source: Where the sync rate is from.
+        steps: What its steps cost, at each sync rate: one that is given, or both ends of a range.
+        consensus: What it sends outside of steps.
+        sync_rate_source: Where the sync rates are from.
         compute_source: Where the time of a step without communication is from.
         quantization_source: Where the quantization times are from.
     """
 
     setup: RunSetup
-    steps: StepPrediction
+    steps: Sequence[StepPrediction]
+    consensus: ConsensusPayload
     sync_rate_source: str
     compute_source: str
     quantization_source: str
@@ -46,20 +49,21 @@ def make_plan(arguments: PlanArguments) -> Plan:
         >>> options = ["--link=1Gbit", "--latency=1ms", "--replicas=2", "--step-time=10ms", "--coding-speed=50"]
         >>> model = ["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--optimizer=CurvaDion"]
         >>> plan = make_plan(parse_arguments([*options, *model]))
-        >>> plan.steps.compute_seconds, plan.compute_source
+        >>> plan.steps[0].compute_seconds, plan.compute_source
         (0.01, 'from --step-time')
     """
     setup = read_run_setup(arguments.fit_args)
     replicas = _check_replicas(arguments.replicas if arguments.replicas is not None else setup.replicas)
-    rate, rate_source = choose_sync_rate(setup.optimizer._cap, arguments.sync_rate, arguments.run)
+    rates, rate_source = choose_sync_rates(setup.optimizer._cap, arguments.sync_rate, arguments.run)
     footprint = measure_footprint(setup.model, setup.optimizer, setup.settings, replicas)
+    consensus = measure_consensus(setup.model, setup.optimizer, setup.settings, replicas)
     dion_traffic = dion_step_traffic(setup.model, setup.optimizer, replicas)
     formats = {*footprint.sync.numbers, *dion_traffic.numbers}
     quantization, quantization_source = _quantization_times(formats, arguments.quantization_speed)
     compute, compute_source = _compute_time(arguments.step_seconds, arguments.fit_args)
     network = Network(arguments.link, replicas, setup.backend)
-    steps = StepPrediction(footprint, dion_traffic, compute, quantization, network, rate)
-    return Plan(setup, steps, rate_source, compute_source, quantization_source)
+    steps = [StepPrediction(footprint, dion_traffic, compute, quantization, network, rate) for rate in rates]
+    return Plan(setup, steps, consensus, rate_source, compute_source, quantization_source)
 
 
 def _check_replicas(replicas: int | None) -> int:

@@ -1,14 +1,16 @@
 """The text of a plan, as the command prints it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ...optim import dion
 from ...optim.matrix_layout import matrix_shape
-from ..formatting import format_bit_rate, format_bytes, format_seconds, format_table
+from ...trainer.formatting import format_bit_rate, format_bytes, format_percent, format_seconds, format_table
+from ...trainer.run_settings import describe_trigger
 from .collective_costs import FRAME_PAYLOAD, GLOO_DUPLEX_FACTOR, Network
 from .footprint import Footprint
 from .plan import Plan
@@ -16,6 +18,7 @@ from .run_setup import RunSetup
 from .step_prediction import BACKWARD_SHARE, StepPrediction
 
 _SECONDS_PER_DAY = 86_400
+_LINK_SPEEDS = (1e7, 1e8, 1e9, 1e10, 1e11)
 
 
 def format_plan(plan: Plan) -> str:
@@ -30,17 +33,19 @@ def format_plan(plan: Plan) -> str:
         >>> text.splitlines()[0].partition(" (")[0]
         'BoringModel on 2 replicas, each on a link of 1 Gbit/s with 1.0 ms latency'
     """
-    setup, steps = plan.setup, plan.steps
+    setup, steps = plan.setup, plan.steps[0]
+    rates = " to ".join(f"{100 * each.sync_rate:.1f}" for each in plan.steps)
     blocks = [
         _heading(setup, steps.network),
         format_table(_parameter_rows(setup.model, setup.optimizer)),
         [
-            f"sync rate {100 * steps.sync_rate:.1f} %: {plan.sync_rate_source}",
+            f"sync rate {rates} %: {plan.sync_rate_source}",
             f"compute {format_seconds(steps.compute_seconds)} per step: {plan.compute_source}",
         ],
-        format_table(_step_rows(steps)),
+        format_table(_step_rows(plan.steps)),
+        format_table(_run_rows(plan)),
+        format_table(_speed_rows(plan.steps), label_width=12, cell_width=24),
         [
-            *_comparison(steps),
             _quantization_speed(steps, plan.quantization_source),
             f"Kernel launches in a sync step: {steps.footprint.sync.launches:,}, in a local step:"
             f" {steps.footprint.local.launches:,}; a GPU takes some microseconds for each.",
@@ -52,23 +57,21 @@ def format_plan(plan: Plan) -> str:
 
 
 def _heading(setup: RunSetup, network: Network) -> list[str]:
-    settings, trigger = setup.settings, setup.optimizer.trigger
-    options = {name: value for name, value in vars(trigger).items() if name not in trigger._state}
-    arguments = ", ".join(f"{name}={value}" for name, value in options.items())
+    settings = setup.settings
     speed, latency = format_bit_rate(network.link.bits_per_second), format_seconds(network.link.latency)
     return [
         f"{type(setup.model).__name__} on {network.replicas} replicas, each on a link of {speed} with {latency} latency"
         f" ({setup.backend})",
         f"consensus {settings.consensus}, wire format {settings.wire_format} ({settings.embedding_format} for vectors,"
         f" {settings.bias_format} for those of one dimension),"
-        f" momentum {settings.momentum}, trigger {type(trigger).__name__}({arguments})",
+        f" momentum {settings.momentum}, trigger {describe_trigger(setup.optimizer.trigger)}",
         *setup.notes,
     ]
 
 
 def _parameter_rows(model: nn.Module, optimizer: Optimizer) -> Iterable[tuple[str, ...]]:
     groups = [
-        (f"{group.get('name', f'group {number}')} ({group['algorithm']})", group["params"])
+        (f"{group.get('name', f'group {number}')} ({_algorithm(group)})", group["params"])
         for number, group in enumerate(optimizer.param_groups)
     ]
     groups.append(("all", [parameter for _, members in groups for parameter in members]))
@@ -83,11 +86,12 @@ def _parameter_rows(model: nn.Module, optimizer: Optimizer) -> Iterable[tuple[st
     factors = sum(
         dion.rank_of(shape, group["rank_fraction"]) * sum(shape) * (parameter.numel() // math.prod(shape))
         for group in optimizer.param_groups
-        if group["algorithm"] == "dion"
+        if group["algorithm"] == "dion" and group["local_update"] == "dion"
         for parameter in group["params"]
         for shape in [matrix_shape(parameter.shape, group["flatten"])]
     )
-    yield row("factors of the optimizer's rank", "", factors)
+    if factors:
+        yield row("factors of the optimizer's rank", "", factors)
     embeddings = [
         (module.weight.numel(), f"largest embedding, {name}")
         for name, module in model.named_modules()
@@ -98,11 +102,16 @@ def _parameter_rows(model: nn.Module, optimizer: Optimizer) -> Iterable[tuple[st
         yield row(label, "1", numel)
 
 
-def _step_rows(steps: StepPrediction) -> list[tuple[str, ...]]:
+def _algorithm(group: dict[str, Any]) -> str:
+    name = group["local_update"] if group["algorithm"] == "dion" else group["algorithm"]
+    return {"muon": "Muon", "dion": "Dion", "sgd": "SGD", "adamw": "AdamW", "lion": "Lion"}[name]
+
+
+def _step_rows(predictions: Sequence[StepPrediction]) -> list[tuple[str, ...]]:
+    steps = predictions[0]
     local, sync = steps.footprint.local, steps.footprint.sync
     quantization = steps.quantization_seconds(sync)
     collectives = steps.sync_seconds - steps.local_seconds - quantization
-    mean_payload = steps.sync_rate * sync.bytes_sent + (1 - steps.sync_rate) * local.bytes_sent
 
     def row(label: str, seconds: float, payload: float, link_bytes: float) -> tuple[str, ...]:
         return label, format_seconds(seconds), format_bytes(payload), format_bytes(link_bytes)
@@ -111,14 +120,20 @@ def _step_rows(steps: StepPrediction) -> list[tuple[str, ...]]:
         per_day = format_bytes(link_bytes * _SECONDS_PER_DAY / seconds)
         return (*row(label, seconds, payload, link_bytes), per_day)
 
+    means = [
+        run_row(f"mean step, {100 * p.sync_rate:.1f} % sync", p.mean_seconds, p.mean_payload, p.mean_link_bytes)
+        for p in predictions
+    ]
     dion_traffic = steps.dion_traffic
     return [
-        ("step of one replica", "time", "bytes_sent", "on its link", "per day"),
+        ("step of one replica", "time", "payload", "on its link", "link per day"),
         row("local step", steps.local_seconds, local.bytes_sent, steps.link_bytes(local)),
+        ("  of it agreement", format_seconds(steps.agreement_seconds)),
         row("sync step", steps.sync_seconds, sync.bytes_sent, steps.link_bytes(sync)),
-        ("  of which quantization", format_seconds(quantization)),
-        ("  of which collectives", format_seconds(collectives)),
-        run_row("mean step", steps.mean_seconds, mean_payload, steps.mean_link_bytes),
+        ("  of it agreement", format_seconds(steps.agreement_seconds)),
+        ("  of it other collectives", format_seconds(collectives)),
+        ("  of it quantization", format_seconds(quantization)),
+        *means,
         run_row("DDP", steps.ddp_seconds, sum(steps.footprint.buckets), steps.ddp_link_bytes),
         run_row(
             "Dion (syncs at every step)", steps.dion_seconds, dion_traffic.bytes_sent, steps.link_bytes(dion_traffic)
@@ -126,21 +141,53 @@ def _step_rows(steps: StepPrediction) -> list[tuple[str, ...]]:
     ]
 
 
-def _comparison(steps: StepPrediction) -> list[str]:
-    over_ddp, over_dion = steps.ddp_seconds / steps.mean_seconds, steps.dion_seconds / steps.mean_seconds
-    share = steps.mean_link_bytes / steps.ddp_link_bytes
-    share_text = f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
-    speed = steps.break_even_bit_rate
-    if speed is None:
-        faster = "CurvaDion" if steps.mean_seconds < steps.ddp_seconds else "DDP"
-        break_even = f"No link speed makes DDP equally fast: with this latency {faster} is faster at any speed."
-    else:
-        break_even = f"DDP is equally fast on links of {format_bit_rate(speed)}."
+def _run_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """What the run sends by cause, as far as the config tells; else what one validation and one checkpoint send."""
+    schedule, consensus = plan.setup.schedule, plan.consensus
+    if not schedule.is_known:
+        return [
+            ("the data decides on the number of", "payload of each"),
+            ("validations", format_bytes(consensus.validation)),
+            ("checkpoints", format_bytes(consensus.checkpoint)),
+            ("checkpoints after a validation", format_bytes(consensus.checkpoint_after_validation)),
+        ]
+    count = schedule.steps or 0
+    parts = consensus.of_run(schedule)
+    ddp = count * sum(plan.steps[0].footprint.buckets)
+    in_steps = [count * prediction.mean_payload for prediction in plan.steps]
+    totals = [sent + sum(parts.values()) for sent in in_steps]
+    saved = (schedule.checkpoints or 0) + (schedule.checkpoints_after_validation or 0)
     return [
-        f"The mean step is {over_ddp:.2f} times as fast as DDP and {over_dion:.2f} times as fast as Dion, with"
-        f" {share_text} of DDP's bytes.",
-        break_even,
+        ("whole run, a replica", "number", "payload"),
+        ("steps", f"{count:,}", _range(in_steps, format_bytes)),
+        ("validation", f"{schedule.validations:,}", format_bytes(parts["validation"])),
+        ("checkpoints" + ", at most" * schedule.best_only, f"{saved:,}", format_bytes(parts["checkpoints"])),
+        ("start and end", "", format_bytes(parts["start and end"])),
+        ("all", "", _range(totals, format_bytes)),
+        ("DDP", "", format_bytes(ddp)),
+        ("share of DDP", "", _range([total / ddp for total in totals], format_percent)),
     ]
+
+
+def _speed_rows(predictions: Sequence[StepPrediction]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("links of", "DDP", "CurvaDion", "times as fast")]
+    for speed in _LINK_SPEEDS:
+        at_speed = [prediction.at_bit_rate(speed) for prediction in predictions]
+        ddp = at_speed[0].ddp_seconds
+        seconds = [prediction.mean_seconds for prediction in at_speed]
+        speed_ups = [ddp / each for each in reversed(seconds)]
+        cells = format_seconds(ddp), _range(seconds, format_seconds), _range(speed_ups, "{:.2f}".format)
+        rows.append((format_bit_rate(speed), *cells))
+    return rows
+
+
+def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """One value, or two as a range that names their unit once."""
+    low, *high = dict.fromkeys(map(text, values))
+    if not high:
+        return low
+    unit = high[0].partition(" ")[2]
+    return f"{low.removesuffix(f' {unit}')} to {high[0]}"
 
 
 def _quantization_speed(steps: StepPrediction, source: str) -> str:
@@ -173,6 +220,6 @@ def _assumptions(backend: str) -> list[str]:
         gloo if backend == "gloo" else f"{backend} uses rings or trees, whichever is faster.",
         "Every replica has a link of its own, and all replicas are equally fast.",
         f"DDP reduces buckets of 25 MiB while backward runs, {BACKWARD_SHARE:.2f} of a step; CurvaDion hides nothing.",
-        "DDP and Dion run the same optimizer as CurvaDion. Not counted: validation and checkpoints.",
+        "DDP and Dion run the same optimizer as CurvaDion. No time is counted for validation and checkpoints.",
         "All rows of an embedding are counted; of a large one, only those that moved travel.",
     ]

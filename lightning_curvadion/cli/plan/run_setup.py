@@ -16,6 +16,7 @@ from ...trainer.lightning_internals import configured_optimizers, detach_trainer
 from ...trainer.strategy import CurvaDionStrategy
 from ..errors import PlanError
 from .config_cli import ConfigCLI, config_errors_as_plan_errors, one_line
+from .schedule import Schedule, read_schedule
 
 _DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -30,6 +31,7 @@ class RunSetup:
         settings: Of the sync hook.
         replicas: Their number in the config, ``None`` if the config leaves it to the machine.
         backend: Of ``torch.distributed``.
+        schedule: How often it steps, validates and saves.
         notes: A sentence for each choice made in place of the config.
     """
 
@@ -38,6 +40,7 @@ class RunSetup:
     settings: SyncSettings
     replicas: int | None
     backend: str
+    schedule: Schedule
     notes: tuple[str, ...]
 
 
@@ -77,7 +80,8 @@ def read_run_setup(args: Sequence[str]) -> RunSetup:
     # The footprint is taken of a copy of the model, which must not copy the Trainer.
     detach_trainer(model)
     backend = _backend(trainer_config, notes)
-    return RunSetup(model, optimizer, settings, _num_replicas(trainer_config), backend, tuple(notes))
+    schedule = read_schedule(trainer_config)
+    return RunSetup(model, optimizer, settings, _num_replicas(trainer_config), backend, schedule, tuple(notes))
 
 
 def _configure_optimizer(model: pl.LightningModule, notes: list[str]) -> CurvaDion:

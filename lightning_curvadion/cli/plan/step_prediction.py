@@ -1,6 +1,6 @@
 """How long steps take on a network: of CurvaDion, of DDP, and of Dion, which synchronises at every step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .collective_costs import ALL_REDUCE, Collective, Network
@@ -58,35 +58,6 @@ def sequential_step_seconds(
         1.18
     """
     return compute + quantization + sum(network.seconds(collective) for collective in collectives)
-
-
-def break_even_bit_rate(curvadion: Callable[[float], float], ddp: Callable[[float], float]) -> float | None:
-    """The link speed at which two kinds of steps take equally long, by bisection of its logarithm.
-
-    Args:
-        curvadion: Seconds of a step at a speed in bit/s.
-        ddp: The same for DDP.
-
-    Returns:
-        A speed between 1 kbit/s and 100 Tbit/s, or ``None`` if the same one is faster at both ends.
-
-    Example::
-
-        >>> round(break_even_bit_rate(lambda speed: 1.5 + 1e6 / speed, lambda speed: 1.0 + 1e9 / speed) / 1e9, 3)
-        1.998
-        >>> break_even_bit_rate(lambda speed: 1.0, lambda speed: 1.0 + 1e9 / speed)
-    """
-
-    def seconds_saved(exponent: float) -> float:
-        return ddp(10**exponent) - curvadion(10**exponent)
-
-    slow, fast = 3.0, 14.0
-    if (seconds_saved(slow) > 0) == (seconds_saved(fast) > 0):
-        return None
-    for _ in range(60):
-        middle = (slow + fast) / 2
-        slow, fast = (middle, fast) if (seconds_saved(middle) > 0) == (seconds_saved(slow) > 0) else (slow, middle)
-    return 10**slow
 
 
 @dataclass(frozen=True)
@@ -158,8 +129,19 @@ class StepPrediction:
         return sum(self.network.link_bytes(collective) for collective in traffic.collectives)
 
     @property
+    def agreement_seconds(self) -> float:
+        """Seconds of what a local step sends."""
+        return sum(self.network.seconds(collective) for collective in self.footprint.local.collectives)
+
+    @property
+    def mean_payload(self) -> float:
+        """Payload of a step in bytes, averaged over sync steps and local steps."""
+        sync, local = self.footprint.sync.bytes_sent, self.footprint.local.bytes_sent
+        return self.sync_rate * sync + (1 - self.sync_rate) * local
+
+    @property
     def mean_link_bytes(self) -> float:
-        """The same, averaged over sync steps and local steps."""
+        """Payload that a replica puts on its link, averaged over sync steps and local steps."""
         sync, local = self.link_bytes(self.footprint.sync), self.link_bytes(self.footprint.local)
         return self.sync_rate * sync + (1 - self.sync_rate) * local
 
@@ -172,10 +154,3 @@ class StepPrediction:
         """The same steps on links of another speed."""
         link = replace(self.network.link, bits_per_second=bits_per_second)
         return replace(self, network=replace(self.network, link=link))
-
-    @property
-    def break_even_bit_rate(self) -> float | None:
-        """Link speed in bit/s at which DDP takes equally long; ``None`` if the same one is faster at any speed."""
-        return break_even_bit_rate(
-            lambda speed: self.at_bit_rate(speed).mean_seconds, lambda speed: self.at_bit_rate(speed).ddp_seconds
-        )

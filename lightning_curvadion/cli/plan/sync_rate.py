@@ -6,7 +6,7 @@ import random
 import statistics
 from pathlib import Path
 
-from ...optim.triggers import LocalStepCap, RMMCThreshold
+from ...optim.triggers import LocalStepCap
 from ..errors import PlanError
 from ..report.log_readers import read_run
 
@@ -14,6 +14,9 @@ from ..report.log_readers import read_run
 #   python -m lightning_curvadion fit --config configs/byte_gpt.yaml --trainer.log_every_n_steps=1
 #   python -m lightning_curvadion plan --run lightning_logs/version_0 --config configs/byte_gpt.yaml --link 1Gbit ...
 LOG_RMMC_MEAN, LOG_RMMC_STD = -2.54, 0.48
+# RMMC of that size times these has the simulated defaults synchronise as rarely and as often as any measured job with
+# them, which trainer/advice.py has.
+RMMC_FACTORS = (0.4, 3.5)
 _SIMULATED_STEPS = 20_000
 
 
@@ -40,8 +43,8 @@ def expected_sync_rate(cap: LocalStepCap, rmmc_factor: float = 1.0, log_rmmc_mea
     return fired / _SIMULATED_STEPS
 
 
-def choose_sync_rate(cap: LocalStepCap, given: float | None, run: Path | None) -> tuple[float, str]:
-    """The sync rate to plan with, and its source in words.
+def choose_sync_rates(cap: LocalStepCap, given: float | None, run: Path | None) -> tuple[tuple[float, ...], str]:
+    """The sync rates to plan with, one or the ends of a range, and their source in words.
 
     Args:
         cap: The optimizer's trigger with its bound on local steps.
@@ -53,26 +56,28 @@ def choose_sync_rate(cap: LocalStepCap, given: float | None, run: Path | None) -
         ReportError: There are no logs.
 
     Example:
-        >>> from lightning_curvadion import EveryNSteps
-        >>> choose_sync_rate(LocalStepCap(EveryNSteps(4), max_local_steps=50), given=None, run=None)
-        (0.25, 'EveryNSteps, for any RMMC')
+        >>> from lightning_curvadion import EveryNSteps, IntegratedRMMC
+        >>> choose_sync_rates(LocalStepCap(EveryNSteps(4), max_local_steps=50), given=None, run=None)
+        ((0.25,), 'EveryNSteps, for any RMMC')
+        >>> rates, _ = choose_sync_rates(LocalStepCap(IntegratedRMMC(0.45), max_local_steps=50), given=None, run=None)
+        >>> [round(rate, 2) for rate in rates]
+        [0.08, 0.48]
     """
     if given is not None:
-        return given, "from --sync-rate"
+        return (given,), "from --sync-rate"
     if run is not None:
-        return logged_sync_rate(run)
+        rate, source = logged_sync_rate(run)
+        return (rate,), source
     trigger = type(cap.trigger).__name__
     if cap.trigger.watches_drift:
         raise PlanError(
             f"how often {trigger} fires depends on how far the replicas move, which only training shows: give"
             " --sync-rate, or the logs of a run with --run"
         )
-    rate, low, high = (expected_sync_rate(cap, factor) for factor in (1.0, 0.5, 2.0))
-    if max(abs(low - rate), abs(high - rate)) < 0.05 * rate:
-        return rate, f"{trigger}, for any RMMC"
-    certainty = "a guess" if isinstance(cap.trigger, RMMCThreshold) else "expected"
-    span = f"{100 * low:.0f} to {100 * high:.0f} %"
-    return rate, f"{trigger}, {certainty} for RMMC as in configs/byte_gpt.yaml; {span} if RMMC is half or twice that"
+    low, high = (expected_sync_rate(cap, factor) for factor in RMMC_FACTORS)
+    if high - low < 0.05 * low:
+        return (expected_sync_rate(cap),), f"{trigger}, for any RMMC"
+    return (low, high), f"{trigger}, with RMMC as small and as large as in any job measured so far; or give --sync-rate"
 
 
 def logged_sync_rate(folder: Path) -> tuple[float, str]:

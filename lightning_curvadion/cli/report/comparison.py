@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..formatting import byte_unit, format_bytes, format_number, join_words, shorten_names
-from .figures import MissingFigure, ReportFigure
+from ...trainer.formatting import byte_unit, format_bytes, format_duration, join_words, shorten_names
+from ...trainer.run_metric import loss_text
+from .figures import MissingFigure, ReportFigure, in_both_styles
 from .logged_run import LoggedRun
 from .plotting import (
     DDP_COLOR,
@@ -14,12 +15,15 @@ from .plotting import (
     figure_to_png,
     new_figure,
     plot_line,
-    plot_style,
     set_log_ticks,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+# Between fewer values of a loss a straight line says nothing of when it passed a level.
+MIN_POINTS = 4
 
 
 class LossCurve(NamedTuple):
@@ -52,15 +56,13 @@ def plot_comparison(runs: Sequence[LoggedRun]) -> list[ReportFigure | MissingFig
         >>> series = {"loss": Series([9, 19], [2.5, 2.25]), "curvadion/seconds": Series([9, 19], [1.0, 2.0])}
         >>> figures = plot_comparison([LoggedRun("a", Path(), series), LoggedRun("b", Path(), series)])
         >>> type(figures[0]).__name__, figures[1].caption
-        ('MissingFigure', 'All reach a training loss of 2.25: a after 2 s and b after 2 s.')
+        ('MissingFigure', 'a ends at 2.2500 after 2 s and b ends at 2.2500 after 2 s.')
     """
-    with plot_style():
-        return [
-            _plot_against(runs, "bytes_sent", "Loss against bytes", "sent per replica", format_bytes),
-            _plot_against(
-                runs, "seconds", "Loss against seconds", "seconds of training", lambda s: f"{format_number(s)} s"
-            ),
-        ]
+    texts = ("Loss against bytes", "sent per replica"), ("Loss against seconds", "seconds of training")
+    return [
+        in_both_styles(lambda: _plot_against(runs, "bytes_sent", *texts[0], format_bytes)),
+        in_both_styles(lambda: _plot_against(runs, "seconds", *texts[1], format_duration)),
+    ]
 
 
 def _plot_against(
@@ -81,16 +83,39 @@ def _plot_against(
     lines = _draw_curves(axes, curves, scale, marker="o" if validated else None)
     axes.set(xlabel=f"{label}, {unit}" if unit else label, ylabel=f"{kind} loss")
     figure.legend(loc="outside upper left", ncols=3 if max(map(len, names)) <= 14 else 2)
-    common_loss = max(min(line) for line in lines)
-    reached = [
-        next(spent for spent, loss in zip(curve.spent, line, strict=True) if loss <= common_loss)
-        for curve, line in zip(curves, lines, strict=True)
+    ends = [
+        f"{name} ends at {loss_text(line[-1])} after {format_spent(curve.spent[-1])}"
+        for name, line, curve in zip(names, lines, curves, strict=True)
     ]
-    costs = [f"{name} after {format_spent(spent)}" for name, spent in zip(names, reached, strict=True)]
-    caption = f"All reach a {kind} loss of {format_number(common_loss)}: {join_words(costs)}."
+    caption = f"{join_words(ends)}."
+    common_loss = max(min(line) for line in lines)
+    reached = [spent_at(common_loss, curve.spent, line) for curve, line in zip(curves, lines, strict=True)]
+    if all(spent is not None for spent in reached):
+        costs = [f"{name} after {format_spent(spent)}" for name, spent in zip(names, reached, strict=True) if spent]
+        caption += f" All reach a {kind} loss of {loss_text(common_loss)}: {join_words(costs)}, interpolated."
     alt = f"Lines of {kind} loss against {label}, one for each of {join_words(names)}. {caption}"
     caption = f"{caption} {why_left_out}" if left_out else caption
     return ReportFigure(f"compare-{metric}", title, figure_to_png(figure), alt, caption)
+
+
+def spent_at(loss: float, spent: Sequence[float], losses: Sequence[float]) -> float | None:
+    """What a curve had spent when it first reached a loss, interpolated between the values around it.
+
+    Returns:
+        ``None`` where the values cannot tell: fewer than ``MIN_POINTS``, or the first one is as low already.
+
+    Example::
+
+        >>> spent_at(2.2, spent=[0, 10, 20, 30], losses=[4.0, 3.0, 2.0, 1.9])
+        18.0
+        >>> spent_at(2.2, spent=[0, 10, 20], losses=[4.0, 3.0, 2.0])
+    """
+    reached = next(number for number, value in enumerate(losses) if value <= loss)
+    if len(losses) < MIN_POINTS or reached == 0:
+        return None
+    above, below = losses[reached - 1], losses[reached]
+    share = (above - loss) / (above - below)
+    return spent[reached - 1] + share * (spent[reached] - spent[reached - 1])
 
 
 def _loss_curves(runs: Sequence[LoggedRun], metric: str, validated: bool) -> list[LossCurve]:

@@ -1,13 +1,15 @@
 """The figures of one run. Each is a PNG with its caption, or the reason why it is missing."""
 
+import functools
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..formatting import byte_unit, format_bytes, format_number, join_words, pluralize, shorten_names
+from ...trainer.formatting import byte_unit, format_bytes, format_number, join_words, pluralize, shorten_names
+from ...trainer.run_metric import loss_text
 from .logged_run import LoggedRun, Series
 from .plotting import (
     DDP_COLOR,
@@ -42,6 +44,7 @@ class ReportFigure:
         png: The image.
         alt: Alternative text: what is plotted.
         caption: What the figure shows, with the run's own numbers.
+        dark_png: The image for a dark page.
 
     Example::
 
@@ -54,6 +57,7 @@ class ReportFigure:
     png: bytes
     alt: str
     caption: str
+    dark_png: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,33 @@ def plot_run(run: LoggedRun) -> list[ReportFigure | MissingFigure]:
         >>> [(type(figure).__name__, figure.title) for figure in figures][0]
         ('ReportFigure', 'Loss and RMMC')
     """
+    if not run.has_monitor:
+        reason = "The run had no CommunicationMonitor: give its Trainer callbacks=[CommunicationMonitor()]."
+        missing = MissingFigure("Bytes, gaps between sync steps, RMMC by layer, drift", reason)
+        return [in_both_styles(lambda: _plot_training(run)), missing]
+    plots = (_plot_training, _plot_bytes, _plot_gaps, _plot_layers, _plot_drift)
+    return [in_both_styles(functools.partial(plot, run)) for plot in plots]
+
+
+def in_both_styles(plot: Callable[[], ReportFigure | MissingFigure]) -> ReportFigure | MissingFigure:
+    """Plot a figure twice: on white, and for a dark page.
+
+    Raises:
+        ReportError: Matplotlib is not installed.
+
+    Example::
+
+        >>> in_both_styles(lambda: MissingFigure("Drift at each sync", "Replicas under DDP never drift.")).title
+        'Drift at each sync'
+    """
     with plot_style():
-        if not run.has_monitor:
-            reason = "The run had no CommunicationMonitor: give its Trainer callbacks=[CommunicationMonitor()]."
-            return [_plot_training(run), MissingFigure("Bytes, gaps between sync steps, RMMC by layer, drift", reason)]
-        return [_plot_training(run), _plot_bytes(run), _plot_gaps(run), _plot_layers(run), _plot_drift(run)]
+        figure = plot()
+    if isinstance(figure, ReportFigure):
+        with plot_style(dark=True):
+            dark = plot()
+        assert isinstance(dark, ReportFigure)
+        figure = replace(figure, dark_png=dark.png)
+    return figure
 
 
 # -- loss, RMMC and sync steps ---------------------------------------------------------------------------------------
@@ -128,7 +154,7 @@ def _draw_losses(axes: "Axes", losses: Sequence[tuple[str, Series, str]]) -> lis
     for name, series, color in losses:
         marker = "o" if name == "validation" else None
         line = plot_line(axes, series.steps, series.values, color=color, marker=marker)
-        first, last = format_number(line[0]), format_number(line[-1])
+        first, last = loss_text(line[0]), loss_text(line[-1])
         sentences.append(f"The {name} loss goes from {first} to {last}.")
         labels.append((line[-1], f"{name}\n{last}", color))
     axes.set_ylabel("loss")
@@ -154,10 +180,11 @@ def _draw_rmmc(axes: "Axes", rmmc: Series) -> str:
 
 def _draw_sync_steps(axes: "Axes", syncs: list[int], num_steps: int) -> None:
     """Draw a mark per sync step; with many of them, their density as a shade."""
+    from matplotlib import rcParams
     from matplotlib.colors import LinearSegmentedColormap
 
     if len(syncs) > MANY_POINTS:
-        shade = LinearSegmentedColormap.from_list("syncs", ["#FFFFFF", SENT_COLOR])
+        shade = LinearSegmentedColormap.from_list("syncs", [rcParams["axes.facecolor"], SENT_COLOR])
         axes.hist2d(syncs, [0.5] * len(syncs), bins=[100, 1], range=[[0, num_steps], [0, 1]], cmap=shade, vmin=0)
     else:
         axes.vlines(syncs, 0, 1, color=SENT_COLOR, linewidth=1)
@@ -177,7 +204,7 @@ def _explain_missing_losses(run: LoggedRun) -> list[str]:
         elif len(finite) < 2:
             value = "no finite value"
             if finite:
-                value = f"only one finite value, {format_number(finite.last)} at step {finite.steps[-1]}"
+                value = f"only one finite value, {loss_text(finite.last)} at step {finite.steps[-1]}"
             sentences.append(f"The {name} loss has {value}.")
         elif len(finite) < len(series):
             bad = [step for step, value in zip(series.steps, series.values, strict=True) if not math.isfinite(value)]
@@ -211,9 +238,10 @@ def _plot_bytes(run: LoggedRun) -> ReportFigure | MissingFigure:
     axes = figure.subplots()
     scale, unit = byte_unit(ddp.last)
     labels = []
-    for series, color, name in ((sent, SENT_COLOR, "this run"), (ddp, DDP_COLOR, "DDP")):
+    sent_text, ddp_text = run.table["sent per replica"], run.table["DDP would have sent"]
+    for series, color, label in ((sent, SENT_COLOR, f"this run\n{sent_text}"), (ddp, DDP_COLOR, f"DDP\n{ddp_text}")):
         axes.plot(series.steps, [value / scale for value in series.values], color=color)
-        labels.append((series.last / scale, f"{name}\n{format_bytes(series.last)}", color))
+        labels.append((series.last / scale, label, color))
     axes.set_ylabel(f"sent so far per replica, {unit}")
     set_step_axis(axes, run.num_steps)
     if ddp.last >= 5 * sent.last > 0:
@@ -222,8 +250,8 @@ def _plot_bytes(run: LoggedRun) -> ReportFigure | MissingFigure:
     else:
         axes.set_ylim(bottom=0)
     label_line_ends(axes, labels)
-    share = f"{format_number(100 * sent.last / ddp.last)} % of the {format_bytes(ddp.last)} that DDP would have sent"
-    caption = f"Up to step {sent.steps[-1]} this replica sent {format_bytes(sent.last)}, {share}."
+    share = f"{run.table['share of DDP']} of the {ddp_text} that DDP would have sent"
+    caption = f"Up to step {sent.steps[-1]} this replica sent {sent_text}, {share}."
     alt = f"Two rising lines over the steps: bytes that this run sent, and bytes that DDP would have sent. {caption}"
     return ReportFigure("bytes", title, figure_to_png(figure), alt, caption)
 
@@ -318,7 +346,8 @@ def _plot_drift(run: LoggedRun) -> ReportFigure | MissingFigure:
     at_sync_steps, between = ([p for p in points if (p[0] in syncs) == inside] for inside in (True, False))
     figure = new_figure(2.8)
     axes = figure.subplots()
-    for group, style in ((at_sync_steps, {}), (between, {"markerfacecolor": "white", "markeredgewidth": 1.2})):
+    hollow = {"markerfacecolor": axes.get_facecolor(), "markeredgewidth": 1.2}
+    for group, style in ((at_sync_steps, {}), (between, hollow)):
         plot_points(axes, Series([step for step, _ in group], [value for _, value in group]), DRIFT_COLOR, **style)
     axes.set(ylabel="distance to the consensus,\n% of its norm", ylim=(0, None))
     set_step_axis(axes, run.num_steps)

@@ -4,6 +4,7 @@ import csv
 import math
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 
 from ..errors import ReportError
@@ -48,7 +49,12 @@ def read_run(folder: Path, name: str = "", loss_key: str | None = None, val_key:
     series = read_csv(source / CSV_FILE) if (source / CSV_FILE).is_file() else read_tensorboard(source)
     if not series:
         raise ReportError(f"the logs in {source} hold no value yet; was the run longer than log_every_n_steps?")
-    return LoggedRun(name or folder.resolve().name, source, series, note, loss_key, val_key)
+    return LoggedRun(name or folder.resolve().name, source, series, note, loss_key, val_key, _last_written(source))
+
+
+def _last_written(folder: Path) -> str:
+    logs = [*folder.glob(CSV_FILE), *folder.glob(EVENT_FILES)]
+    return f"{datetime.fromtimestamp(max(path.stat().st_mtime for path in logs)):%Y-%m-%d %H:%M}"
 
 
 def _find_log_folders(folder: Path) -> list[Path]:

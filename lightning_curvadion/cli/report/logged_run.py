@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_LAYER_PREFIX = "curvadion/rmmc_layer/"
+from ...trainer.run_metric import table_rows
+
+# Of runs with CurvaDion's sync hook, and of those without, as under DDP.
+_PREFIXES = ("curvadion/", "ddp/")
 _SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 # Suffixes that Lightning appends to a key. By step is best for a training loss, by epoch for a validation loss.
 _SUFFIXES = {"train": ("", "_step", "_epoch"), "val": ("", "_epoch", "/dataloader_idx_0", "_step")}
@@ -67,6 +70,7 @@ class LoggedRun:
         note: Why this folder was read, where there was a choice; else empty.
         loss_key: Key of the training loss; ``None`` takes the first usual name that was logged.
         val_key: Key of the validation loss, likewise.
+        written: When its logs were last written; empty if unknown.
 
     Example::
 
@@ -82,10 +86,41 @@ class LoggedRun:
     note: str = ""
     loss_key: str | None = None
     val_key: str | None = None
+    written: str = ""
 
     def metric(self, name: str) -> Series:
-        """What CommunicationMonitor logged as ``curvadion/name``; empty if it did not."""
-        return self.series.get(f"curvadion/{name}", EMPTY)
+        """What CommunicationMonitor logged as ``curvadion/name``, or under ``ddp/name``; empty if it did not."""
+        return self._by_monitor.get(name, EMPTY)
+
+    @property
+    def _by_monitor(self) -> dict[str, Series]:
+        """What a CommunicationMonitor logged, by the name without prefix."""
+        return {
+            key[len(prefix) :]: series
+            for key, series in self.series.items()
+            for prefix in _PREFIXES
+            if key.startswith(prefix)
+        }
+
+    @property
+    def table(self) -> dict[str, str]:
+        """The rows of the monitor's closing table, from the last value of each metric that was logged.
+
+        A run that was interrupted has those that are logged while it trains.
+        """
+        totals = {name: series.last for name, series in self._by_monitor.items() if "/" not in name}
+        if self.ddp_bytes and self.ddp_bytes.last:
+            totals.setdefault("bytes_of_ddp", self.ddp_bytes.last)
+            totals.setdefault("share_of_ddp", totals["bytes_sent"] / totals["bytes_of_ddp"])
+        return table_rows(totals)
+
+    @property
+    def val_losses(self) -> dict[str, Series]:
+        """All that was logged under a name that begins with ``val``, as the closing table has it, and ``val_loss``."""
+        named = {key: series for key, series in sorted(self.series.items()) if key.startswith("val")}
+        if self.val_loss and self.val_loss not in named.values():
+            named["validation loss"] = self.val_loss
+        return named
 
     @property
     def num_steps(self) -> int:
@@ -124,14 +159,8 @@ class LoggedRun:
 
     @property
     def is_ddp(self) -> bool:
-        """Whether the run used DDP: sync rate 1, nothing saved, and no row of a CurvaDion sync step."""
-        rates = self.metric("sync_rate").values
-        return (
-            bool(rates)
-            and all(rate == 1 for rate in rates)
-            and not self.sync_steps
-            and not any(self.metric("bytes_saved").values)
-        )
+        """Whether the run used DDP, or another strategy without CurvaDion's sync hook."""
+        return any(key.startswith("ddp/") for key in self.series)
 
     @property
     def sync_steps(self) -> list[int]:
@@ -147,13 +176,14 @@ class LoggedRun:
     @property
     def rmmc_by_layer(self) -> dict[str, Series]:
         """RMMC by layer, in natural order of the names."""
-        layers = {key[len(_LAYER_PREFIX) :]: s for key, s in self.series.items() if key.startswith(_LAYER_PREFIX)}
+        prefix = "rmmc_layer/"
+        layers = {name[len(prefix) :]: s for name, s in self._by_monitor.items() if name.startswith(prefix)}
         return {name: layers[name] for name in sorted(layers, key=_natural_key)}
 
     @property
     def own_keys(self) -> str:
         """Keys that the run logged itself, the first ten, as text."""
-        keys = sorted(key for key in self.series if not key.startswith("curvadion/") and key != "epoch")
+        keys = sorted(key for key in self.series if not key.startswith(_PREFIXES) and key != "epoch")
         return ", ".join(keys[:10] + ["..."] * (len(keys) > 10)) or "nothing"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ReportError
 from .comparison import plot_comparison
 from .figures import MissingFigure, ReportFigure, plot_run
-from .html_page import figure_html, heading_html, page_html, table_html
+from .html_page import figure_html, heading_html, page_html, settings_html, table_html
 from .log_readers import read_run
 
 
@@ -37,7 +37,7 @@ def build_report(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = (Path(folder) / "metrics.csv").write_text("loss,step\\n2.5,9\\n2.25,19\\n")
         ...     page = build_report([folder], Path(folder) / "report")
-        ...     page.name, "The training loss goes from 2.5 to 2.25." in page.read_text()
+        ...     page.name, "The training loss goes from 2.5000 to 2.2500." in page.read_text()
         ('report.html', True)
     """
     folders, output = [Path(run) for run in runs], Path(output)
@@ -54,7 +54,7 @@ def build_report(
     for run, file_name in zip(logged, _file_names([run.name for run in logged]), strict=True):
         figures = plot_run(run)
         _write_images(figures, f"{file_name}-", output)
-        sections += [heading_html(run), table_html([run]), *map(figure_html, figures)]
+        sections += [heading_html(run), table_html([run]), settings_html(run), *map(figure_html, figures)]
     title = f"{logged[0].name}: training and communication" if len(logged) == 1 else "Comparison of runs"
     return _write_file(output / "report.html", page_html(title, sections).encode())
 
@@ -77,6 +77,7 @@ def _write_images(figures: Sequence[ReportFigure | MissingFigure], prefix: str, 
     for figure in figures:
         if isinstance(figure, ReportFigure):
             _write_file(output / f"{prefix}{figure.name}.png", figure.png)
+            _write_file(output / f"{prefix}{figure.name}-dark.png", figure.dark_png)
 
 
 def _file_names(run_names: Sequence[str]) -> list[str]:

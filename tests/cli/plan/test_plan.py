@@ -1,10 +1,14 @@
 """The command ``plan``, from its arguments to its text."""
 
+import contextlib
+import re
 import resource
+import sys
 
 import pytest
 from training import ROOT
 
+from lightning_curvadion.cli.main import main as main_command
 from lightning_curvadion.cli.plan.command import main
 
 UNMEASURED = ["--config", "configs/byte_gpt.yaml", "--latency", "20ms"]
@@ -23,15 +27,22 @@ def run_plan(capsys, *args):
     return capsys.readouterr().out
 
 
+def test_speeds_and_shares_are_understood_in_the_spellings_of_the_field(capsys):
+    text = run_plan(capsys, "--link", "10Gbps", "--sync-rate", "20%")
+    assert "on a link of 10 Gbit/s" in text and "sync rate 20.0 %" in text
+    assert text == run_plan(capsys, "--link", "10 Gb/s", "--sync-rate", "0.2")
+
+
 def test_the_text_has_every_part(capsys):
     text = run_plan(capsys, "--link", "200Mbit", "--replicas", "16", "--sync-rate", "0.25")
     for words in (
-        "matrices (dion)",
+        "matrices (Muon)",
         "sync rate 25.0 %",
         "500.0 ms",
         "DDP",
         "gradient buckets",
         "times as fast",
+        "of it agreement                         600.0 ms",
         "16 replicas",
         "Kernel launches in a sync step: ",
     ):
@@ -73,11 +84,19 @@ def test_the_sync_rate_comes_from_the_logs_of_a_run(capsys, tmp_path):
     ("args", "message"),
     [
         (["--link", "200MB/s"], "200Mbit"),
+        (["--link", "0Gbit"], "--link must be above 0"),
+        (["--link", "-5Gbit"], "--link must be above 0"),
         (["--link", "1Gbit", "--latency", "20"], "20ms"),
+        (["--link", "1Gbit", "--latency", "-3ms"], "--latency cannot be negative"),
+        (["--link", "1Gbit", "--step-time", "0s"], "--step-time must be above 0"),
+        (["--link", "1Gbit", "--step-time", "-1s"], "--step-time cannot be negative"),
+        (["--link", "1Gbit", "--coding-speed", "0"], "--coding-speed must be above 0"),
         (["--link", "1Gbit", "--replicas", "1"], "at least 2"),
-        (["--link", "1Gbit", "--sync-rate", "20"], "between 0 and 1"),
-        (["--link", "1Gbit", "--trainer.max_stepz=3"], "max_steps"),
-        (["--link", "1Gbit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--link", "1Gbit", "--replicas", "-3"], "at least 2"),
+        (["--link", "1Gbit", "--replicas", "few"], "a whole number of at least 2"),
+        (["--link", "1Gbit", "--sync-rate", "20"], "between 0 and 1, such as 0.2 or 20%"),
+        (["--link", "1Gbit", "--sync-rate", "-1%"], "between 0 and 1"),
+        (["--link", "1Gbit", "--sync-rate", "often"], "between 0 and 1"),
         (["--link", "1Gbit", "--trainer.devices=auto"], "--replicas"),
         (["--link", "1Gbit", "--run", "nowhere"], "nowhere"),
         (["--link", "1Gbit", *DRIFT], "--sync-rate"),
@@ -89,3 +108,46 @@ def test_bad_input_gets_one_line(capsys, args, message):
     assert main([*CONFIG, *args]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def message_of(capsys, main, *args):
+    """What a command says on bad input."""
+    with contextlib.suppress(SystemExit):
+        main([*args])
+    return capsys.readouterr().err.partition("error: ")[2].strip()
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "part"),
+    [
+        ("configs/byte_gpt.yaml", "--optimizer.lrr=3", "Option 'lrr' is not accepted"),
+        ("configs/byte_gpt.yaml", "--trainer.max_stepz=3", "max_steps"),
+        ("nowhere.yaml", "--trainer.max_steps=3", "nowhere.yaml"),
+        ("configs/digits_vit.yaml", "--trainer.max_steps=3", "needs scikit-learn: pip install scikit-learn"),
+    ],
+)
+def test_a_bad_config_gets_the_message_of_fit(capsys, monkeypatch, config, option, part):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "examples.digits_vit", raising=False)
+    of_fit = message_of(capsys, main_command, "fit", "--config", config, option)
+    assert main(["--link=1Gbit", "--latency=1ms", "--config", config, option]) == 2
+    assert part in of_fit
+    assert capsys.readouterr().err == f"plan: {of_fit}\n"
+
+
+def test_without_a_sync_rate_both_ends_of_what_was_measured_are_planned(capsys):
+    text = run_plan(capsys, "--link", "10Mbit")
+    assert "sync rate 7.5 to 48.2 %" in text
+    low, high = (re.search(rf"mean step, {rate} % sync +(\S+) ms", text)[1] for rate in ("7.5", "48.2"))
+    fastest, slowest = re.search(r"10 Mbit/s .*? ms +(\S+) to (\S+)\n", text).groups()
+    assert 540 < float(low) < float(high) and 1 < float(fastest) < float(slowest)
+    parts = dict(re.findall(r"^  (steps|validation|checkpoints) +\d+ +(\S.*)$", text, flags=re.M))
+    fewest, most = (float(number) for number in parts.pop("steps").removesuffix(" MB").split(" to "))
+    # The main job sent 8.94 MB in steps, and these for its two validations and its checkpoint.
+    assert fewest < 8.94 < most and parts == {"validation": "3.94 MB", "checkpoints": "2.32 MB"}
+
+
+def test_where_only_the_data_tells_the_payload_of_each_is_given(capsys):
+    assert main(["--config", "configs/digits_vit.yaml", *CONFIG[2:], "--link", "1Gbit"]) == 0
+    text = capsys.readouterr().out
+    assert "the data decides on the number of" in text and re.search(r"validations +841 kB", text)

@@ -13,9 +13,9 @@ MONITORED = "curvadion/bytes_saved,curvadion/bytes_sent,curvadion/rmmc,curvadion
     ("rows", "figures", "sentences"),
     [
         ("loss,step\n2.5,9\n2,19", 1, ["no CommunicationMonitor: give its Trainer", "No validation loss was logged"]),
-        ("loss,step\n2.5,9", 0, ["one finite value, 2.5 at step 9"]),
+        ("loss,step\n2.5,9", 0, ["one finite value, 2.5000 at step 9"]),
         ("loss,step\nnan,9\nnan,19", 0, ["training loss has no finite value", "<td>nan</td>"]),
-        ("loss,step\n3,9\nnan,19\n2,29\n2,39", 1, ["not finite in 1 row, first at step 19", "from 3 to 2."]),
+        ("loss,step\n3,9\nnan,19\n2,29\n2,39", 1, ["not finite in 1 row, first at step 19", "from 3.0000 to 2.0000."]),
         ("my_loss,step\n3,9\n2,19", 0, ["--loss KEY takes one of my_loss"]),
         (
             f"loss,step,{MONITORED}\n3,0,8,2,inf,1",

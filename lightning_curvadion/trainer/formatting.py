@@ -1,4 +1,4 @@
-"""Numbers, sizes, times and lists as text, for the plan and the report."""
+"""Numbers, sizes, times and lists as text, for the closing table, the report and the plan."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,6 +39,31 @@ def format_bytes(size: float) -> str:
     """
     scale, unit = byte_unit(size)
     return f"{format_number(size / scale)} {unit}"
+
+
+def format_percent(share: float) -> str:
+    """A share in percent.
+
+    Example::
+
+        >>> format_percent(0.01288), format_percent(1.0)
+        ('1.29 %', '100 %')
+    """
+    return f"{format_number(100 * share)} %"
+
+
+def format_duration(seconds: float) -> str:
+    """How long a run took.
+
+    Example::
+
+        >>> format_duration(12.34), format_duration(252), format_duration(7300)
+        ('12.3 s', '4 min 12 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{format_number(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_seconds(seconds: float) -> str:
