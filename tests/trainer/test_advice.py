@@ -1,12 +1,16 @@
 """Each warning of ``CommunicationMonitor`` comes where it applies, and nowhere else."""
 
 import csv
+from statistics import mean
 
 import pytest
+import torch
 from torch import nn
 from training import ROOT
 
+from examples.benchmarks import models
 from examples.benchmarks.methods import DEFAULT
+from examples.benchmarks.model_replica import OURS, TASKS, finished
 from lightning_curvadion.trainer.advice import MEASURED_SYNC_RATES, RunSoFar, advice_on_model, advice_on_run
 
 HEALTHY = {"steps": 400, "sync_steps": 80, "step_bytes": 8000, "consensus_bytes": 1000, "drifts": [0.03] * 80}
@@ -41,6 +45,20 @@ def test_the_measured_sync_rates_are_the_extremes_of_the_benchmarks():
     low, high = min(rates), max(rates)
     print(f"sync rates of the defaults: {low:.1%} ({rates[low]}) to {high:.1%} ({rates[high]})")
     assert (round(low, 2), round(high, 2)) == MEASURED_SYNC_RATES
+
+
+def ranks(values):
+    return torch.tensor(values).argsort().argsort().float()
+
+
+def test_models_that_synchronise_more_do_not_lose_more():
+    done = finished(models.RESULTS)
+    settings = [(model, replicas) for model in TASKS for replicas in (2, 4)]
+    rates = [mean(row.sync_rate for row in models.finished_seeds(model, OURS, n, done)) for model, n in settings]
+    losses = [models.above(model, OURS, n, done) for model, n in settings]
+    correlation = float(torch.corrcoef(torch.stack([ranks(rates), ranks(losses)]))[0, 1])
+    print(f"rank correlation of sync rate and loss above DDP + Muon: {correlation:.1f} over {len(settings)} settings")
+    assert correlation < 0
 
 
 def test_a_large_embedding_is_named_unless_it_is_frozen():
