@@ -137,14 +137,14 @@ def test_a_bad_config_gets_the_message_of_fit(capsys, monkeypatch, config, optio
 
 def test_without_a_sync_rate_both_ends_of_what_was_measured_are_planned(capsys):
     text = run_plan(capsys, "--link", "10Mbit")
-    assert "sync rate 7.5 to 48.2 %" in text
-    low, high = (re.search(rf"mean step, {rate} % sync +(\S+) ms", text)[1] for rate in ("7.5", "48.2"))
+    assert "sync rate 10.0 to 55.9 %" in text
+    low, high = (re.search(rf"mean step, {rate} % sync +(\S+) ms", text)[1] for rate in ("10.0", "55.9"))
     fastest, slowest = re.search(r"10 Mbit/s .*? ms +(\S+) to (\S+)\n", text).groups()
     assert 540 < float(low) < float(high) and 1 < float(fastest) < float(slowest)
     parts = dict(re.findall(r"^  (steps|validation|checkpoints) +\d+ +(\S.*)$", text, flags=re.M))
     fewest, most = (float(number) for number in parts.pop("steps").removesuffix(" MB").split(" to "))
-    # The main job sent 8.94 MB in steps, and these for its two validations and its checkpoint.
-    assert fewest < 8.94 < most and parts == {"validation": "3.94 MB", "checkpoints": "2.32 MB"}
+    # The main job sent 8.97 MB in steps, and these for its two validations and its checkpoint.
+    assert fewest < 8.97 < most and parts == {"validation": "3.94 MB", "checkpoints": "2.32 MB"}
 
 
 def test_where_only_the_data_tells_the_payload_of_each_is_given(capsys):
