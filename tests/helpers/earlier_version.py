@@ -20,9 +20,15 @@ from training import trainer_for
 from lightning_curvadion import CurvaDionStrategy, IntegratedRMMC
 
 CUT, END = 4, 8
-# The momentum is the default of that version.
-TRAINER_OPTIONS = {"momentum": "local", "outer_momentum": 0.5, "residual_dtype": "bfloat16"}
-LOOP_OPTIONS = {"wire_format": "int4", "momentum": "local", "outer_lr": 0.8, "outer_momentum": 0.5}
+# The momentum and the format are defaults of that version.
+TRAINER_OPTIONS = {"momentum": "local", "vector_format": "sign", "outer_momentum": 0.5, "residual_dtype": "bfloat16"}
+LOOP_OPTIONS = {
+    "wire_format": "int4",
+    "vector_format": "int4",
+    "momentum": "local",
+    "outer_lr": 0.8,
+    "outer_momentum": 0.5,
+}
 
 
 def fit(rank: int, world: int, steps: int, save_to: str | None = None, resume: str | None = None) -> list:
