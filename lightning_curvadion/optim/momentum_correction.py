@@ -64,6 +64,9 @@ def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, t
 
 
 def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:
+    if state["step"] == 0:
+        # It has had no gradient here: its moments are zero, and the correction of their bias would divide by zero.
+        return
     beta1, beta2 = group["betas"]
     (denominator,) = denominators_of([state["exp_avg_sq"]], [state["step"]], beta2, group["eps"])
     bias_correction = 1.0 - beta1 ** state["step"]

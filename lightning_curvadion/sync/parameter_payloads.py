@@ -250,11 +250,7 @@ class ParameterPayloads:
         self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor, wire_format: str
     ) -> Callable[[Tensor], None] | None:
         """What corrects the momentum of a parameter by the difference of displacements."""
-        # Norms and biases that travel in more bits than the rest are left alone like the rest: a first moment that had
-        # no gradient was corrected without bounds.
-        matrix = group["algorithm"] == "dion"
-        format_of_rest = wire_format if matrix else self._settings.embedding_format
-        share = self._settings.correction_share(format_of_rest, matrix=matrix)
+        share = self._settings.correction_share(wire_format, matrix=group["algorithm"] == "dion")
         if share == 0.0 or not corrects(group):
             return None
         return partial(correct_momentum_, group, state, travel=self._travel.get(parameter, 0.0), share=share)

@@ -100,6 +100,12 @@ def test_nothing_changes_without_a_difference_or_without_a_step(group):
     assert all(torch.equal(torch.as_tensor(state[name]), value) for name, value in before.items())
 
 
+def test_a_first_moment_that_has_had_no_gradient_stays_zero():
+    state = {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3), "step": 0}
+    correct_momentum_(ADAMW, state, torch.ones(3), travel=0.1, share=1.0)
+    assert torch.equal(state["exp_avg"], torch.zeros(3))
+
+
 def momenta_of_noisy_replicas(rank, world, hook):
     """Momenta right after a sync step, on gradients of which half is this replica's noise, and the bytes sent."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((40, 30), (30, 40), (50,))]
@@ -132,11 +138,20 @@ def test_momenta_of_replicas_are_nearer_to_each_other_for_the_same_bytes(replica
 
 
 def test_in_one_bit_matrices_alone_are_corrected(replicas):
-    hooks = [{"momentum": momentum, "wire_format": "sign"} for momentum in ("local", "displacement")]
+    formats = {"wire_format": "sign", "vector_format": "sign"}
+    hooks = [{"momentum": momentum, **formats} for momentum in ("local", "displacement")]
     local, corrected = (replicas.run(2, momenta_of_noisy_replicas, hook) for hook in hooks)
     assert apart(corrected, "momentum") < 0.9 * apart(local, "momentum")
     assert apart(corrected, "exp_avg") == apart(local, "exp_avg")
     assert corrected[0][1] == local[0][1]
+
+
+def test_by_default_biases_are_corrected_since_they_travel_in_int8(replicas):
+    local, corrected = (
+        replicas.run(2, momenta_of_noisy_replicas, {"momentum": momentum, "wire_format": "sign"})
+        for momentum in ("local", "displacement")
+    )
+    assert apart(corrected, "exp_avg") < 0.6 * apart(local, "exp_avg")
 
 
 def lion_and_sgd(rank, world, momentum):
