@@ -32,7 +32,7 @@ from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.chunks import PayloadSlice
-from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.collectives import Collectives, complete
 from lightning_curvadion.sync.payload_checks import PayloadCheck
 from lightning_curvadion.sync.payloads import TensorPayload
 
@@ -126,11 +126,11 @@ def print_collective_seconds(numel: int, rounds: int) -> None:
 
         def all_gather(slices: list[PayloadSlice] = slices, check: PayloadCheck = check) -> None:
             dist.barrier()
-            collectives.average_by_all_gather(slices, check)
+            complete(collectives.mean_by_all_gather(slices, check))
 
         def all_to_all(slices: list[PayloadSlice] = slices, check: PayloadCheck = check) -> None:
             dist.barrier()
-            collectives.average_by_all_to_all(slices, check)
+            complete(collectives.mean_by_all_to_all(slices, check))
 
         times = median_seconds([all_gather, all_to_all], rounds)
         if dist.get_rank() == 0:

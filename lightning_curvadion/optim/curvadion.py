@@ -5,7 +5,8 @@ One step reads as in the paper (arXiv:2512.13728; the Dion update is arXiv:2504.
 
 1. measures :math:`B_i = M_i + G_i` and its RMMC, and writes nothing (``step_signal.py``, ``rmmc.py``);
 2. agrees with the others on the largest RMMC, and on whether every gradient is finite: one all-reduce of 16 bytes.
-   A trigger that watches the drift receives the largest of that too, in 24 bytes;
+   A trigger that watches the drift receives the largest of that too, in 24 bytes. With a lag, what is read here is what
+   was sent some steps before, so that nobody waits for it;
 3. decides: the trigger sees this number, so every replica takes the same branch (``triggers.py``);
 4. takes a local step with its own :math:`B_i` (``local_step.py``), or a sync step (``sync_step.py``), which brings the
    parameters together. The paper's goes along :math:`P = \mathrm{orth}(\mathrm{mean}_i B_i Q)` and
@@ -47,7 +48,8 @@ class StepReport:
     """What the last step did.
 
     Attributes:
-        rmmc: The largest RMMC of any momentum on any replica; infinite at the first step.
+        rmmc: The largest RMMC of any momentum on any replica that the trigger saw; infinite at the first step. With a
+            lag it is that of so many steps before, and 0 at the first.
         synced: Whether the replicas synchronised. Without a hook, and for a single replica, nobody is there to
             synchronise with: whether the trigger fired.
         bytes_sent: Payload of this replica's collectives in bytes; an all-reduce of n bytes counts n.
@@ -145,6 +147,8 @@ class CurvaDion(StackedOptimizer):
         self._replicas_share_Q = True
         self._meter = SignalMeter()
         self._signal: StepSignal | None = None
+        # What a loaded state says of its last agreements, for a hook that is attached later.
+        self._loaded_agreements: list[tuple[float, float]] = []
         self.last_step: StepReport | None = None
         if local_update is None:
             local_update = "muon" if rank_fraction is None else "dion"
@@ -201,6 +205,7 @@ class CurvaDion(StackedOptimizer):
         self.init_state()
         hook._attach(self)
         self._hook = hook
+        hook._resume(self, self._loaded_agreements)
         self.replicas_share_state()
 
     def replicas_share_state(self) -> None:
@@ -208,20 +213,28 @@ class CurvaDion(StackedOptimizer):
         self._replicas_share_Q = True
 
     def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim``, and the trigger's state under ``"trigger"``; tensors and plain numbers only."""
-        return {**super().state_dict(), "trigger": self._cap.state_dict()}
+        """As in ``torch.optim``, and the trigger's state under ``"trigger"``; tensors and plain numbers only.
+
+        Under ``"agreements"``, with a lag, RMMC and drift of the last steps, which the next ones act on.
+        """
+        agreed = self._hook._agreed_so_far(self) if self._hook is not None else []
+        state = {**super().state_dict(), "trigger": self._cap.state_dict()}
+        return {**state, "agreements": [list(one) for one in agreed]} if agreed else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim``. A state without ``"trigger"`` leaves the trigger as it is."""
         super().load_state_dict(state_dict)
         if "trigger" in state_dict:
             self._cap.load_state_dict(state_dict["trigger"])
+        self._loaded_agreements = [(rmmc, drift) for rmmc, drift in state_dict.get("agreements", ())]
+        if self._hook is not None:
+            self._hook._resume(self, self._loaded_agreements)
         self.replicas_share_state()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the trigger and the state, and no hook: a process group cannot be copied."""
         own = {"_cap": self._cap, "_hook": None, "_replicas_share_Q": True, "_meter": SignalMeter(), "_signal": None}
-        return {**super().__getstate__(), **own, "last_step": self.last_step}
+        return {**super().__getstate__(), **own, "_loaded_agreements": [], "last_step": self.last_step}
 
     def rmmc_by_parameter(self) -> dict[str, float]:
         """Relative change of each momentum that RMMC counts, on this replica in the last step.
@@ -244,7 +257,7 @@ class CurvaDion(StackedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on this replica. With a hook it is a collective, of 16 bytes unless the trigger fires.
 
-        They are 24 where the trigger watches the drift.
+        They are 24 where the trigger watches the drift. With a lag it waits for nobody unless the trigger fires.
 
         Args:
             closure: Evaluates the model again and returns the loss, as in ``torch.optim``.
@@ -270,25 +283,37 @@ class CurvaDion(StackedOptimizer):
                 signal = self._signal = self._meter.measure(self, stacks, rank=hook.rank if hook is not None else 0)
             with record_function("curvadion::agreement"):
                 rmmc, code, drift = hook._agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
-            if code >= 1:
-                raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
-            for stack, norm in zip(stacks, signal.norms, strict=True):
-                stack.norm.copy_(norm)
-
+                self._raise_if_unusable(code)
             synced = self._cap.decide(rmmc, drift, lr=float(self.param_groups[0]["lr"]))
-            if synced and hook is not None and hook.world_size > 1:
+            sync_hook = hook if hook is not None and hook.world_size > 1 else None
+            if synced and sync_hook is not None:
+                with record_function("curvadion::agreement"):
+                    self._raise_if_unusable(sync_hook._confirm())
+            # Where the others will only learn of an unusable gradient in the next step, this replica takes none itself.
+            steps = sync_hook is None or not sync_hook._lag or signal.leave_out_unusable(self)
+            if steps:
+                for stack, norm in zip(stacks, signal.norms, strict=True):
+                    stack.norm.copy_(norm)
+            if synced and sync_hook is not None:
                 with record_function("curvadion::sync_step"):
-                    self._replicas_share_Q = sync_step(self, stacks, hook, self._replicas_share_Q)
+                    self._replicas_share_Q = sync_step(self, stacks, sync_hook, self._replicas_share_Q, steps)
             else:
-                with record_function("curvadion::local_step"):
-                    changed_Q = local_step(self, stacks, at_sync=synced)
-                    self._replicas_share_Q = self._replicas_share_Q and not changed_Q
+                if steps:
+                    with record_function("curvadion::local_step"):
+                        changed_Q = local_step(self, stacks, at_sync=synced)
+                        self._replicas_share_Q = self._replicas_share_Q and not changed_Q
+                if sync_hook is not None:
+                    sync_hook._proceed(self)
             if hook is None:
                 for watcher in watchers_without_hook:
                     watcher(self)
             sent = hook.bytes_sent - sent_before if hook is not None else 0
             self.last_step = StepReport(rmmc=rmmc, synced=synced, bytes_sent=sent)
         return loss
+
+    def _raise_if_unusable(self, code: float) -> None:
+        if code >= 1:
+            raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -32,6 +32,28 @@ class StepSignal:
     parameters: list[Tensor]
     changes: Tensor
 
+    def leave_out_unusable(self, optimizer: StackedOptimizer) -> bool:
+        """Let a step write no number that is not finite, without a wait for the device.
+
+        On a CPU, and where the layout of a gradient is unusable, the replica takes no step at all. On a device that the
+        host does not wait for, its gradients become zero there if one of them is not finite: it steps along its momenta
+        alone.
+
+        Returns:
+            Whether to take the step.
+        """
+        code = self.numbers[1]
+        if code.device.type == "cpu" or not self.changes.numel():
+            return bool(self.changes.numel()) and bool(code < 1)
+        unusable = code >= 1
+        for _, parameter in optimizer.members():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(unusable, 0.0)
+        stacks = iter(optimizer.matrix_stacks())
+        for norm in self.norms:
+            norm.copy_(torch.where(unusable, next(stacks).norm, norm))
+        return True
+
 
 class SignalMeter:
     """Measures the signal of each step of an optimizer, without a wait for the device."""

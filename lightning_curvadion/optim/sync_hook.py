@@ -20,12 +20,14 @@ class SyncHook(Protocol):
         _momentum: ``"factors"``, ``"dion"``, ``"average"`` or ``"local"``: what a sync step does to the momentum.
         _sync_rank_fraction: Rank of the momentum's factors on the wire; ``None`` for the rank of the local step.
         _averages_vector_gradients: Whether AdamW and Lion groups step with the mean gradient at a sync step.
+        _lag: How many steps later an agreement is read than it is sent.
         bytes_sent: Payload of this replica so far, in bytes.
     """
 
     _momentum: str
     _sync_rank_fraction: float | None
     _averages_vector_gradients: bool
+    _lag: int
 
     @property
     def rank(self) -> int: ...  # noqa: D102
@@ -43,8 +45,23 @@ class SyncHook(Protocol):
         """The element-wise maximum over the replicas of a float64 tensor of two elements.
 
         Third comes the largest drift of any replica, times what the trigger's ``drift_factor`` says; 0 where the
-        trigger watches none.
+        trigger watches none. With a lag, these are the numbers of so many steps before.
         """
+
+    def _confirm(self) -> float:
+        """Called before a sync step writes anything: the largest code of the present step, below 1 if none is unusable.
+
+        It is 0 where the sync step waits for nobody either, and reads the code a step later.
+        """
+
+    def _proceed(self, optimizer: Any) -> None:
+        """Called at the end of every step without a sync: go on with what an earlier sync step has left under way."""
+
+    def _agreed_so_far(self, optimizer: Any) -> Sequence[tuple[float, float]]:
+        """RMMC and drift that the next steps of an optimizer act on, oldest first. It communicates nothing."""
+
+    def _resume(self, optimizer: Any, agreed: Sequence[tuple[float, float]]) -> None:
+        """Let the next steps act on these numbers of :meth:`_agreed_so_far`."""
 
     def _mean_left(self, optimizer: Any, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step.

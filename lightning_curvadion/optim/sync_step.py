@@ -29,7 +29,11 @@ from .sync_hook import SyncHook
 
 
 def sync_step(
-    optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], hook: SyncHook, replicas_share_Q: bool
+    optimizer: StackedOptimizer,
+    stacks: Sequence[MatrixStack],
+    hook: SyncHook,
+    replicas_share_Q: bool,
+    own_step: bool = True,
 ) -> bool:
     """Step every parameter together with the other replicas.
 
@@ -38,12 +42,14 @@ def sync_step(
         stacks: Its matrices.
         hook: Communicates.
         replicas_share_Q: Whether all replicas hold the same right factors now.
+        own_step: Whether this replica takes a step of its own, and not only part in the mean.
 
     Returns:
         Whether they do afterwards.
     """
     if hook._momentum in ("displacement", "local"):
-        local_step(optimizer, stacks, at_sync=True)
+        if own_step:
+            local_step(optimizer, stacks, at_sync=True)
         hook._mean_left(optimizer, [], [])
         hook._mean_right(optimizer, [], [])
         return False

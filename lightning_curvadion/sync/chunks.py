@@ -32,25 +32,41 @@ class Bucket:
 
     Attributes:
         rows: The numbers, shape (shards, elements). Once what was sent is subtracted, they are the quantization error.
+            Read again from the payloads after they were released.
         width: Bytes of a quantized shard.
         mean_width: Bytes of the quantized mean of a shard.
     """
 
     def __init__(self, wire_format: str, slices: Sequence[PayloadSlice], shards: int) -> None:
-        dtype = torch.float64 if wire_format == "float64" else torch.float32
         block = quantization.block_of(wire_format)
         self._numel = sum(stop - start for _, start, stop in slices)
         length = -(-self._numel // (shards * block)) * block
-        self.rows = flatten(slices, dtype, fill=shards * length - self._numel).view(shards, length)
+        self._shape = shards, length
+        self._rows: Tensor | None = None
         self._format, self._mean_format = wire_format, quantization.mean_format_of(wire_format)
         self.width = quantization.quantized_bytes(length, self._format)
         self.mean_width = quantization.quantized_bytes(length, self._mean_format)
         self._slices = slices
         self._dequantized: Tensor | None = None
 
-    def quantize(self) -> Tensor:
-        """The quantized shards, shape (shards, width)."""
-        return quantization.quantize_rows(self.rows, self._format, self._numel)
+    @property
+    def rows(self) -> Tensor:  # noqa: D102
+        if self._rows is None:
+            dtype = torch.float64 if self._format == "float64" else torch.float32
+            shards, length = self._shape
+            self._rows = flatten(self._slices, dtype, fill=shards * length - self._numel).view(shards, length)
+        return self._rows
+
+    def quantize(self, release: bool = False) -> Tensor:
+        """The quantized shards, shape (shards, width).
+
+        Args:
+            release: Whether the memory of the rows is freed until they are needed again.
+        """
+        quantized = quantization.quantize_rows(self.rows, self._format, self._numel)
+        if release:
+            self._rows = None
+        return quantized
 
     def dequantize(self, packed: Tensor) -> Tensor:
         """The numbers of quantized shards, one in each row of a buffer that the next call overwrites."""
@@ -78,11 +94,11 @@ class Bucket:
     def _dequantize(self, packed: Tensor, wire_format: str) -> Tensor:
         # One buffer for all: on a CPU, new memory takes longer than its numbers.
         if self._dequantized is None:
-            self._dequantized = self.rows.new_empty(len(packed), self.rows.shape[1])
+            self._dequantized = self.rows.new_empty(len(packed), self._shape[1])
         return quantization.dequantize_rows(packed, wire_format, self._dequantized)
 
     def _numel_of(self, shard: int) -> int:
-        length = self.rows.shape[1]
+        _, length = self._shape
         return min(length, max(0, self._numel - shard * length))
 
 

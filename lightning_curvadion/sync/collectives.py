@@ -16,9 +16,12 @@ The first collective of a quantized mean also carries one byte from each replica
 quantized (``payload_checks.py``). Nothing is written before all replicas have read it.
 
 Buffers larger than a chunk travel a chunk at a time, with so many collectives each.
+
+The mean of a chunk is a generator that starts a collective, yields it, and goes on once the caller has waited for it.
+Between the two, a caller may let other work run (``overlap.py``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +36,33 @@ from .digests import digest
 from .errors import explain_failure
 from .payload_checks import PayloadCheck
 from .payloads import Payload
+from .pending_numbers import PendingNumbers
 from .settings import CHUNK
+
+
+class Transfer:
+    """A collective under way.
+
+    Args:
+        work: The collective.
+        result: The tensor that it writes.
+        purpose: What it is for, in an error.
+    """
+
+    def __init__(self, work: dist.Work, result: Tensor, purpose: str) -> None:
+        self.result = result
+        self._work = work
+        self._purpose = purpose
+
+    def wait(self) -> Tensor:
+        """The result, once all that this device computes after it comes after the collective.
+
+        Raises:
+            ReplicaLostError: Another rank has ended, or does not arrive.
+        """
+        with record_function("curvadion::collective"), explain_failure(self._purpose):
+            self._work.wait()
+        return self.result
 
 
 class Collectives:
@@ -62,6 +91,22 @@ class Collectives:
         """Read rank and world size from the process group, which must be initialised by now."""
         self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
+    def in_group_of_its_own(self) -> "Collectives":
+        """Collectives of the same ranks in another process group, for those that run beside others."""
+        present = self._group or dist.group.WORLD
+        assert present is not None, "joined"
+        timeout = present._get_backend(present._device_types[0]).options._timeout
+        group = dist.new_group(
+            dist.get_process_group_ranks(present),
+            timeout=timeout,
+            backend=self.backend,
+            # Ranks outside of a subgroup do not call this.
+            use_local_synchronization=True,
+        )
+        collectives = Collectives(group, self._chunk)
+        collectives.join()
+        return collectives
+
     @property
     def backend(self) -> str:
         """Name of the process group's backend, such as ``"gloo"``."""
@@ -69,16 +114,17 @@ class Collectives:
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 
-    def all_reduce_max(self, signal: Tensor, purpose: str = "the RMMC all-reduce") -> None:
-        """Replace ``signal`` by its element-wise maximum over the replicas.
+    def start_all_reduce_max(self, message: Tensor, purpose: str) -> PendingNumbers:
+        """Start the element-wise maximum of a few numbers over the replicas, for the host to read later.
 
         Args:
-            signal: Of one size on every rank.
+            message: Of one size on every rank; nobody else may use the tensor.
             purpose: What the collective is for, in an error.
         """
-        self.bytes_sent += signal.nbytes
+        self.bytes_sent += message.nbytes
         with explain_failure(purpose):
-            dist.all_reduce(signal, op=dist.ReduceOp.MAX, group=self._group)
+            work = dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return PendingNumbers(work, message, purpose)
 
     def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the tensors whose bits are not the same on all replicas. Sends 16 bytes a tensor.
@@ -86,48 +132,55 @@ class Collectives:
         Args:
             tensors: By name, the same names on every rank.
         """
+        return self.where_digests_differ(tensors, [digest(tensor) for tensor in tensors.values()])
+
+    def where_digests_differ(self, tensors: Mapping[str, Tensor], digests: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Those of the tensors whose digests, taken before, are not the same on all replicas."""
         if not tensors or self.world_size == 1:
             return {}
+        return differing_in(self.start_comparison(digests).wait(), tensors)
+
+    def start_comparison(self, digests: Sequence[Tensor]) -> Transfer:
+        """Start to compare digests, for :func:`differing_in`."""
         # A module may keep a buffer on the CPU, where some backends cannot reduce.
-        device = max((tensor.device for tensor in tensors.values()), key=lambda device: device.type != "cpu")
-        digests = torch.stack([digest(tensor).to(device) for tensor in tensors.values()])
+        device = max((digest.device for digest in digests), key=lambda device: device.type != "cpu")
+        own = torch.stack([digest.to(device) for digest in digests])
         # The maximum of the complement is the complement of the minimum.
-        extremes = torch.stack([digests, ~digests])
-        self.all_reduce_max(extremes, "the comparison of digests")
-        differ = (extremes[0] != ~extremes[1]).tolist()
-        return {name: tensor for (name, tensor), differs in zip(tensors.items(), differ, strict=True) if differs}
+        extremes = torch.stack([own, ~own])
+        self.bytes_sent += extremes.nbytes
+        with explain_failure("the comparison of digests"):
+            work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return Transfer(work, extremes, "the comparison of digests")
 
-    def all_reduce_sum(self, flat: Tensor) -> None:
-        """Replace ``flat`` by its sum over the replicas."""
+    def start_all_reduce_sum(self, flat: Tensor) -> Transfer:
+        """Start to replace ``flat`` by its sum over the replicas."""
         self.bytes_sent += flat.nbytes
-        with record_function("curvadion::collective"), explain_failure("an all-reduce"):
-            dist.all_reduce(flat, group=self._group)
+        with explain_failure("an all-reduce"):
+            return Transfer(dist.all_reduce(flat, group=self._group, async_op=True), flat, "an all-reduce")
 
-    def all_to_all(self, outgoing: Tensor) -> Tensor:
+    def start_all_to_all(self, outgoing: Tensor) -> Transfer:
         """Row k of replica i becomes row i of replica k; shape (replicas, elements)."""
         incoming = torch.empty_like(outgoing)
         self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
-        with record_function("curvadion::collective"), explain_failure("an all-to-all"):
-            dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group)
-        return incoming
+        with explain_failure("an all-to-all"):
+            work = dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group, async_op=True)
+        return Transfer(work, incoming, "an all-to-all")
 
-    def all_gather(self, own: Tensor) -> Tensor:
+    def start_all_gather(self, own: Tensor) -> Transfer:
         """The flat tensor of every replica, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
         self.bytes_sent += own.nbytes
-        with record_function("curvadion::collective"), explain_failure("an all-gather"):
-            dist.all_gather(list(gathered), own, group=self._group)
-        return gathered
+        with explain_failure("an all-gather"):
+            work = dist.all_gather(list(gathered), own, group=self._group, async_op=True)
+        return Transfer(work, gathered, "an all-gather")
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """The flat tensor of every replica, shape (replicas, elements)."""
+        return self.start_all_gather(own).wait()
 
     def set_anywhere(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """The indices at which a mask is set on any replica, for each of some flat masks. A flag travels as one bit."""
-        flags = torch.cat(list(masks))
-        weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
-        bits = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
-        # A sum of bytes would be an int64.
-        gathered = self.all_gather((bits * weights).sum(dim=1, dtype=torch.uint8))
-        anywhere = (gathered.unsqueeze(-1) & weights).ne(0).any(dim=0).view(-1)[: flags.numel()]
-        return [mask.nonzero().view(-1) for mask in anywhere.split([mask.numel() for mask in masks])]
+        return indices_set_anywhere(self.all_gather(packed_flags(masks)), masks)
 
     def all_gather_object(self, own: Any) -> list[Any]:
         """The object of every replica, by rank. For errors: its bytes are not counted."""
@@ -167,35 +220,57 @@ class Collectives:
                 on all replicas, naming the rank and the tensor, before any tensor of any payload has changed. Numbers
                 at full width are not checked.
         """
-        quantized = [payload for payload in payloads if payload.numel and payload.wire_format not in FULL_WIDTH]
-        check = PayloadCheck(quantized) if quantized else None
-        for slices in split_into_chunks(payloads, self._chunk):
-            if check is None:
-                self.average_by_all_reduce(slices)
-            elif self.world_size <= 2:
-                self.average_by_all_gather(slices, check)
-            else:
-                self.average_by_all_to_all(slices, check)
+        for mean in self.means(payloads):
+            complete(mean)
         for payload in payloads:
             payload.finish()
 
-    def average_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> None:
+    def rounds(self, payloads: Sequence[Payload]) -> int:
+        """How many collectives the mean of a chunk takes, one after the other."""
+        return 2 if self.world_size > 2 and _quantized(payloads) else 1
+
+    def means(self, payloads: Sequence[Payload], later: bool = False) -> Iterator[Iterator[Transfer]]:
+        """The mean of each chunk, which goes on from a collective once its caller has waited for it.
+
+        Call ``finish`` of every payload after all of them have ended.
+
+        Args:
+            payloads: They become their means.
+            later: Whether other work runs meanwhile. What can be read again from the payloads is not kept then.
+        """
+        quantized = _quantized(payloads)
+        check = PayloadCheck(quantized) if quantized else None
+        for slices in split_into_chunks(payloads, self._chunk):
+            if check is None:
+                yield self.mean_by_all_reduce(slices)
+            elif self.world_size <= 2:
+                yield self.mean_by_all_gather(slices, check, later)
+            else:
+                yield self.mean_by_all_to_all(slices, check, later)
+
+    @torch.no_grad()
+    def mean_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> Iterator[Transfer]:
         """At full width: one all-reduce."""
         wide = any(part.payload.wire_format == "float64" for part in slices)
         flat = flatten(slices, torch.float64 if wide else torch.float32)
         # Divided first: the sum cannot overflow, and equal numbers on 2 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
-        self.all_reduce_sum(flat)
+        yield self.start_all_reduce_sum(flat)
         write_back(slices, flat, None)
 
-    def average_by_all_gather(self, slices: Sequence[PayloadSlice], check: PayloadCheck) -> None:
+    @torch.no_grad()
+    def mean_by_all_gather(
+        self, slices: Sequence[PayloadSlice], check: PayloadCheck, later: bool = False
+    ) -> Iterator[Transfer]:
         """Quantized, up to two replicas: one all-gather."""
         with record_function("curvadion::quantize"):
             buckets = buckets_of(slices, shards=1)
             flag = check.take_flag()
-            own = torch.cat([*(bucket.quantize()[0] for bucket in buckets), flag])
+            own = torch.cat([*(bucket.quantize(release=later)[0] for bucket in buckets), flag])
         widths = [*(bucket.width for bucket in buckets), flag.numel()]
-        *gathered, flags = self.all_gather(own).split(widths, dim=1)
+        transfer = self.start_all_gather(own)
+        yield transfer
+        *gathered, flags = transfer.result.split(widths, dim=1)
         self.verify_flags(flags, check)
         with record_function("curvadion::dequantize"):
             for bucket, packed in zip(buckets, gathered, strict=True):
@@ -203,20 +278,28 @@ class Collectives:
                 bucket.rows.sub_(received[self.rank])
                 bucket.write_back(received.sum(dim=0).div_(self.world_size))
 
-    def average_by_all_to_all(self, slices: Sequence[PayloadSlice], check: PayloadCheck) -> None:
+    @torch.no_grad()
+    def mean_by_all_to_all(
+        self, slices: Sequence[PayloadSlice], check: PayloadCheck, later: bool = False
+    ) -> Iterator[Transfer]:
         """Quantized, more replicas: an all-to-all of shards, then an all-gather of their quantized means."""
         with record_function("curvadion::quantize"):
             buckets = buckets_of(slices, shards=self.world_size)
             flag = check.take_flag()
-            outgoing = torch.cat([*(b.quantize() for b in buckets), flag.expand(self.world_size, -1)], dim=1)
+            shards = (bucket.quantize(release=later) for bucket in buckets)
+            outgoing = torch.cat([*shards, flag.expand(self.world_size, -1)], dim=1)
         widths = [*(bucket.width for bucket in buckets), flag.numel()]
-        *incoming, flags = self.all_to_all(outgoing).split(widths, dim=1)
+        transfer = self.start_all_to_all(outgoing)
+        yield transfer
+        *incoming, flags = transfer.result.split(widths, dim=1)
         self.verify_flags(flags, check)
         with record_function("curvadion::dequantize"):
             means = [bucket.mean(packed, self.rank) for bucket, packed in zip(buckets, incoming, strict=True)]
         with record_function("curvadion::quantize"):
             own = torch.cat([b.quantize_mean(mean, self.rank) for b, mean in zip(buckets, means, strict=True)])
-        gathered = self.all_gather(own).split([bucket.mean_width for bucket in buckets], dim=1)
+        transfer = self.start_all_gather(own)
+        yield transfer
+        gathered = transfer.result.split([bucket.mean_width for bucket in buckets], dim=1)
         with record_function("curvadion::dequantize"):
             *sent, _ = outgoing.split(widths, dim=1)
             for bucket, packed, mean, packed_means in zip(buckets, sent, means, gathered, strict=True):
@@ -231,6 +314,56 @@ class Collectives:
             names = self.all_gather_object(check.first_unusable())
             rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
             raise ValueError(quantization.not_quantizable(f"rank {rank}: {name}"))
+
+
+def _quantized(payloads: Sequence[Payload]) -> list[Payload]:
+    return [payload for payload in payloads if payload.numel and payload.wire_format not in FULL_WIDTH]
+
+
+def complete(mean: Iterator[Transfer]) -> None:
+    """Let the mean of a chunk go on to its end."""
+    for transfer in mean:
+        transfer.wait()
+
+
+def differing_in(extremes: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some tensors whose digests are not the same on all replicas.
+
+    Args:
+        extremes: Of the digests, as they come out of their comparison; shape (2, tensors).
+        tensors: By name.
+    """
+    differ = (extremes[0] != ~extremes[1]).tolist()
+    return {name: tensor for (name, tensor), differs in zip(tensors.items(), differ, strict=True) if differs}
+
+
+def packed_flags(masks: Sequence[Tensor]) -> Tensor:
+    """Some flat masks as bytes of eight flags each.
+
+    Example:
+        >>> packed_flags([torch.tensor([True, False, True]), torch.tensor([True])])
+        tensor([13], dtype=torch.uint8)
+    """
+    flags = torch.cat(list(masks))
+    bits = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
+    # A sum of bytes would be an int64.
+    return (bits * _weights(flags.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def indices_set_anywhere(gathered: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
+    """The indices at which each mask is set on any replica.
+
+    Args:
+        gathered: :func:`packed_flags` of every replica, shape (replicas, bytes).
+        masks: This replica's.
+    """
+    sizes = [mask.numel() for mask in masks]
+    anywhere = (gathered.unsqueeze(-1) & _weights(gathered.device)).ne(0).any(dim=0).view(-1)[: sum(sizes)]
+    return [mask.nonzero().view(-1) for mask in anywhere.split(sizes)]
+
+
+def _weights(device: torch.device) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import averageable_state, set_averaged_state
 from .collectives import Collectives
+from .digests import digest
 from .parameter_payloads import ParameterPayloads
 from .payloads import Payload, full_width_payloads
 from .untrained_tensors import UntrainedTensors
@@ -43,6 +44,8 @@ class Consensus:
         self._reached: dict[CurvaDion, Reached] = {}
         # Optimizers whose parameters were set to something else than their last step left in them.
         self._unsettled: set[CurvaDion] = set()
+        # Digests of the parameters from which an unsettled optimizer goes on.
+        self._starts: dict[CurvaDion, list[Tensor]] = {}
 
     def lose(self, optimizer: CurvaDion) -> None:
         """A step ends the consensus of an optimizer."""
@@ -58,23 +61,37 @@ class Consensus:
         """Note that parameters of an optimizer were set to something else, perhaps not to the same on all replicas."""
         self.lose(optimizer)
         self._unsettled.add(optimizer)
+        self._starts.pop(optimizer, None)
         self._parameters.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
 
     def is_unsettled(self, optimizer: CurvaDion) -> bool:
         """Whether replicas may disagree on where the next displacements of its parameters start."""
         return optimizer in self._unsettled or self._parameters.lack_anchors(optimizer)
 
-    def settle(self, optimizer: CurvaDion) -> None:
-        """Make the parameters of an optimizer equal at full width, by their values, before its step changes them.
+    def prepare_to_settle(self, optimizer: CurvaDion) -> None:
+        """Note where an unsettled optimizer goes on from, and measure displacements from there.
 
-        Quantized displacements would take many sync steps over a distance that was not walked in steps. What is equal
-        already, as after a rollback to one checkpoint, is not sent.
+        With a lag a step changes the parameters before the replicas know that they settle.
+        """
+        if optimizer in self._starts and not self._parameters.lack_anchors(optimizer):
+            return
+        self._unsettled.add(optimizer)
+        self._starts[optimizer] = [digest(parameter) for _, parameter in optimizer.named_parameters()]
+        self._parameters.capture_anchors(optimizer)
+
+    def settle(self, optimizer: CurvaDion) -> None:
+        """Make the parameters of an optimizer equal at full width, by their values.
+
+        Quantized displacements would take many sync steps over a distance that was not walked in steps. Where the
+        replicas went on from equal parameters, as after a rollback to one checkpoint, nothing is sent.
         """
         parameters = dict(optimizer.named_parameters())
-        differing = self._collectives.differing(parameters)
-        self._collectives.average(self._parameters.by_value(optimizer, differing))
-        self._parameters.capture_anchors(optimizer)
+        starts = self._starts.pop(optimizer, None) or [digest(parameter) for parameter in parameters.values()]
+        differing = self._collectives.where_digests_differ(parameters, starts)
         self._unsettled.discard(optimizer)
+        if differing:
+            self._collectives.average(self._parameters.by_value(optimizer, differing))
+            self._parameters.capture_anchors(optimizer)
 
     # -- reaching ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +127,7 @@ class Consensus:
                 others = {}
                 self._reached[optimizer] = wanted
                 self._unsettled.discard(optimizer)
+                self._starts.pop(optimizer, None)
         if others:
             self._average_with([], others)
 

@@ -1,6 +1,7 @@
 """What parameters send: themselves, or their displacement from the last consensus with error feedback."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +22,22 @@ from .settings import SyncSettings
 from .sparse_rows import SparseRowsPayload, has_sparse_rows, moved_rows
 
 SetAnywhere = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+StandIns = Mapping[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DueParameters:
+    """The parameters that a sync step sends, by name.
+
+    Attributes:
+        dense: All of their numbers travel.
+        sparse: The rows that have moved travel.
+        resting: They no longer move, and send what quantization has left of them.
+    """
+
+    dense: dict[str, Tensor]
+    sparse: dict[str, Tensor]
+    resting: dict[str, Tensor]
 
 
 class ParameterPayloads:
@@ -110,10 +127,8 @@ class ParameterPayloads:
             if not parameter.requires_grad and parameter not in moved and "residual" not in optimizer.state[parameter]
         }
 
-    def of_sync_step(
-        self, optimizer: CurvaDion, set_anywhere: SetAnywhere, leave_out: Collection[Tensor] = ()
-    ) -> list[Payload]:
-        """The payloads of a sync step: what has moved since its last one, in the wire formats.
+    def due(self, optimizer: CurvaDion, leave_out: Collection[Tensor] = ()) -> DueParameters:
+        """What a sync step sends: what has moved since its last one.
 
         Where the sync is spread over several steps, only the parameters whose turn it is. A parameter that was frozen
         meanwhile still sends what it moved. At its next turn it sends what quantization left of it, at full width, and
@@ -121,7 +136,6 @@ class ParameterPayloads:
 
         Args:
             optimizer: It steps now.
-            set_anywhere: ``Collectives.set_anywhere``, called where rows may be at rest.
             leave_out: Parameters that are synchronised otherwise.
         """
         self.record_step(optimizer)
@@ -135,11 +149,22 @@ class ParameterPayloads:
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
         sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p)}
         dense = {name: p for name, p in moving.items() if name not in sparse}
-        return [
-            *self.of(optimizer, dense, correct=True),
-            *self._of_rows(optimizer, sparse, set_anywhere),
-            *self.of(optimizer, resting, "float32", flush_residuals=True),
-        ]
+        return DueParameters(dense, sparse, resting)
+
+    def of_sync_step(
+        self, optimizer: CurvaDion, set_anywhere: SetAnywhere, leave_out: Collection[Tensor] = ()
+    ) -> list[Payload]:
+        """The payloads of a sync step, in the wire formats.
+
+        Args:
+            optimizer: It steps now.
+            set_anywhere: ``Collectives.set_anywhere``, called where rows may be at rest.
+            leave_out: Parameters that are synchronised otherwise.
+        """
+        due = self.due(optimizer, leave_out)
+        dense = self.of(optimizer, due.dense, correct=True)
+        rows = set_anywhere(self.moved_rows(optimizer, due.sparse)) if due.sparse else []
+        return [*dense, *self.of_rows(optimizer, due.sparse, rows), *self.of_resting(optimizer, due.resting)]
 
     def _sends_rows(self, parameter: Tensor) -> bool:
         """Whether only those rows of a parameter travel that have moved."""
@@ -150,26 +175,54 @@ class ParameterPayloads:
             and not self._settings.has_outer_step
         )
 
-    def _of_rows(
-        self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], set_anywhere: SetAnywhere
+    def moved_rows(
+        self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], stand_ins: StandIns | None = None
+    ) -> list[Tensor]:
+        """Which rows of parameters have moved on this replica. Their displacements start anew.
+
+        Args:
+            optimizer: Of the parameters.
+            parameters: By name.
+            stand_ins: As for :meth:`of`.
+        """
+        if self.meter is not None:
+            self.meter.start()
+        self._restart(parameters.values())
+        return [
+            moved_rows((stand_ins or {}).get(p, p), self.anchors.to_move(p), self._residual(optimizer.state[p], p))
+            for p in parameters.values()
+        ]
+
+    def of_rows(
+        self,
+        optimizer: CurvaDion,
+        parameters: Mapping[str, Tensor],
+        rows: Sequence[Tensor],
+        stand_ins: StandIns | None = None,
     ) -> list[Payload]:
         """The payloads of the rows that have moved on any replica.
 
         Their momenta are not corrected: a row that waited has moved for longer than the steps since the last sync.
+
+        Args:
+            optimizer: Of the parameters.
+            parameters: By name.
+            rows: Indices of the rows that travel, for each parameter.
+            stand_ins: As for :meth:`of`.
         """
-        if not parameters:
-            return []
-        if self.meter is not None:
-            self.meter.start()
-        self._restart(parameters.values())
-        anchors = {name: self.anchors.to_move(parameter) for name, parameter in parameters.items()}
-        residuals = {name: self._residual(optimizer.state[p], p) for name, p in parameters.items()}
-        moved = set_anywhere([moved_rows(p, anchors[name], residuals[name]) for name, p in parameters.items()])
         wire_format, meter = self._settings.embedding_format, self.meter
-        return [
-            SparseRowsPayload(name, parameter, anchors[name], residuals[name], rows, wire_format, meter)
-            for (name, parameter), rows in zip(parameters.items(), moved, strict=True)
-        ]
+        payloads: list[Payload] = []
+        for (name, p), travelling in zip(parameters.items(), rows, strict=True):
+            values, residual = (stand_ins or {}).get(p, p), self._residual(optimizer.state[p], p)
+            anchor = self.anchors.to_move(p)
+            payloads.append(SparseRowsPayload(name, values, anchor, residual, travelling, wire_format, meter))
+        return payloads
+
+    def of_resting(
+        self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], stand_ins: StandIns | None = None
+    ) -> list[Payload]:
+        """The payloads of what quantization has left of parameters that no longer move, at full width."""
+        return self.of(optimizer, parameters, "float32", flush_residuals=True, stand_ins=stand_ins)
 
     def of_consensus(self, optimizer: CurvaDion, stepped: bool, by_value: bool) -> list[Payload]:
         """The payloads of an exact consensus, at full width.
@@ -202,6 +255,7 @@ class ParameterPayloads:
         flush_residuals: bool = False,
         outer_step: bool = True,
         correct: bool = False,
+        stand_ins: StandIns | None = None,
     ) -> list[Payload]:
         """The payloads of some parameters.
 
@@ -213,11 +267,13 @@ class ParameterPayloads:
             flush_residuals: With ``"float32"``, send the residuals too and delete them.
             outer_step: Whether an outer step is due.
             correct: Whether the momenta are corrected, where the settings say so.
+            stand_ins: Tensors that are read and written in place of parameters that move on meanwhile.
         """
+        stand_ins = stand_ins or {}
         if self.meter is not None and parameters:
             self.meter.start()
         if not self.needs_anchors(optimizer):
-            return [TensorPayload(name, parameter, meter=self.meter) for name, parameter in parameters.items()]
+            return [TensorPayload(name, stand_ins.get(p, p), meter=self.meter) for name, p in parameters.items()]
         group_of = {parameter: group for group, parameter in optimizer.members()}
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
@@ -233,8 +289,9 @@ class ParameterPayloads:
             )
             anchor = self.anchors.to_move(parameter)
             correction = self._correction(group, state, parameter, own_format) if correct else None
+            values = stand_ins.get(parameter, parameter)
             payloads.append(
-                DisplacementPayload(name, parameter, anchor, own_format, residual, step, self.meter, correction)
+                DisplacementPayload(name, values, anchor, own_format, residual, step, self.meter, correction)
             )
         self._restart(parameters.values())
         return payloads

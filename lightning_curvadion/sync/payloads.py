@@ -196,6 +196,11 @@ def full_width(tensor: Tensor) -> str:
     return "float64" if tensor.dtype == torch.float64 else "float32"
 
 
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether a mean of tensors of this dtype means anything."""
+    return tensor.is_complex() or tensor.dtype in _AVERAGED
+
+
 def full_width_payloads(tensors: Mapping[str, Tensor]) -> tuple[list[Payload], list[Tensor]]:
     """Payloads of the tensors that become their exact mean, and the tensors that become rank 0's.
 
@@ -205,8 +210,8 @@ def full_width_payloads(tensors: Mapping[str, Tensor]) -> tuple[list[Payload], l
     payloads: list[Payload] = []
     others: list[Tensor] = []
     for name, tensor in tensors.items():
-        real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
-        if real.dtype in _AVERAGED:
+        if is_averaged(tensor):
+            real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
             payloads.append(TensorPayload(name, real))
         else:
             others.append(tensor)

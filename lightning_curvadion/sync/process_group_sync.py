@@ -15,12 +15,13 @@ from torch.profiler import record_function
 
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
-from .agreement import Agreement
+from .agreement import Agreed, Agreement
 from .collectives import Collectives
 from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .load_notice import notify_of_loads
+from .overlap import Overlap
 from .parameter_payloads import ParameterPayloads
 from .replica_checks import (
     describe_module,
@@ -79,10 +80,19 @@ class ProcessGroupSync:
             equal after a consensus outside of a step only. For ``consensus="average"`` with a
             ``momentum`` that sends nothing.
         chunk: Numbers that are quantized, sent and dequantized at a time. Larger payloads take more collectives.
+        lag: How many steps after it was sent an agreement is read. With 1 or more a local step waits for nobody whose
+            numbers arrive in that time: the trigger sees the RMMC of so many steps before. An unusable gradient is an
+            error as much later.
+        overlap: How many steps the mean of a sync step may take. With 0 the sync step waits for it. Otherwise the
+            replicas train on, and take the mean over so many steps later, whenever it arrived:
+            :math:`x \\leftarrow x + (\text{new anchor} - \text{what was sent from})`. So they are equal after a
+            consensus outside of a step only. For ``consensus="average"`` with a ``momentum`` that sends nothing.
+            ``None`` is 0.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
-    ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``. During a sync step the
+    ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
+    under way with ``overlap``. During a sync step the
     factors and about ``5 * chunk`` numbers, less for a smaller model.
 
     Attributes:
@@ -120,6 +130,8 @@ class ProcessGroupSync:
         residual_dtype: str = "float32",
         spread: int = 1,
         chunk: int = CHUNK,
+        lag: int = 0,
+        overlap: int | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "consensus": consensus,
@@ -133,10 +145,14 @@ class ProcessGroupSync:
             "residual_dtype": str(residual_dtype).removeprefix("torch."),
             "spread": spread,
             "chunk": chunk,
+            "lag": lag,
+            "overlap": overlap,
         }
         self._collectives = self._make_collectives(group, chunk)
+        # Of the means that run in the background.
+        self._background: Collectives | None = None
         self._untrained = UntrainedTensors()
-        self.agreement = Agreement(self._collectives)
+        self.agreement = Agreement(self._collectives, lag)
         self._optimizers: list[CurvaDion] = []
         self._stepping: CurvaDion | None = None
         # Of the optimizers whose trigger watches the drift.
@@ -148,9 +164,11 @@ class ProcessGroupSync:
         self._momentum = settings.momentum
         self._sync_rank_fraction = settings.sync_rank_fraction
         self._averages_vector_gradients = settings.consensus == "none"
+        self._lag = settings.lag
         self._parameters = ParameterPayloads(settings)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
         self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
+        self._overlap = Overlap(settings.overlap, self._parameters, self._sync_step)
 
     def settings_for(self, optimizer: CurvaDion) -> SyncSettings:
         """The settings with which the parameters of an optimizer synchronise: parameters in float64 have others."""
@@ -174,7 +192,8 @@ class ProcessGroupSync:
     @property
     def bytes_sent(self) -> int:
         """Payload of this replica's collectives so far; a mean of n bytes, quantized or not, counts n."""
-        return self._collectives.bytes_sent
+        background = self._background.bytes_sent if self._background is not None else 0
+        return self._collectives.bytes_sent + background
 
     @property
     def anchor_bytes(self) -> int:
@@ -233,7 +252,9 @@ class ProcessGroupSync:
         self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})
         set_step_counts(optimizer, state)
         self._register(optimizer)
-        optimizer.register_load_state_dict_post_hook(lambda loaded: self._consensus.unsettle(cast(CurvaDion, loaded)))
+        if self.settings.overlap and self.world_size > 1 and self._background is None:
+            self._background = self._collectives.in_group_of_its_own()
+        optimizer.register_load_state_dict_post_hook(lambda loaded: self._unsettle(cast(CurvaDion, loaded)))
 
     def _register(self, optimizer: CurvaDion) -> None:
         """Take part in the steps of an optimizer whose parameters are equal on all replicas."""
@@ -281,7 +302,11 @@ class ProcessGroupSync:
             members = [parameter for _, parameter in optimizer.named_parameters() if parameter in other]
             self._parameters.forget(optimizer, members)
             if any(parameter.requires_grad for parameter in members):
-                self._consensus.unsettle(optimizer)
+                self._unsettle(optimizer)
+
+    def _unsettle(self, optimizer: CurvaDion) -> None:
+        self._consensus.unsettle(optimizer)
+        self._overlap.discard(optimizer)
 
     def _before_step(self, optimizer: CurvaDion) -> None:
         self._stepping = optimizer
@@ -289,33 +314,69 @@ class ProcessGroupSync:
         if self._parameters.meter is not None:
             self._parameters.meter.start()
         if self.world_size > 1 and self.settings.consensus != "none":
-            self.agreement.settle_request = self._consensus.is_unsettled(optimizer)
+            self.agreement.settle_request = self._wants_to_settle(optimizer)
             self._parameters.record_step(optimizer)
+
+    def _wants_to_settle(self, optimizer: CurvaDion) -> bool:
+        """Whether this replica asks the others to settle, prepared to do so where its parameters are now."""
+        unsettled = self.settings.consensus != "none" and self._consensus.is_unsettled(optimizer)
+        if unsettled:
+            self._consensus.prepare_to_settle(optimizer)
+        return unsettled
 
     # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
 
-    def _agree(self, signal: Tensor) -> tuple[float, float, float]:
+    def _agree(self, signal: Tensor) -> Agreed:
         """The element-wise maximum of ``signal`` over the replicas, and of their drift: all that a local step sends.
 
-        Where a replica's parameters were set to something else, all settle theirs before the step.
+        With a lag, that of the step before. Where a replica's parameters were set to something else, all settle theirs.
         """
-        numbers = self.agreement.reach(signal, self._own_drift())
-        if self.agreement.agreed_to_settle and self._stepping is not None:
-            with record_function("curvadion::consensus"):
-                self._consensus.settle(self._stepping)
-        if self._stepping is not None and self.settings.momentum == "displacement":
+        optimizer = self._stepping
+        assert optimizer is not None
+        lag = self._lag if self.world_size > 1 else 0
+        if not lag:
+            self.agreement.start(optimizer, signal, self._own_drift())
+        agreed = self.agreement.take(optimizer)
+        self._settle_where_agreed(optimizer)
+        if lag and agreed.code < 1:
+            self.agreement.settle_request = self._wants_to_settle(optimizer)
+            self.agreement.start(optimizer, signal, self._own_drift())
+        if self.settings.momentum == "displacement":
             # After it settled: displacements that start anew consist of this step.
-            self._parameters.record_learning_rates(self._stepping)
-        return numbers
+            self._parameters.record_learning_rates(optimizer)
+        return agreed
+
+    def _confirm(self) -> float:
+        """With a lag, wait for the agreement of this step, as any sync step waits that is not in the background."""
+        if not self._lag or self.settings.overlap:
+            return 0.0
+        assert self._stepping is not None
+        code = self.agreement.confirm(self._stepping)
+        self._settle_where_agreed(self._stepping)
+        return code
+
+    def _settle_where_agreed(self, optimizer: CurvaDion) -> None:
+        if self.agreement.agreed_to_settle:
+            with record_function("curvadion::consensus"):
+                self._consensus.settle(optimizer)
+
+    def _agreed_so_far(self, optimizer: CurvaDion) -> list[tuple[float, float]]:
+        """RMMC and drift that the next steps act on, with a lag: of the last ones."""
+        return [(agreed.rmmc, agreed.drift) for agreed in self.agreement.read(optimizer)]
+
+    def _resume(self, optimizer: CurvaDion, agreed: Sequence[tuple[float, float]]) -> None:
+        """Let the next steps act on the agreements of a loaded state."""
+        if self._lag and self.world_size > 1:
+            self.agreement.resume(optimizer, [Agreed(rmmc, 0.0, drift) for rmmc, drift in agreed[-self._lag :]])
 
     def _own_drift(self) -> Tensor | None:
         """The drift of this replica as its trigger wants it, shape (1,); ``None`` where nobody watches it.
 
-        ``None`` also where all parameters are frozen, and where anchors are missing, as after a state was loaded: the
-        replicas settle in this step then.
+        ``None`` also where all parameters are frozen, where a mean is under way that will end the drift, and where
+        anchors are missing, as after a state was loaded: the replicas settle in this step then.
         """
         optimizer = self._stepping
-        if optimizer is None or optimizer not in self._displacement_meters:
+        if optimizer is None or optimizer not in self._displacement_meters or self._overlap.under_way(optimizer):
             return None
         parameters = list(trainable_parameters(optimizer).values())
         if not parameters or self._parameters.anchors.missing(parameters):
@@ -330,10 +391,17 @@ class ProcessGroupSync:
 
     def _mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The second mean of a sync step, parameters and buffers included."""
+        if self._background is not None:
+            self._overlap.start(optimizer, self._background)
+            return []
         means = self._sync_step.mean_right(optimizer, factors, whole)
         if self.settings.consensus == "average" and self.settings.spread == 1:
             self._consensus.reached_in_step(optimizer)
         return means
+
+    def _proceed(self, optimizer: CurvaDion) -> None:
+        """Go on with a mean in the background."""
+        self._overlap.proceed(optimizer)
 
     # -- consensus outside of a step --------------------------------------------------------------------------------
 
@@ -350,8 +418,15 @@ class ProcessGroupSync:
             optimizers: The attached optimizers, the same in every process.
             include_state: Also average their state, and frozen parameters, so that any replica can write the
                 checkpoint of all.
+
+        Raises:
+            ValueError: With a lag, where a gradient of the last step was unusable on any replica.
         """
-        self._consensus.reach([optimizers] if isinstance(optimizers, CurvaDion) else optimizers, include_state)
+        optimizers = [optimizers] if isinstance(optimizers, CurvaDion) else list(optimizers)
+        for optimizer in optimizers:
+            self._overlap.finish(optimizer)
+            optimizer._raise_if_unusable(self.agreement.take_unusable(optimizer))
+        self._consensus.reach(optimizers, include_state)
 
     def average(self, tensors: dict[str, Tensor]) -> None:
         """Replace tensors that no optimizer holds by their means where they differ, such as moving averages.

@@ -27,6 +27,8 @@ _CORRECTION_SHARES_OF_VECTORS = ((4, 0.0),)
 # Of norms and biases, where the wire format has fewer bits than it: they are few, and in one bit they cost a GAN a
 # fifth of its loss.
 _BIAS_FORMAT = "int8"
+# Steps that a sync step's mean may take where it can run in the background.
+_OVERLAP = 0
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 
@@ -50,6 +52,8 @@ class SyncSettings:
     residual_dtype: str
     spread: int
     chunk: int
+    lag: int
+    overlap: int
 
     def __post_init__(self) -> None:
         check_choice("consensus", self.consensus, get_args(Consensus))
@@ -66,6 +70,10 @@ class SyncSettings:
             raise ValueError(f"chunk must be at least 1 number, not {self.chunk}; {CHUNK} is the default")
         if self.spread < 1:
             raise ValueError(f"spread must be at least 1 sync step, not {self.spread}; 1 sends all parameters at once")
+        if self.lag < 0:
+            raise ValueError(f"lag must be 0 steps or more, not {self.lag}; with 0 every step waits for its agreement")
+        if self.overlap < 0:
+            raise ValueError(f"overlap must be 0 steps or more, not {self.overlap}; with 0 a sync step waits for it")
         if self.sync_rank_fraction is not None and not 0 < self.sync_rank_fraction <= 1:
             raise ValueError(f"sync_rank_fraction must be in (0, 1], not {self.sync_rank_fraction}")
         self._check_together()
@@ -73,10 +81,15 @@ class SyncSettings:
     def _check_together(self) -> None:
         if self.has_outer_step and self.consensus != "average":
             raise ValueError(f'an outer step needs consensus="average", not {self.consensus!r}')
-        if self.spread > 1 and (self.consensus != "average" or self.momentum not in ("displacement", "local")):
+        if self.spread > 1 and not self.sends_parameters_alone:
             raise ValueError(
                 'spread needs consensus="average" with momentum="displacement" or "local", which send nothing but'
                 f" parameters; leave it out with consensus={self.consensus!r}, momentum={self.momentum!r}"
+            )
+        if self.overlap > 0 and not self.sends_parameters_alone:
+            raise ValueError(
+                'overlap needs consensus="average" with momentum="displacement" or "local", which send nothing but'
+                f" parameters; use overlap=0 with consensus={self.consensus!r}, momentum={self.momentum!r}"
             )
         if self.momentum == "displacement" and self.consensus == "factors":
             raise ValueError(
@@ -111,6 +124,11 @@ class SyncSettings:
             )
 
     @property
+    def sends_parameters_alone(self) -> bool:
+        """Whether a sync step is a local step, and a mean of parameters after it."""
+        return self.consensus == "average" and self.momentum in ("displacement", "local")
+
+    @property
     def has_outer_step(self) -> bool:
         """Whether the averaged displacement goes through an outer step."""
         return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
@@ -119,7 +137,8 @@ class SyncSettings:
     def needs_anchors(self) -> bool:
         """Whether parameters are averaged through their displacements, whatever the trigger."""
         quantized = self.consensus == "average" and {self.wire_format, self.embedding_format} != {"float32"}
-        return self.consensus == "factors" or self.has_outer_step or quantized or self.momentum == "displacement"
+        displacement = self.momentum == "displacement" or self.overlap > 0
+        return self.consensus == "factors" or self.has_outer_step or quantized or displacement
 
     @property
     def embedding_format(self) -> str:
@@ -167,6 +186,7 @@ def resolve_settings(
     wire_format: str | None,
     momentum: str | None,
     factor_format: str | None,
+    overlap: int | None,
     quantizable: bool = True,
     **others: Any,
 ) -> SyncSettings:
@@ -177,12 +197,13 @@ def resolve_settings(
         wire_format: ``None`` for the default.
         momentum: ``None`` for the default.
         factor_format: ``None`` for the default.
+        overlap: ``None`` for the default.
         quantizable: Whether the parameters can be quantized.
         **others: Settings that no default depends on.
 
     Example:
-        >>> defaults = dict.fromkeys(["wire_format", "momentum", "factor_format"])
-        >>> others = dict(vector_format=None, spread=1, chunk=1)
+        >>> defaults = dict.fromkeys(["wire_format", "momentum", "factor_format", "overlap"])
+        >>> others = dict(vector_format=None, spread=1, chunk=1, lag=0)
         >>> others |= dict(outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32")
         >>> settings = resolve_settings(consensus="average", **defaults, **others)
         >>> settings.wire_format, settings.embedding_format, settings.bias_format, settings.momentum
@@ -195,10 +216,13 @@ def resolve_settings(
         # Nothing brings the momenta together where nothing brings the parameters together.
         momentum = "dion"
     factor_format = factor_format or _FACTOR_FORMATS.get(wire_format, _QUANTIZED_FACTOR_FORMAT)
+    if overlap is None:
+        overlap = _OVERLAP if averages and momentum in ("displacement", "local") else 0
     return SyncSettings(
         consensus=consensus,
         wire_format=wire_format,
         momentum=momentum,
         factor_format=factor_format,
+        overlap=overlap,
         **others,
     )

@@ -98,7 +98,7 @@ class SyncStep:
             for stack, P in zip(stacks, self._displacement_P, strict=True)
         ]
         displacements = [self._factor("right factors of the displacement", R) for R in own]
-        untrained, from_rank_0 = full_width_payloads(self._untrained_due(optimizer))
+        untrained, from_rank_0 = full_width_payloads(self._collectives.differing(self.untrained(optimizer)))
         parameters = self._parameters_due(optimizer)
         self._collectives.average([*payloads, *self._whole(whole), *displacements, *parameters, *untrained])
         self._collectives.broadcast(from_rank_0)
@@ -125,8 +125,8 @@ class SyncStep:
         factored = {parameter for stack in stacks for parameter in stack.parameters}
         return self._parameters.of_sync_step(optimizer, self._collectives.set_anywhere, leave_out=factored)
 
-    def _untrained_due(self, optimizer: CurvaDion) -> dict[str, Tensor]:
-        """Untrained tensors that differ between the replicas, where there is a consensus.
+    def untrained(self, optimizer: CurvaDion) -> dict[str, Tensor]:
+        """Untrained tensors that may differ between the replicas, where there is a consensus.
 
         In a wire format of few bits parameters are left to the consensus outside of sync steps: at full width, an EMA
         teacher would cost 28 times what the trained parameters cost. Until then it is no farther apart than these.
@@ -136,4 +136,4 @@ class SyncStep:
         due = self._untrained.buffers()
         if bits_of(self._settings.wire_format) >= 16:
             due.update({**self._untrained.parameters_outside(), **self._parameters.untrained(optimizer)})
-        return self._collectives.differing(due)
+        return due

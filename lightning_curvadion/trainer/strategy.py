@@ -48,7 +48,7 @@ class CurvaDionStrategy(DDPStrategy):
     optimizer. Lightning looks a name up before it loads any entry point, so installing could not make it known.
 
     Args:
-        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next ten.
+        consensus: See :class:`~lightning_curvadion.ProcessGroupSync`, as for the next twelve.
         wire_format: Format of the parameters on the wire, from ``"float32"`` down to ``"int2"`` and ``"sign"``.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings.
         momentum: What a sync step does to the momentum.
@@ -59,6 +59,8 @@ class CurvaDionStrategy(DDPStrategy):
         residual_dtype: Of the error-feedback residuals; ``"bfloat16"`` halves their memory.
         spread: How many sync steps send every parameter once.
         chunk: Numbers that are quantized and sent at a time; fewer need less memory.
+        lag: How many steps after it was sent an agreement is read, 0 or 1.
+        overlap: How many steps the mean of a sync step may take while the replicas train on.
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
         cluster_environment: What launches the processes.
@@ -103,6 +105,8 @@ class CurvaDionStrategy(DDPStrategy):
         residual_dtype: ResidualDtype = "float32",
         spread: int = 1,
         chunk: int = CHUNK,
+        lag: int = 0,
+        overlap: int | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -137,6 +141,8 @@ class CurvaDionStrategy(DDPStrategy):
             "residual_dtype": residual_dtype,
             "spread": spread,
             "chunk": chunk,
+            "lag": lag,
+            "overlap": overlap,
         }
         self.sync = self.make_sync_hook()
         self._callbacks: list[pl.Callback] = []

@@ -14,8 +14,9 @@ from torch.distributed import ProcessGroup
 
 from ...optim.curvadion import CurvaDion
 from ...optim.triggers import EveryNSteps, LocalStepCap
+from ...sync.agreement import Agreed
 from ...sync.chunks import FULL_WIDTH
-from ...sync.collectives import Collectives
+from ...sync.collectives import Collectives, Transfer
 from ...sync.payload_checks import PayloadCheck
 from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
@@ -49,6 +50,20 @@ class StepTraffic:
     launches: int = 0
 
 
+class Arrived(Transfer):
+    """The result of a collective that was not called.
+
+    Args:
+        result: Of its shape.
+    """
+
+    def __init__(self, result: Tensor) -> None:
+        self.result = result
+
+    def wait(self) -> Tensor:  # noqa: D102
+        return self.result
+
+
 class CollectiveRecorder(Collectives):
     """Collectives that send nothing and record what they would send.
 
@@ -65,8 +80,9 @@ class CollectiveRecorder(Collectives):
         self.world_size = replicas
         self.traffic = StepTraffic()
 
-    def all_reduce_max(self, signal: Tensor, purpose: str = "") -> None:  # noqa: D102
-        self._record(ALL_REDUCE, signal.nbytes, bytes_sent=signal.nbytes)
+    def record_agreement(self, message: Tensor) -> None:
+        """The all-reduce of a step's numbers."""
+        self._record(ALL_REDUCE, message.nbytes, bytes_sent=message.nbytes)
 
     def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Floating-point buffers differ, as running statistics do; frozen parameters and counters are equal."""
@@ -79,17 +95,18 @@ class CollectiveRecorder(Collectives):
             if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
         }
 
-    def all_reduce_sum(self, flat: Tensor) -> None:  # noqa: D102
+    def start_all_reduce_sum(self, flat: Tensor) -> Transfer:  # noqa: D102
         self._record(ALL_REDUCE, flat.nbytes, bytes_sent=flat.nbytes)
+        return Arrived(flat)
 
-    def all_to_all(self, outgoing: Tensor) -> Tensor:  # noqa: D102
+    def start_all_to_all(self, outgoing: Tensor) -> Transfer:  # noqa: D102
         to_others = outgoing.nbytes // self.world_size * (self.world_size - 1)
         self._record(ALL_TO_ALL, outgoing.nbytes, bytes_sent=to_others)
-        return torch.empty_like(outgoing)
+        return Arrived(torch.empty_like(outgoing))
 
-    def all_gather(self, own: Tensor) -> Tensor:  # noqa: D102
+    def start_all_gather(self, own: Tensor) -> Transfer:  # noqa: D102
         self._record(ALL_GATHER, own.nbytes, bytes_sent=own.nbytes)
-        return own.new_empty(self.world_size, own.numel())
+        return Arrived(own.new_empty(self.world_size, own.numel()))
 
     def set_anywhere(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """Everywhere: how many rows of an embedding are at rest is the data's to say."""
@@ -128,7 +145,8 @@ class DryRunSync(ProcessGroupSync):
 
     def __init__(self, settings: SyncSettings, replicas: int) -> None:
         self.recorder = CollectiveRecorder(replicas, settings.chunk)
-        super().__init__(group=None, **vars(settings))
+        # What is sent in all is the same with a lag and with overlap, and lies in one step without.
+        super().__init__(group=None, **{**vars(settings), "lag": 0, "overlap": 0})
 
     def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
         return self.recorder
@@ -139,10 +157,10 @@ class DryRunSync(ProcessGroupSync):
     def _attach(self, optimizer: CurvaDion) -> None:
         self._register(optimizer)
 
-    def _agree(self, signal: Tensor) -> tuple[float, float, float]:
+    def _agree(self, signal: Tensor) -> Agreed:
         """RMMC and drift 0 and finite gradients: there are no values to look at."""
-        self.recorder.all_reduce_max(self.agreement.message(signal, self._own_drift()))
-        return 0.0, 0.0, 0.0
+        self.recorder.record_agreement(self.agreement.message(signal, self._own_drift()))
+        return Agreed()
 
 
 def dry_run_step(optimizer: CurvaDion, sync: DryRunSync, synced: bool) -> StepTraffic:

@@ -86,7 +86,7 @@ def measure_consensus(
         def consensus() -> int:
             """Bytes of a consensus outside of steps, and of the agreement before it that no rank takes a step."""
             traffic = sync.recorder.traffic = StepTraffic()
-            sync.recorder.all_reduce_max(sync.agreement.message(torch.zeros(2, dtype=torch.float64)))
+            sync.recorder.record_agreement(sync.agreement.message(torch.zeros(2, dtype=torch.float64)))
             sync.reach_consensus(optimizer)
             return traffic.bytes_sent
 
