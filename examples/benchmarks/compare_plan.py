@@ -52,6 +52,8 @@ SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
 }
 # What a sync step does to the momentum.
 MOMENTA = tuple(name for name in METHODS if name.startswith("ours: ") and "momentum" in name)
+# Who waits for whom.
+OVERLAPS = tuple(name for name in METHODS if name.startswith("ours: lag"))
 QUOTED = (
     "DDP, AdamW",
     USUAL,
@@ -189,6 +191,7 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
         dict.fromkeys(over_seeds([USUAL, *TRIGGERS], rows, replicas=4) + tuned(QUOTED, rows, replicas=4))
     ),
     "momenta": lambda rows: over_seeds(MOMENTA, rows),
+    "overlap": lambda rows: [run for n in (2, 4) for run in over_seeds(OVERLAPS, rows, replicas=n)],
     "sweep of eight": lambda rows: sweep(8),
     "eight": lambda rows: over_seeds([USUAL, DEFAULT], rows, replicas=8),
     "elsewhere": elsewhere,

@@ -138,6 +138,8 @@ OUTER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT, HALF_RANK, FULL_RANK = "ours: defaults", "ours at half rank", "ours at full rank"
 PERIODS = (5, 6)
+# How many steps late agreements are read and means are taken over.
+DELAYS = ((0, 0), (1, 0), (1, 1), (1, 2), (4, 4))
 OLD_BUDGET = 0.3
 
 
@@ -221,6 +223,7 @@ METHODS: dict[str, Method] = {
     "ours: int2, int4 for the rest, budget 0.6": _curvadion(
         IntegratedRMMC(0.6), wire_format="int2", vector_format="int4"
     ),
+    **{f"ours: lag {lag}, overlap {overlap}": _curvadion(lag=lag, overlap=overlap) for lag, overlap in DELAYS},
     "ours: spread 4, budget 0.15": _curvadion(IntegratedRMMC(0.15), spread=4),
     # What a sync step does to the momentum.
     "ours: momentum local": _curvadion(momentum="local"),
