@@ -313,7 +313,8 @@ class CurvaDion(StackedOptimizer):
 
     def _raise_if_unusable(self, code: float) -> None:
         if code >= 1:
-            raise ValueError(gradient_checks.describe(int(code), [name for name, _ in self.named_parameters()]))
+            names = [name for name, _ in self.named_parameters()]
+            raise gradient_checks.UnusableGradientError(gradient_checks.describe(int(code), names))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

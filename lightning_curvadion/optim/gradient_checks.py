@@ -15,6 +15,10 @@ _REMEDIES = (
 NOT_FINITE, SPARSE, COMPLEX, RESHAPED = range(len(_REMEDIES))
 
 
+class UnusableGradientError(ValueError):
+    """A gradient of some replica cannot be stepped with. All replicas raise it in the same step."""
+
+
 def unusable_layout(gradient: Tensor) -> int | None:
     """SPARSE or COMPLEX where the gradient is one. Whether it is finite, only the device knows."""
     if gradient.is_complex():
@@ -44,4 +48,4 @@ def describe(code: int, names: Sequence[str]) -> str:
     """The error message of a code, given the names of all parameters."""
     place, kind = divmod(code - 1, len(_REMEDIES))
     rank, number = divmod(place, len(names))
-    return f"rank {rank}: {names[number]} {_REMEDIES[kind]}. No replica has taken this step."
+    return f"rank {rank}: {names[number]} {_REMEDIES[kind]}. No parameter has changed by it."

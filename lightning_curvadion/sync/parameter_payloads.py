@@ -185,7 +185,7 @@ class ParameterPayloads:
             parameters: By name.
             stand_ins: As for :meth:`of`.
         """
-        if self.meter is not None:
+        if self.meter is not None and not stand_ins:
             self.meter.start()
         self._restart(parameters.values())
         return [
@@ -270,7 +270,7 @@ class ParameterPayloads:
             stand_ins: Tensors that are read and written in place of parameters that move on meanwhile.
         """
         stand_ins = stand_ins or {}
-        if self.meter is not None and parameters:
+        if self.meter is not None and parameters and not stand_ins:
             self.meter.start()
         if not self.needs_anchors(optimizer):
             return [TensorPayload(name, stand_ins.get(p, p), meter=self.meter) for name, p in parameters.items()]

@@ -78,7 +78,8 @@ class CurvaDionStrategy(DDPStrategy):
 
     Failures: a collective that a lost or stalled rank breaks raises an error that says what to do; with NCCL the
     process may end without it, see "Failures with NCCL" in ``examples/guide.md``. SIGTERM on any rank
-    stops all of them after the same step, and ``on_exception`` callbacks save the consensus. After any other exception
+    stops all of them after the same step, and ``on_exception`` callbacks save the consensus. So they do after a gradient
+    that is not finite, which all ranks raise. After any other exception
     a rank saves its own replica, and starts no collective that the others would not join.
 
     Raises:
@@ -148,6 +149,7 @@ class CurvaDionStrategy(DDPStrategy):
         self._callbacks: list[pl.Callback] = []
         self._stop_requests: StopRequests | None = None
         self._training = False
+        self._all_raised = False
 
     def make_sync_hook(self) -> ProcessGroupSync:
         """A new hook with the strategy's settings.
@@ -192,7 +194,10 @@ class CurvaDionStrategy(DDPStrategy):
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
             callback = ConsensusCallback(
-                self.reach_consensus_in_training, self._act_on_agreed_request, self._verify_no_step
+                self.reach_consensus_in_training,
+                self._act_on_agreed_request,
+                self._verify_no_step,
+                self._note_common_failure,
             )
             self._callbacks.insert(0, callback)
 
@@ -222,6 +227,13 @@ class CurvaDionStrategy(DDPStrategy):
             self._verify_no_step()
             self.reach_consensus(include_state)
 
+    def _note_common_failure(self) -> None:
+        """All ranks have raised in the same step, so they can save their consensus."""
+        self._all_raised = True
+        for optimizer in require_curvadion(self.optimizers):
+            # Of the steps that the lag has left unread. The error that is raised tells enough.
+            self.sync.agreement.take_unusable(optimizer)
+
     def _verify_no_step(self) -> None:
         """Verify that the other ranks have not gone on to their next step, whose agreement nothing else would match."""
         if self._training and not self._alone:
@@ -233,7 +245,7 @@ class CurvaDionStrategy(DDPStrategy):
         assert self._stop_requests is not None
         self._stop_requests.install()
         withdraw_report()
-        self._training = True
+        self._training, self._all_raised = True, False
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -284,7 +296,8 @@ class CurvaDionStrategy(DDPStrategy):
         """Whether this rank handles an exception that the others may not have: nobody would join a collective."""
         trainer = trainer_of(self.lightning_module)
         interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-        return interrupted and not (self._stop_requests is not None and self._stop_requests.stopping)
+        stopping = self._stop_requests is not None and self._stop_requests.stopping
+        return interrupted and not stopping and not self._all_raised
 
     @override
     def barrier(self, *args: Any, **options: Any) -> None:

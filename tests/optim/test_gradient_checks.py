@@ -72,4 +72,4 @@ def reshape_on_rank_1(rank, world):
 def test_all_replicas_raise_where_one_has_changed_a_shape(replicas):
     for errors in replicas.run(2, reshape_on_rank_1):
         assert len(set(errors)) == 1
-        assert errors[0].startswith(RESHAPED.format("table")) and errors[0].endswith("No replica has taken this step.")
+        assert errors[0].startswith(RESHAPED.format("table")) and errors[0].endswith("No parameter has changed by it.")
