@@ -16,6 +16,8 @@ from .collectives import Collectives
 from .errors import UnevenBatchesError
 from .pending_numbers import PendingNumbers
 
+# A process group of gloo has two threads, and so runs two collectives at a time.
+_AT_A_TIME = 2
 # In place of a gradient code, below all codes. From a rank that takes no step: above all stop requests.
 _NO_STEP = 0.9
 # From a rank whose parameters were set to something else: below all stop requests, and repeated until it is agreed on.
@@ -56,7 +58,7 @@ class Agreement:
     """
 
     def __init__(self, collectives: Collectives, lag: int = 0) -> None:
-        self._collectives = collectives
+        self._groups = [collectives]
         self._lag = lag
         self._steps = 0
         # Of the last steps of each optimizer, those that it has not acted on yet, oldest first.
@@ -67,6 +69,17 @@ class Agreement:
         self.stop_request = self.agreed_request = 0.0
         self.settle_request = self.agreed_to_settle = False
         self.carries_drift = False
+
+    def use_several_groups(self) -> None:
+        """Let as many agreements be under way under gloo as the lag says; every rank calls it."""
+        if self._groups[0].backend == "gloo":
+            while _AT_A_TIME * len(self._groups) < self._lag:
+                self._groups.append(self._groups[0].in_group_of_its_own())
+
+    @property
+    def _collectives(self) -> Collectives:
+        """Those of the next agreement."""
+        return self._groups[self._steps % len(self._groups)]
 
     def message(self, signal: Tensor, drift: Tensor | None = None) -> Tensor:
         """What is sent: the signal, and the drift where agreements carry it.
@@ -94,9 +107,9 @@ class Agreement:
         message = self.message(signal, drift)
         if request := self.stop_request or _SETTLE * self.settle_request:
             message[1].clamp_(min=request)
-        self._steps += 1
         pending = self._pending.setdefault(optimizer, deque())
         pending.append(self._collectives.start_all_reduce_max(message, "the RMMC all-reduce"))
+        self._steps += 1
 
     def take(self, optimizer: CurvaDion) -> Agreed:
         """What the replicas agreed on as many steps ago as the lag says, to act on it now.

@@ -40,6 +40,13 @@ from .pending_numbers import PendingNumbers
 from .settings import CHUNK
 
 
+class SentBytes:
+    """A count that process groups of the same ranks share."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+
 class Transfer:
     """A collective under way.
 
@@ -71,17 +78,15 @@ class Collectives:
     Args:
         group: Process group; ``None`` is the default group.
         chunk: Numbers that are quantized, sent and dequantized at a time.
+        sent: Counts the bytes; ``None`` for a count of their own.
 
     Attributes:
-        bytes_sent: Payload of this replica so far. An all-reduce of n bytes counts n, an all-gather this replica's
-            share, an all-to-all what goes to other replicas, a broadcast counts at its source. The mean of a quantized
-            tensor of n bytes thus counts n, however many replicas there are.
         rank: This replica.
         world_size: Number of replicas.
     """
 
-    def __init__(self, group: ProcessGroup | None = None, chunk: int = CHUNK) -> None:
-        self.bytes_sent = 0
+    def __init__(self, group: ProcessGroup | None = None, chunk: int = CHUNK, sent: SentBytes | None = None) -> None:
+        self._sent = sent or SentBytes()
         self.rank = 0
         self.world_size = 1
         self._group = group
@@ -90,6 +95,16 @@ class Collectives:
     def join(self) -> None:
         """Read rank and world size from the process group, which must be initialised by now."""
         self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload of this replica so far, in all process groups that share the count.
+
+        An all-reduce of n bytes counts n, an all-gather this replica's share, an all-to-all what goes to other
+        replicas, a broadcast counts at its source. The mean of a quantized tensor of n bytes thus counts n, however
+        many replicas there are.
+        """
+        return self._sent.total
 
     def in_group_of_its_own(self) -> "Collectives":
         """Collectives of the same ranks in another process group, for those that run beside others."""
@@ -103,7 +118,7 @@ class Collectives:
             # Ranks outside of a subgroup do not call this.
             use_local_synchronization=True,
         )
-        collectives = Collectives(group, self._chunk)
+        collectives = Collectives(group, self._chunk, self._sent)
         collectives.join()
         return collectives
 
@@ -121,7 +136,7 @@ class Collectives:
             message: Of one size on every rank; nobody else may use the tensor.
             purpose: What the collective is for, in an error.
         """
-        self.bytes_sent += message.nbytes
+        self._sent.total += message.nbytes
         with explain_failure(purpose):
             work = dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return PendingNumbers(work, message, purpose)
@@ -147,21 +162,21 @@ class Collectives:
         own = torch.stack([digest.to(device) for digest in digests])
         # The maximum of the complement is the complement of the minimum.
         extremes = torch.stack([own, ~own])
-        self.bytes_sent += extremes.nbytes
+        self._sent.total += extremes.nbytes
         with explain_failure("the comparison of digests"):
             work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return Transfer(work, extremes, "the comparison of digests")
 
     def start_all_reduce_sum(self, flat: Tensor) -> Transfer:
         """Start to replace ``flat`` by its sum over the replicas."""
-        self.bytes_sent += flat.nbytes
+        self._sent.total += flat.nbytes
         with explain_failure("an all-reduce"):
             return Transfer(dist.all_reduce(flat, group=self._group, async_op=True), flat, "an all-reduce")
 
     def start_all_to_all(self, outgoing: Tensor) -> Transfer:
         """Row k of replica i becomes row i of replica k; shape (replicas, elements)."""
         incoming = torch.empty_like(outgoing)
-        self.bytes_sent += outgoing.nbytes // self.world_size * (self.world_size - 1)
+        self._sent.total += outgoing.nbytes // self.world_size * (self.world_size - 1)
         with explain_failure("an all-to-all"):
             work = dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group, async_op=True)
         return Transfer(work, incoming, "an all-to-all")
@@ -169,7 +184,7 @@ class Collectives:
     def start_all_gather(self, own: Tensor) -> Transfer:
         """The flat tensor of every replica, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
-        self.bytes_sent += own.nbytes
+        self._sent.total += own.nbytes
         with explain_failure("an all-gather"):
             work = dist.all_gather(list(gathered), own, group=self._group, async_op=True)
         return Transfer(work, gathered, "an all-gather")
@@ -205,7 +220,7 @@ class Collectives:
     def broadcast_bytes(self, flat: Tensor) -> None:
         """Replace a flat tensor of bytes by rank 0's."""
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        self.bytes_sent += flat.nbytes if self.rank == 0 else 0
+        self._sent.total += flat.nbytes if self.rank == 0 else 0
         with record_function("curvadion::collective"), explain_failure("the broadcast of rank 0's values"):
             dist.broadcast(flat, src=source, group=self._group)
 

@@ -192,8 +192,7 @@ class ProcessGroupSync:
     @property
     def bytes_sent(self) -> int:
         """Payload of this replica's collectives so far; a mean of n bytes, quantized or not, counts n."""
-        background = self._background.bytes_sent if self._background is not None else 0
-        return self._collectives.bytes_sent + background
+        return self._collectives.bytes_sent
 
     @property
     def anchor_bytes(self) -> int:
@@ -252,8 +251,10 @@ class ProcessGroupSync:
         self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})
         set_step_counts(optimizer, state)
         self._register(optimizer)
-        if self.settings.overlap and self.world_size > 1 and self._background is None:
-            self._background = self._collectives.in_group_of_its_own()
+        if self.world_size > 1 and len(self._optimizers) == 1:
+            self.agreement.use_several_groups()
+            if self.settings.overlap:
+                self._background = self._collectives.in_group_of_its_own()
         optimizer.register_load_state_dict_post_hook(lambda loaded: self._unsettle(cast(CurvaDion, loaded)))
 
     def _register(self, optimizer: CurvaDion) -> None:

@@ -20,7 +20,9 @@ class Poison(Callback):
 def poisoned(rank, world, delays, folder):
     module = Module()
     saves = OnExceptionCheckpoint(folder)
-    trainer = trainer_for(rank, world, CurvaDionStrategy(**delays), callbacks=[Poison(), saves], enable_checkpointing=True)
+    trainer = trainer_for(
+        rank, world, CurvaDionStrategy(**delays), callbacks=[Poison(), saves], enable_checkpointing=True
+    )
     with pytest.raises(ValueError, match=r"rank 1: net\.head\.weight has a gradient that is not finite") as caught:
         trainer.fit(module)
     return str(caught.value), trainer.global_step, parameters_of(module)
