@@ -78,9 +78,9 @@ class CurvaDionStrategy(DDPStrategy):
 
     Failures: a collective that a lost or stalled rank breaks raises an error that says what to do; with NCCL the
     process may end without it, see "Failures with NCCL" in ``examples/guide.md``. SIGTERM on any rank
-    stops all of them after the same step, and ``on_exception`` callbacks save the consensus. So they do after a gradient
-    that is not finite, which all ranks raise. After any other exception
-    a rank saves its own replica, and starts no collective that the others would not join.
+    stops all of them after the same step, and ``on_exception`` callbacks save the consensus. So they do after a
+    gradient that is not finite, which all ranks raise. After any other exception a rank saves its own replica, and
+    starts no collective that the others would not join.
 
     Raises:
         MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs
