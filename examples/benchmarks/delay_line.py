@@ -62,13 +62,14 @@ class DelayLine:
 
     def run(self, until_readable: int) -> None:
         """Switch frames until a file descriptor becomes readable."""
+        ports = {port.fileno(): port for port in self.ports}
         while True:
             wait = max(0.0, self._on_their_way[0][0] - time.monotonic()) if self._on_their_way else None
-            readable, _, _ = select.select([until_readable, *self.ports], [], [], wait)
+            readable, _, _ = select.select([until_readable, *ports], [], [], wait)
             if until_readable in readable:
                 return
-            for port in readable:
-                self._receive(port)
+            for number in readable:
+                self._receive(ports[number])
             self._send_what_is_due()
 
     def _receive(self, port: socket.socket) -> None:

@@ -178,6 +178,13 @@ class Lab:
         """Bytes of each host since the lab was built. Empty over loopback."""
         return [] if self.loopback else [self._traffic(host) for host in range(self.hosts)]
 
+    def delay_line_cpu_seconds(self) -> float:
+        """Seconds of a core that the delay line has taken. 0 without one."""
+        if self._delay_line is None:
+            return 0.0
+        user, system = Path("/proc", str(self._delay_line.pid), "stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def _traffic(self, host: int) -> Traffic:
         shown = _call("ip", "-n", self._namespace(host), "-s", "-j", "link", "show", "dev", INTERFACE)
         counted = json.loads(shown)[0]["stats64"]
