@@ -19,6 +19,7 @@ replicas share the loopback interface, without a count and without slow links. T
 - ``sweep of four``, ``four``, ``sweep of eight``, ``eight``: more replicas
 - ``elsewhere``: another text, and a model of a million parameters
 - ``links``: time at three link speeds; leave the machine idle
+- ``distant``: time on links with latency; leave the machine idle
 - ``races``: whole runs on the slowest link
 """
 
@@ -62,7 +63,8 @@ def run(runs: Sequence[Run], results: Path, evaluations: int = EVALUATIONS, val_
             raise LabError(f"a link of {rate} needs a network lab, and that needs {', '.join(missing())}")
         job = {"runs": [asdict(entry) for entry in group], "evaluations": evaluations, "val_sequences": val_sequences}
         script = [str(ROOT / "examples/benchmarks/compare_replica.py"), json.dumps(job), str(results)]
-        with Lab(replicas, rate or None, loopback) as lab:
+        speed, _, latency = rate.partition("+")
+        with Lab(replicas, speed or None, loopback, latency or None) as lab:
             lab.run(script, environment=_environment())
 
 

@@ -16,6 +16,8 @@ BATCHES = (4, 8, 16)
 LENGTHS = (1.25, 1.5)
 # On these links DDP spends little, half and nine tenths of its step communicating.
 RATES = ("1gbit", "120mbit", "12mbit")
+# Speed and latency, one way.
+DISTANT = ("100mbit+50ms", "12mbit+25ms")
 
 Rates = tuple[float, float]
 USUAL = "DDP, Muon"
@@ -142,6 +144,11 @@ def links(rows: list[Row]) -> list[Run]:
     return once + [run for seed in SEEDS[1:] for run in timed(tuned(RACERS, rows, rate=RATES[-1], seed=seed))]
 
 
+def distant(rows: list[Row]) -> list[Run]:
+    """Timed runs on links with latency."""
+    return [run for rate in DISTANT for run in timed(tuned(RACERS, rows, rate=rate))]
+
+
 def timed(runs: Iterable[Run]) -> list[Run]:
     """The runs, shortened to what a time needs."""
     dense = [name for name, method in METHODS.items() if method.ddp or name.endswith("every step")]
@@ -196,6 +203,7 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
     "eight": lambda rows: over_seeds([USUAL, DEFAULT], rows, replicas=8),
     "elsewhere": elsewhere,
     "links": links,
+    "distant": distant,
     "races": races,
 }
 STAGES = tuple(PLANS)

@@ -53,7 +53,7 @@ class Run:
         seed: Seed of the model and of the order of the data.
         lr: Learning rate of the matrices.
         vector_lr: Learning rate of embeddings, output head and norms.
-        rate: Speed of the links. Empty for no limit.
+        rate: Speed of the links, or speed and latency, one way: ``"12mbit+25ms"``. Empty for no limit.
         disturbance: What changes in the middle of the run: ``""``, ``"lr"`` or ``"data"``.
         stop: Steps after which a timed run ends. 0 trains to the end.
         corpus: Name in ``corpora.CORPORA``.

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from examples.benchmarks.compare_plan import (
     BASE,
     BATCHES,
+    DISTANT,
     ELSEWHERE,
     QUOTED,
     RATES,
@@ -109,6 +110,7 @@ def tables(results: Path, steps: int = STEPS) -> None:
     disturbed_table(rows)
     sync_distribution_table(rows)
     links_table(rows)
+    links_table(rows, DISTANT)
 
 
 def line(*cells: object) -> None:
@@ -299,18 +301,18 @@ def sync_distribution_table(rows: list[Row]) -> None:
                 line(method, kind or "no", *[f"{100 * (b[1] - a[1]) / (b[0] - a[0]):.0f}" for a, b in pairs])
 
 
-def links_table(rows: list[Row]) -> None:
-    """Steps per second by link, beside DDP and beside no communication at all."""
-    header("Steps a second, 2 replicas", "method", "no limit", *RATES, f"x {DENSE}", f"of {ALONE}")
-    slow, most = pace(rows, DENSE, RATES[-1]), pace(rows, ALONE, RATES[-1])
+def links_table(rows: list[Row], links: Sequence[str] = RATES) -> None:
+    """Steps per second by link, beside DDP and beside no communication at all, on the last one."""
+    header("Steps a second, 2 replicas", "method", "no limit", *links, f"x {DENSE}", f"of {ALONE}")
+    slow, most = pace(rows, DENSE, links[-1]), pace(rows, ALONE, links[-1])
     for method in METHODS:
-        paces = [pace([row for row in rows if row.run.stop], method, rate) for rate in ("", *RATES)]
+        paces = [pace([row for row in rows if row.run.stop], method, rate) for rate in ("", *links)]
         last = paces[-1]
         if last:
             times = f"{last / slow:.1f}" if slow else "-"
             share = f"{100 * last / most:.0f} %" if most else "-"
             line(method, *[f"{value:.2f}" if value else "-" for value in paces], times, share)
-    for rate in RATES:
+    for rate in links:
         with_link, without = pace(rows, DENSE, rate), pace([row for row in rows if row.run.stop], DENSE, "")
         if with_link and without:
             print(f"\n{DENSE} spends {100 * (1 - with_link / without):.0f} % of a step waiting for a link of {rate}.")

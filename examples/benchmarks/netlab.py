@@ -1,11 +1,14 @@
 """A network lab: several hosts on one Linux machine, with links of a chosen speed. Runs a training script on all.
 
     python examples/benchmarks/netlab.py --hosts 2 --rate 30mbit -- train.py --max_steps 100
-    python examples/benchmarks/netlab.py --hosts 2 --loopback -- train.py    # no root: neither a rate nor a byte count
+    python examples/benchmarks/netlab.py --hosts 2 --rate 30mbit --latency 25ms -- train.py --max_steps 100
+    python examples/benchmarks/netlab.py --hosts 2 --loopback -- train.py    # no root: no rate, latency or byte count
 
 A host is a network namespace with its own address. A link (veth) joins it to one switch (a bridge); a rate limit (tc
-tbf) is on both ends of the link. torchrun starts the script on every host as on a cluster, each with its own
-``--node-rank``: a Lightning script takes ``Trainer(num_nodes=HOSTS, devices=1, ...)``.
+tbf) is on both ends of the link. With a latency the switch is ``delay_line.py``, which holds every frame for that time.
+The latency is one way, as ``plan --latency`` has it: an answer takes twice as long. torchrun starts the script on every
+host as on a cluster, each with its own ``--node-rank``: a Lightning script takes ``Trainer(num_nodes=HOSTS, devices=1,
+...)``.
 
 Host 0 prints to the terminal. If a host fails, the end of its output is shown. At the end the lab prints the bytes that
 the kernel counted on every host. No namespace or process is left, whether the run ends, fails or is interrupted.
@@ -29,6 +32,7 @@ from types import FrameType
 
 INTERFACE = "eth0"
 PORT = 29511
+_DELAY_LINE = Path(__file__).with_name("delay_line.py")
 _GRACE_SECONDS = 10.0
 
 
@@ -64,29 +68,35 @@ class Lab:
     Args:
         hosts: Number of hosts.
         rate: Speed of each link in both directions, in the notation of ``tc`` (``"30mbit"``). ``None`` sets no limit.
-        loopback: Run all hosts on the loopback interface instead. Needs no root, but has no rate and no byte count.
+        loopback: Run all hosts on the loopback interface instead. Needs no root, but has no rate, no latency and no
+            byte count.
+        latency: Time of a frame from any host to another, one way (``"25ms"``): a round trip takes twice as long.
+            ``None`` adds nothing to what the machine takes, a fraction of a millisecond.
 
     Raises:
         LabError: The machine lacks something, or an ``ip`` or ``tc`` command failed.
     """
 
-    def __init__(self, hosts: int, rate: str | None = None, loopback: bool = False) -> None:
+    def __init__(self, hosts: int, rate: str | None = None, loopback: bool = False, latency: str | None = None) -> None:
         if hosts < 1:
             raise LabError(f"a lab needs at least one host, not {hosts}")
         if rate is not None:
             bits_per_second(rate)
-        if loopback and rate is not None:
-            raise LabError("loopback has no rate limit: leave out either the rate or loopback")
-        self.hosts, self.rate, self.loopback = hosts, rate, loopback
+        if latency is not None:
+            seconds(latency)
+        if loopback and (rate, latency) != (None, None):
+            raise LabError("loopback has no rate limit and no latency: leave out either them or loopback")
+        self.hosts, self.rate, self.loopback, self.latency = hosts, rate, loopback, latency
         self._prefix = f"netlab{os.getpid()}"
+        self._delay_line: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Lab":
         if self.loopback:
             return self
         if requirements := missing():
             raise LabError(
-                f"a network lab needs {', '.join(requirements)}. Without them use --loopback, which has neither a rate"
-                " limit nor a byte count."
+                f"a network lab needs {', '.join(requirements)}. Without them use --loopback, which has no rate limit,"
+                " no latency and no byte count."
             )
         _remove_namespaces_of_ended_labs()
         try:
@@ -110,18 +120,36 @@ class Lab:
         # The switch has a namespace too: the machine's own network stays as it is.
         switch = self._namespace("switch")
         _ip("netns", "add", switch)
-        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", switch, "link", "set", "bridge", "up")
+        if self.latency is None:
+            _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", switch, "link", "set", "bridge", "up")
         for host in range(self.hosts):
             name, port = self._namespace(host), f"port{host}"
             _ip("netns", "add", name)
             _ip("link", "add", INTERFACE, "netns", name, "type", "veth", "peer", port, "netns", switch)
-            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+            _ip("-n", switch, "link", "set", port, *([] if self.latency else ["master", "bridge"]), "up")
             _ip("-n", name, "address", "add", f"{self.address(host)}/24", "dev", INTERFACE)
             _ip("-n", name, "link", "set", INTERFACE, "up")
             _ip("-n", name, "link", "set", "lo", "up")
         if self.rate is not None:
             self.set_rate(self.rate)
+        if self.latency is not None:
+            self._start_delay_line(seconds(self.latency))
+
+    def _start_delay_line(self, latency: float) -> None:
+        ports = [f"port{host}" for host in range(self.hosts)]
+        # In a session of its own: an interrupt from the terminal must not reach it before the hosts have ended.
+        self._delay_line = subprocess.Popen(
+            ["ip", "netns", "exec", self._namespace("switch"), sys.executable, _DELAY_LINE, str(latency), *ports],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self._delay_line.stdout is not None
+        if (said := self._delay_line.stdout.readline()) != b"ready\n":
+            said += self._delay_line.stdout.read()
+            raise LabError(f"the delay line did not start: {said.decode(errors='replace').strip()}")
 
     def set_rate(self, rate: str | None) -> None:
         """Set the speed of all links; ``None`` removes the limit."""
@@ -138,6 +166,10 @@ class Lab:
                 _call("tc", "-n", name, *words.split())
 
     def _remove(self) -> None:
+        if self._delay_line is not None:
+            self._delay_line.kill()
+            self._delay_line.communicate()
+            self._delay_line = None
         if not self.loopback:
             for host in [*range(self.hosts), "switch"]:
                 _remove_namespace(self._namespace(host))
@@ -145,6 +177,13 @@ class Lab:
     def traffic(self) -> list[Traffic]:
         """Bytes of each host since the lab was built. Empty over loopback."""
         return [] if self.loopback else [self._traffic(host) for host in range(self.hosts)]
+
+    def delay_line_cpu_seconds(self) -> float:
+        """Seconds of a core that the delay line has taken. 0 without one."""
+        if self._delay_line is None:
+            return 0.0
+        user, system = Path("/proc", str(self._delay_line.pid), "stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def _traffic(self, host: int) -> Traffic:
         shown = _call("ip", "-n", self._namespace(host), "-s", "-j", "link", "show", "dev", INTERFACE)
@@ -185,7 +224,7 @@ class Lab:
                         start_new_session=True,
                     )
                     processes.append(process)
-                failure = _wait(processes, timeout)
+                failure = _wait(processes, timeout, self._delay_line)
             finally:
                 _stop(processes)
             if failure is not None:
@@ -218,6 +257,18 @@ def bits_per_second(rate: str) -> int:
     return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2]])
 
 
+def seconds(latency: str) -> float:
+    """Seconds of a latency such as ``"25ms"``.
+
+    Raises:
+        LabError: The latency is written differently, or is zero.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", latency)
+    if found is None or not float(found[1]):
+        raise LabError(f"a latency is written like 25ms, 500us or 0.1s, and is above zero, not {latency!r}")
+    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]
+
+
 def _ip(*words: str) -> str:
     return _call("ip", *words)
 
@@ -247,7 +298,9 @@ def _remove_namespaces_of_ended_labs() -> None:
             _remove_namespace(path.name)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float | None) -> tuple[int, str] | None:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], timeout: float | None, delay_line: subprocess.Popen[bytes] | None
+) -> tuple[int, str] | None:
     """Wait for all processes. If one fails, return its host and the reason at once."""
     end = time.monotonic() + timeout if timeout is not None else float("inf")
     while True:
@@ -257,6 +310,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout: float | None) -
                 return host, f"ended with exit status {code}"
         if all(code == 0 for code in codes):
             return None
+        if delay_line is not None and delay_line.poll() is not None:
+            assert delay_line.stdout is not None
+            raise LabError(f"the delay line ended: {delay_line.stdout.read().decode(errors='replace').strip()}")
         if time.monotonic() > end:
             return codes.index(None), f"did not end within {timeout:.0f} s"
         time.sleep(0.05)
@@ -296,17 +352,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts")
     parser.add_argument("--rate", help="speed of every link, such as 30mbit; by default unlimited")
+    parser.add_argument("--latency", help="time of a frame between two hosts, one way, such as 25ms; by default none")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes on each host")
     parser.add_argument("--timeout", type=float, help="seconds after which the run fails")
     parser.add_argument("--loopback", action="store_true", help="no namespaces: needs no root, but counts no bytes")
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments, or -m and a module")
     options = parser.parse_args()
     try:
-        with interruptible(), Lab(options.hosts, options.rate, options.loopback) as lab:
+        with interruptible(), Lab(options.hosts, options.rate, options.loopback, options.latency) as lab:
             start = time.perf_counter()
             lab.run(options.script, options.nproc_per_node, timeout=options.timeout)
-            seconds = time.perf_counter() - start
-            print(f"\n{seconds:.1f} s, {lab.rate or 'no'} rate limit")
+            elapsed = time.perf_counter() - start
+            print(f"\n{elapsed:.1f} s, {lab.rate or 'no'} rate limit, {lab.latency or 'no'} latency added")
             for host, traffic in enumerate(lab.traffic()):
                 sent, received = traffic.sent / 1e6, traffic.received / 1e6
                 print(f"host {host} ({lab.address(host)}): sent {sent:.3f} MB, received {received:.3f} MB")

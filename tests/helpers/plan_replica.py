@@ -63,9 +63,11 @@ def shorten_tcp_windows() -> None:
         Path("/proc/sys/net/ipv4", name).write_text("4096 65536 65536")
 
 
-def build(group: ProcessGroup | None, hook: dict | None = None) -> tuple[nn.Module, CurvaDion]:
+def build(
+    group: ProcessGroup | None, hook: dict | None = None, shape: dict[str, int] = SHAPE
+) -> tuple[nn.Module, CurvaDion]:
     torch.manual_seed(0)
-    model = GPT(**SHAPE)
+    model = GPT(**shape)
     optimizer = CurvaDion(split_parameters(model), trigger=ManualTrigger(), max_local_steps=None)
     if hook is not None:
         optimizer.register_sync_hook(ProcessGroupSync(group, **hook))

@@ -25,6 +25,12 @@ FRAME_PAYLOAD = 1448 / 1514
 # (tests/cli/plan/test_step_prediction.py): all-to-alls of four took 1.3 to 1.6 times as long, all-gathers of two 1.0 to
 # 1.5 times.
 GLOO_DUPLEX_FACTOR = 1.5
+# Under gloo a message waits for the receiver's notice that it is ready, which takes a latency, where the notice was not
+# sent ahead. So all kinds but an all-reduce wait for more latencies than their messages. Measured in the network lab
+# (python examples/benchmarks/latency.py).
+GLOO_NOTICE = 1
+# An all-reduce of so few bytes is one chunk of gloo's ring: an agreement.
+_SMALL_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,24 @@ def ring_all_reduce(nbytes: float, replicas: int, link: Link) -> float:
         1.56
     """
     return 2 * (replicas - 1) * (link.latency + nbytes / replicas * link.seconds_per_byte)
+
+
+def small_ring_all_reduce(nbytes: float, replicas: int, link: Link) -> float:
+    r"""Seconds of gloo's ring all-reduce of one chunk, one at every step: :math:`(p + 2) \alpha + 2 (p - 1) n \beta`.
+
+    The chunk goes around the ring twice, to be reduced and to be handed out, and a replica starts its next step when it
+    has been handed the result. The first replica of the ring does so p - 2 latencies before the last one. By the time
+    the chunk of the next step comes around, every replica has computed. So a step takes one round, p latencies, and two
+    for the first notice that a receiver is ready. With two replicas that notice is early: :math:`2 \alpha`. A single
+    all-reduce, which all replicas start at the same time, takes :math:`(2 p - 1) \alpha`.
+
+    Example::
+
+        >>> [round(small_ring_all_reduce(16, p, Link(1e9, latency=0.05)), 2) for p in (1, 2, 3, 4, 8)]
+        [0.0, 0.1, 0.25, 0.3, 0.5]
+    """
+    latencies = replicas + 2 if replicas > 2 else 2 * (replicas - 1)
+    return latencies * link.latency + 2 * (replicas - 1) * nbytes * link.seconds_per_byte
 
 
 def tree_all_reduce(nbytes: float, replicas: int, link: Link) -> float:
@@ -163,8 +187,9 @@ class Network:
     Args:
         link: The link.
         replicas: Number of replicas.
-        backend: ``"gloo"`` has rings, and takes turns where two replicas send to each other (``GLOO_DUPLEX_FACTOR``).
-            Any other backend is taken for NCCL: rings or trees, whichever is faster, and both directions at once.
+        backend: ``"gloo"`` has rings, takes turns where two replicas send to each other (``GLOO_DUPLEX_FACTOR``), and
+            sends no message before the receiver's notice (``GLOO_NOTICE``). Any other backend is taken for NCCL: rings
+            or trees, whichever is faster, and both directions at once.
 
     Raises:
         ValueError: Fewer than one replica.
@@ -174,7 +199,7 @@ class Network:
         >>> agreement = Collective(ALL_REDUCE, 16)
         >>> link = Link(1e9, latency=0.05)
         >>> [round(Network(link, 64, backend).seconds(agreement), 3) for backend in ("gloo", "nccl")]
-        [6.3, 0.6]
+        [3.3, 0.6]
     """
 
     link: Link
@@ -193,11 +218,18 @@ class Network:
             ALL_TO_ALL: [direct_all_to_all],
             BROADCAST: [tree_broadcast],
         }
-        gloo = self.backend == "gloo"
-        algorithms = formulas[collective.kind][: 1 if gloo else None]
-        duplex = collective.kind == ALL_TO_ALL or (collective.kind == ALL_GATHER and self.replicas == 2)
-        factor = GLOO_DUPLEX_FACTOR if gloo and duplex else 1.0
-        return min(algorithm(factor * collective.nbytes, self.replicas, self.link) for algorithm in algorithms)
+        if self.backend == "gloo":
+            return self._gloo_seconds(collective, formulas[collective.kind][0])
+        return min(algorithm(collective.nbytes, self.replicas, self.link) for algorithm in formulas[collective.kind])
+
+    def _gloo_seconds(self, collective: Collective, algorithm: Callable[[float, int, Link], float]) -> float:
+        kind, nbytes, others = collective.kind, collective.nbytes, self.replicas - 1
+        if kind == ALL_REDUCE and nbytes <= _SMALL_BYTES:
+            return small_ring_all_reduce(nbytes, self.replicas, self.link)
+        duplex = kind == ALL_TO_ALL or (kind == ALL_GATHER and self.replicas == 2)
+        notices = {ALL_REDUCE: 0, ALL_GATHER: others}.get(kind, min(1, others)) * GLOO_NOTICE
+        factor = GLOO_DUPLEX_FACTOR if duplex else 1.0
+        return algorithm(factor * nbytes, self.replicas, self.link) + notices * self.link.latency
 
     def link_bytes(self, collective: Collective) -> float:
         """Bytes of payload that rank 0 puts on its link for a collective."""

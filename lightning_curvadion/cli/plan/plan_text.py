@@ -213,7 +213,10 @@ def _memory_rows(footprint: Footprint) -> list[tuple[str, ...]]:
 
 
 def _assumptions(backend: str) -> list[str]:
-    gloo = f"gloo uses rings, and takes {GLOO_DUPLEX_FACTOR} times as long where two replicas send to each other."
+    gloo = (
+        f"gloo uses rings, takes {GLOO_DUPLEX_FACTOR} times as long where two replicas send to each other, and waits a"
+        " latency for each notice that a receiver is ready."
+    )
     return [
         "Assumptions: a message of n bytes takes latency + n / speed (Hockney, 1994);"
         f" {100 * FRAME_PAYLOAD:.0f} % of a frame is payload.",

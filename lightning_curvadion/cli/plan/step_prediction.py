@@ -55,7 +55,7 @@ def sequential_step_seconds(
         >>> from lightning_curvadion.cli.plan.collective_costs import ALL_GATHER, FRAME_PAYLOAD, Link
         >>> network = Network(Link(8e6 / FRAME_PAYLOAD, latency=0.01), replicas=2)
         >>> sequential_step_seconds(1.0, [Collective(ALL_GATHER, 100_000)], quantization=0.02, network=network)
-        1.18
+        1.19
     """
     return compute + quantization + sum(network.seconds(collective) for collective in collectives)
 

@@ -41,7 +41,7 @@ def test_the_text_has_every_part(capsys):
         "DDP",
         "gradient buckets",
         "times as fast",
-        "of it agreement                         600.0 ms",
+        "of it agreement                         360.0 ms",
         "16 replicas",
         "Kernel launches in a sync step: ",
     ):

@@ -1,0 +1,178 @@
+"""What latency costs: collectives of replicas whose frames take that long, in a network lab. Needs root.
+
+    python examples/benchmarks/latency.py            # three minutes
+    python examples/benchmarks/latency.py --smoke    # seconds
+
+First the lab itself: a TCP round trip, TCP's speed beside the rate limit, and the processor time of the delay line.
+Then what replicas wait at every step, in a row of steps that compute for 50 ms: for the agreement of a local step (an
+all-reduce of 16 bytes, maximum), and for what a sync step has beside it (an all-gather of 20 kB). Both are also given
+in latencies, one way.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+if "RANK" not in os.environ:
+    sys.path.insert(0, str(ROOT))
+
+from examples.benchmarks.netlab import Lab, LabError, bits_per_second, interruptible, seconds  # noqa: E402
+
+PORT = 29600
+COMPUTE_SECONDS, GATHERED_BYTES = 0.05, 20_000
+ECHOES = 10
+
+
+def measure_tcp(nbytes: int) -> dict[str, float]:
+    """On rank 1: seconds of a round trip to rank 0, and of so many bytes. Empty on rank 0."""
+    address = os.environ["MASTER_ADDR"], PORT
+    if dist.get_rank() == 0:
+        with socket.create_server(address) as server:
+            dist.barrier()
+            connection, _ = server.accept()
+        with connection:
+            for _ in range(ECHOES):
+                connection.sendall(connection.recv(16))
+            remaining = nbytes
+            while remaining:
+                remaining -= len(connection.recv(1 << 20))
+            connection.sendall(b"all")
+        return {}
+    dist.barrier()
+    with socket.create_connection(address) as connection:
+        round_trips = []
+        for _ in range(ECHOES):
+            start = time.perf_counter()
+            connection.sendall(bytes(16))
+            connection.recv(16)
+            round_trips.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        connection.sendall(bytes(nbytes))
+        connection.recv(3)
+        return {"round trip": statistics.median(round_trips), "transfer": time.perf_counter() - start}
+
+
+def seconds_of_waiting(steps: int, *collectives: Callable[[], object]) -> float:
+    """Seconds that a step waits for its collectives, on the slowest replica; a mean over steps in a row."""
+    waits = []
+    for step in range(steps + 2):  # two to open connections and to get into step
+        start = time.perf_counter()
+        time.sleep(COMPUTE_SECONDS)
+        for collective in collectives:
+            collective()
+        waits.append(time.perf_counter() - start - COMPUTE_SECONDS)
+        if step == 1:
+            waits.clear()
+    slowest = torch.tensor(statistics.mean(waits), dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.item()
+
+
+def measure_collectives(steps: int) -> dict[str, float]:
+    """Seconds of an agreement, and of an agreement and an all-gather."""
+    signal, own = torch.zeros(2, dtype=torch.float64), torch.zeros(GATHERED_BYTES, dtype=torch.uint8)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+
+    def agree() -> None:
+        dist.all_reduce(signal, op=dist.ReduceOp.MAX)
+
+    def gather() -> None:
+        dist.all_gather(gathered, own)
+
+    return {
+        "agreement": seconds_of_waiting(steps, agree),
+        "both": seconds_of_waiting(steps, agree, gather),
+    }
+
+
+def replica(folder: Path, steps: int, nbytes: int) -> None:
+    """Measure one or the other, on a host of the lab. The last rank writes what it measured."""
+    dist.init_process_group("gloo")
+    measured = measure_collectives(steps) if steps else measure_tcp(nbytes)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    dist.destroy_process_group()
+
+
+def run(lab: Lab, steps: int = 0, nbytes: int = 0) -> dict[str, float]:
+    """What the replicas of a lab measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        lab.run([__file__, folder, str(steps), str(nbytes)], environment=_environment(), timeout=120)
+        measured: dict[str, float] = json.loads(Path(folder, "measured.json").read_text())
+        return measured
+
+
+def _environment() -> dict[str, str]:
+    # Hosts of the lab have no names, of which torch would warn at every connection.
+    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def print_lab(rates: list[str], latencies: list[str], transfer_seconds: float) -> None:
+    """Print what TCP and the delay line do."""
+    print(f"{'rate':>10}{'latency':>10}{'round trip':>14}{'TCP payload':>18}{'delay line':>20}")
+    for rate, latency in itertools.product(rates, latencies):
+        nbytes = int(bits_per_second(rate) / 8 * transfer_seconds)
+        with Lab(2, rate, latency=None if latency == "0ms" else latency) as lab:
+            tcp = run(lab, nbytes=nbytes)
+            cores = lab.delay_line_cpu_seconds() / tcp["transfer"]
+        speed = 8 * nbytes / tcp["transfer"] / 1e6
+        print(
+            f"{rate:>10}{latency:>10}{1000 * tcp['round trip']:>11.2f} ms{speed:>11.1f} Mbit/s"
+            f"{100 * cores:>12.0f} % of a core",
+            flush=True,
+        )
+
+
+def print_collectives(rate: str, counts: list[int], latencies: list[str], steps: int) -> None:
+    """Print what agreements and all-gathers cost."""
+    print(f"\non links of {rate}, {steps} steps in a row")
+    print(f"{'replicas':>10}{'latency':>10}{'agreement':>12}{'in latencies':>14}{'all-gather':>14}{'in latencies':>14}")
+    for replicas, latency in itertools.product(counts, latencies):
+        with Lab(replicas, rate, latency=None if latency == "0ms" else latency) as lab:
+            measured = run(lab, steps)
+        cells = f"{replicas:>10}{latency:>10}"
+        for time_taken in (measured["agreement"], measured["both"] - measured["agreement"]):
+            in_latencies = f"{time_taken / seconds(latency):.1f}" if latency != "0ms" else ""
+            cells += f"{1000 * time_taken:>9.1f} ms{in_latencies:>14}"
+        print(cells, flush=True)
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="one link, two replicas, a few steps")
+    options = parser.parse_args()
+    try:
+        with interruptible():
+            if options.smoke:
+                print_lab(["50mbit"], ["10ms"], transfer_seconds=0.5)
+                print_collectives("100mbit", [2], ["10ms"], steps=4)
+            else:
+                print_lab(["12mbit", "100mbit", "500mbit", "1gbit"], ["0ms", "25ms"], transfer_seconds=4.0)
+                print_collectives("100mbit", [2, 3, 4], ["0ms", "10ms", "25ms", "50ms"], steps=20)
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        replica(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    else:
+        sys.exit(main())
