@@ -146,7 +146,7 @@ def test_a_state_from_before_the_options_continues():
     optimizer, other = CurvaDion([parameter]), CurvaDion([twin])
     train(optimizer, [parameter])
     saved = copy.deepcopy(optimizer.state_dict())
-    for option in ("flatten", "transposed", "lr_scale"):
+    for option in ("flatten", "transposed", "packed", "lr_scale"):
         del saved["param_groups"][0][option]
     other.load_state_dict(saved)
     with torch.no_grad():

@@ -86,9 +86,11 @@ def test_fused_experts_that_do_not_say_show_it_by_their_shapes(up, down, role):
 def test_a_gpt2_of_transformers():
     pytest.importorskip("transformers")
     groups = groups_of("gpt2")
-    assert set(shapes(groups)) == {"transposed matrices", "embeddings", "norms", "biases"}
-    assert set(shapes(groups)["transposed matrices"]) == {(16, 48), (16, 16), (16, 64), (64, 16)}
-    assert layouts(groups) == {"transposed matrices": (False, True)}
+    packed, transposed = "transposed packed matrices", "transposed matrices"
+    assert set(shapes(groups)) == {transposed, packed, "embeddings", "norms", "biases"}
+    assert shapes(groups)[packed] == [(16, 48)] * 2
+    assert set(shapes(groups)[transposed]) == {(16, 16), (16, 64), (64, 16)}
+    assert layouts(groups) == {transposed: (False, True), packed: (False, True)}
 
 
 def test_a_convolution_that_is_called_conv1d_elsewhere_is_not_transformers():
