@@ -22,7 +22,7 @@ from lightning_curvadion import CurvaDion, split_parameters
 
 # For ``options`` of ``split_parameters``: queries, keys and values of an attention are one matrix. By default each is a
 # matrix; this is how the figures of the README, and of all benchmarks of this model, were measured.
-WHOLE = {"packed matrices": {"packed": 1}}
+WHOLE = {"dion": {"packed": 1}}
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -142,5 +142,5 @@ def check_saved_groups(saved: Sequence[Group], own: Sequence[Group]) -> None:
         f"the state was saved with other parameter groups: {listed[0]}. Here: {listed[1]}. Build the groups as they"
         " were, or load the weights without the state of the optimizer. Since version 0.1.0 split_parameters puts"
         " transformers' Conv1D, experts, depthwise convolutions and packed projections in groups of their own;"
-        ' options={"packed matrices": {"packed": 1}} leaves the last among the matrices'
+        ' options={"dion": {"packed": 1}} leaves the last among the matrices'
     )

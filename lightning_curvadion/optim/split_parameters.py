@@ -98,7 +98,7 @@ def split_parameters(
       linear layers and ``Conv1D`` called ``qkv``, ``to_qkv``, ``c_attn`` or ``Wqkv`` with three times as many outputs
       as inputs (two, of a cross attention's ``Conv1D``). Those of other names stay whole, since some interleave the
       three by head, as GPT-NeoX's ``query_key_value`` does, and so do those of other sizes, as in grouped-query
-      attention, and the gates of recurrent layers. ``options={"packed matrices": {"packed": 1}}`` leaves them whole.
+      attention, and the gates of recurrent layers. ``options={"dion": {"packed": 1}}`` leaves all whole.
     - Experts, each a matrix: three-dimensional parameters of a module with "Expert" in the name of its class, or named
       ``gate_up_proj`` and ``down_proj``. They are taken to be (experts, in, out), unless transformers'
       ``is_transposed``, or the shapes of these two, say (experts, out, in).

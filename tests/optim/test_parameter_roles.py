@@ -91,6 +91,8 @@ def test_a_gpt2_of_transformers():
     assert shapes(groups)[packed] == [(16, 48)] * 2
     assert set(shapes(groups)[transposed]) == {(16, 16), (16, 64), (64, 16)}
     assert layouts(groups) == {transposed: (False, True), packed: (False, True)}
+    whole = split_parameters(KINDS["gpt2"]()[0], options={"dion": {"packed": 1}})
+    assert layouts(whole) == {transposed: (False, True)} and len(shapes(whole)[transposed]) == 8
 
 
 class Fused(nn.Module):

@@ -85,7 +85,7 @@ def test_recurrent_layers_and_unpacked_attention():
 
 def test_packed_matrices_can_stay_whole_as_states_from_before_expect():
     model = Transformer(tied=False).encoder
-    whole = split_parameters(model, options={"packed matrices": {"packed": 1}})
+    whole = split_parameters(model, options={"dion": {"packed": 1}})
     assert len(names(whole)["matrices"]) == 8 and "packed matrices" not in names(whole)
     before = CurvaDion(whole)
     before.init_state()
@@ -94,7 +94,7 @@ def test_packed_matrices_can_stay_whole_as_states_from_before_expect():
     )
     with pytest.raises(ValueError, match=message):
         CurvaDion(split_parameters(model)).load_state_dict(before.state_dict())
-    again = CurvaDion(split_parameters(model, options={"packed matrices": {"packed": 1}}))
+    again = CurvaDion(split_parameters(model, options={"dion": {"packed": 1}}))
     again.load_state_dict(before.state_dict())
     slower = split_parameters(model, options={"packed matrices": {"packed": 1, "lr": 0.1}})
     assert len(names(slower)["packed matrices"]) == 2, "another rate, so a group of its own"
