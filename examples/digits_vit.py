@@ -49,8 +49,8 @@ class DigitsViT(DigitsClassifier):
     """Vision transformer (Dosovitskiy et al., 2020, arXiv:2010.11929) with a convolution stem (Xiao et al., 2021,
     arXiv:2106.14881).
 
-    It has a parameter of each kind that ``split_parameters`` knows: matrices (packed attention projections and linear
-    layers), convolutions, norms, biases and an output head. The position embedding is none of these.
+    It has a parameter of each kind that ``split_parameters`` knows: matrices (linear layers), packed ones (attention),
+    convolutions, norms, biases and an output head. The position embedding is none of these.
 
     Args:
         layers: Number of encoder blocks.

@@ -1,7 +1,7 @@
 """Models of ``models.py`` whose matrices could be taken in more than one way, each way a model of its own.
 
-``split_parameters`` takes a parameter as it lies there. Here a parametrization holds the parts of a packed one as a
-batch of matrices, each with a step of its own.
+``split_parameters`` takes gates and groups as they lie there. Here a parametrization holds the parts of such a
+parameter as a batch of matrices, each with a step of its own.
 """
 
 from collections.abc import Iterable
@@ -23,21 +23,19 @@ class Parts(nn.Module):
 
     Args:
         parts: Number of parts, each some rows of the packed parameter.
-        transposed: They are columns instead.
     """
 
-    def __init__(self, parts: int, transposed: bool = False) -> None:
+    def __init__(self, parts: int) -> None:
         super().__init__()
-        self.parts, self.transposed = parts, transposed
+        self.parts = parts
 
     def forward(self, parts: Tensor) -> Tensor:
         """Shape (parts, rows, columns, ...) to (parts x rows, columns, ...)."""
-        return parts.transpose(0, 1).flatten(1) if self.transposed else parts.flatten(0, 1)
+        return parts.flatten(0, 1)
 
     def right_inverse(self, packed: Tensor) -> Tensor:
         """The parts of a packed parameter."""
-        parts = packed.unflatten(int(self.transposed), (self.parts, -1))
-        return parts.transpose(0, 1).contiguous() if self.transposed else parts
+        return packed.unflatten(0, (self.parts, -1))
 
 
 class Kernels(Parts):
@@ -69,32 +67,16 @@ class LSTMGatesApart(LSTM):
         return net
 
 
-class GPT2Apart(GPT2):
-    """Queries, keys and values each a matrix."""
+class GPT2Whole(GPT2):
+    """Queries, keys and values one matrix."""
 
-    overrides: ClassVar[dict[str, Any]] = {"*.original": {"algorithm": "dion", "transposed": True}}
-
-    def build(self) -> nn.Module:
-        """GPT-2 without packed projections."""
-        net = super().build()
-        for name, layer in list(net.named_modules()):
-            if name.endswith("c_attn"):
-                parametrize.register_parametrization(layer, "weight", Parts(3, transposed=True))
-        return net
+    overrides: ClassVar[dict[str, Any]] = {"*.c_attn.weight": {"packed": 1}}
 
 
-class MixtureApart(MixtureOfExperts):
-    """Queries, keys and values of ``nn.MultiheadAttention`` each a matrix."""
+class MixtureWhole(MixtureOfExperts):
+    """Queries, keys and values of ``nn.MultiheadAttention`` one matrix."""
 
-    overrides = APART
-
-    def build(self) -> nn.Module:
-        """The mixture without packed projections."""
-        net = super().build()
-        for layer in list(net.modules()):
-            if isinstance(layer, nn.MultiheadAttention):
-                parametrize.register_parametrization(layer, "in_proj_weight", Parts(3))
-        return net
+    overrides: ClassVar[dict[str, Any]] = {"*.in_proj_weight": {"packed": 1}}
 
 
 class GroupedResNet(ResNet):
@@ -145,10 +127,10 @@ class DepthwiseResNetAsMatrix(DepthwiseResNet):
 # By what is compared; the first of each is what split_parameters does by itself.
 LAYOUTS: dict[str, dict[str, type[ModelTask]]] = {
     "gates of an LSTM": {"LSTM": LSTM, "LSTM, gates apart": LSTMGatesApart},
-    "queries, keys and values of GPT-2": {"GPT-2": GPT2, "GPT-2, q k v apart": GPT2Apart},
+    "queries, keys and values of GPT-2": {"GPT-2": GPT2, "GPT-2, q k v whole": GPT2Whole},
     "queries, keys and values of the mixture": {
         "mixture of experts": MixtureOfExperts,
-        "mixture, q k v apart": MixtureApart,
+        "mixture, q k v whole": MixtureWhole,
     },
     "grouped convolutions": {"grouped ResNet": GroupedResNet, "grouped ResNet, apart": GroupedResNetApart},
     "depthwise convolutions": {"depthwise ResNet": DepthwiseResNet, "depthwise ResNet, Muon": DepthwiseResNetAsMatrix},

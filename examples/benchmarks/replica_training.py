@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from examples.byte_gpt import GPT, StandardLibrary, Windows
+from examples.byte_gpt import GPT, WHOLE, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, IntegratedRMMC, ProcessGroupSync, split_parameters
 
 CONTEXT, SEQUENCES = 64, 4
@@ -70,7 +70,7 @@ def cross_entropy(model: GPT, batch: Tensor) -> Tensor:
 
 def parameter_groups(model: GPT) -> list[dict[str, Any]]:
     """The groups of ``split_parameters`` with the learning rates of this benchmark."""
-    groups = list(split_parameters(model))
+    groups = list(split_parameters(model, options=WHOLE))
     for group in groups:
         group["lr"] = LR if group["algorithm"] == "dion" else VECTOR_LR
     return groups

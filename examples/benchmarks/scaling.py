@@ -17,7 +17,7 @@ from torch import nn
 # A script has its own folder on the path, but not the root of the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.byte_gpt import GPT
+from examples.byte_gpt import GPT, WHOLE
 from lightning_curvadion import CurvaDion, split_parameters
 from lightning_curvadion.cli.plan.collective_costs import Link, Network
 from lightning_curvadion.cli.plan.footprint import dion_step_traffic, measure_footprint
@@ -67,7 +67,7 @@ def predictions(rate: float) -> Iterator[tuple[str, str, StepPrediction]]:
     for name, (layers, width, heads) in MODELS.items():
         with torch.device("meta"):
             model = GPT(layers, width, heads, CONTEXT, VOCABULARY)
-        optimizer = CurvaDion(split_parameters(model))
+        optimizer = CurvaDion(split_parameters(model, options=WHOLE))
         # An all-reduce has the same input for any number of replicas; quantized shards do not.
         dion_traffic = dion_step_traffic(model, optimizer, REPLICAS[0])
         footprints = {replicas: measure_footprint(model, optimizer, settings, replicas) for replicas in REPLICAS}

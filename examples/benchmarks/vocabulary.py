@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from examples.benchmarks.replica_training import CONTEXT, COOLDOWN, SEQUENCES, WARMUP, cross_entropy, on_replicas
-from examples.byte_gpt import GPT, StandardLibrary
+from examples.byte_gpt import GPT, WHOLE, StandardLibrary
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import sparse_rows
 
@@ -46,7 +46,7 @@ def train(train_words: Tensor, val_words: Tensor, vocabulary: int, share: float,
     sparse_rows.SHARE_OF_FARTHEST = share
     torch.manual_seed(seed)
     model = GPT(layers=2, width=64, heads=4, context=CONTEXT, vocabulary=vocabulary)
-    groups = split_parameters(model, options={"adamw": {"lr": VECTOR_LR}})
+    groups = split_parameters(model, options={"adamw": {"lr": VECTOR_LR}, **WHOLE})
     optimizer = CurvaDion(groups, lr=LR, trigger=EveryNSteps(PERIOD))
     sync = ProcessGroupSync()
     optimizer.register_sync_hook(sync)

@@ -96,9 +96,11 @@ class CurvaDion(StackedOptimizer):
 
     Every hyperparameter up to ``eps``, except ``tau``, can be set per group, and so can ``algorithm``.
 
-    Two options say which matrices a parameter of a ``"dion"`` group holds; they are for groups alone. ``flatten=True``:
-    it is one matrix (out, in x kernel), as a convolution's weight. By default the last two dimensions are a matrix and
-    those before them a batch. ``transposed=True``: its matrices are stored (fan in, fan out).
+    Three options say which matrices a parameter of a ``"dion"`` group holds; they are for groups alone.
+    ``flatten=True``: it is one matrix (out, in x kernel), as a convolution's weight. By default the last two dimensions
+    are a matrix and those before them a batch. ``transposed=True``: its matrices are stored (fan in, fan out).
+    ``packed=3``: it holds three matrices of one size side by side along its outputs, such as queries, keys and values.
+    Each steps, and is watched by RMMC, as a parameter of its own would be. The momentum keeps the parameter's shape.
 
     State of a matrix: its momentum, its right factor Q (min(m, n) x r) and one number. Of other parameters: that of
     AdamW or Lion. A step allocates temporaries for one stack of equally shaped matrices (16 MiB, or one parameter if

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dion, muon
 from .lr_scale import step_scale
-from .matrix_layout import as_matrices, batch_shape, list_matrices, matrix_shape
+from .matrix_layout import as_matrices, as_parameter, batch_shape, list_matrices, matrix_shape, packs_columns
 from .parameter_groups import Group
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
@@ -22,7 +22,7 @@ State = dict[str, Any]
 class MatrixStack:
     """k equally shaped matrices of one parameter group, with their state stacked along a first dimension.
 
-    A parameter is one of them, or a batch of them (``matrix_layout.py``). The optimizer's ``state[p]`` holds views of
+    A parameter is one of them, or holds several (``matrix_layout.py``). The optimizer's ``state[p]`` holds views of
     these tensors, so that users and checkpoints see one parameter at a time and the arithmetic all k matrices.
 
     Args:
@@ -32,7 +32,7 @@ class MatrixStack:
 
     Attributes:
         shape: Rows m and columns n of each matrix, as they are stored.
-        momentum: Shape (k, m, n).
+        momentum: Shape (k, m, n), contiguous but for blocks of columns.
         momenta: The momentum matrices one by one.
         Q: Right factors, shape (k, min(m, n), r).
         norm: ``||B||_F`` of the step before, float32, shape (k,).
@@ -49,9 +49,10 @@ class MatrixStack:
         self._views = [tensor.unbind() for tensor in stacked]
         for state, *views in zip(states, *self._views, strict=True):
             state.update(zip(("momentum", "Q", "norm"), views, strict=True))
-        self._flatten = group["flatten"]
-        self.shape = matrix_shape(states[0]["momentum"].shape, self._flatten)
-        self.momentum = stacked[0].view(-1, *self.shape)
+        self.shape = matrix_shape(states[0]["momentum"].shape, group)
+        # Blocks of columns are a view only of a stack of one parameter; see batches.
+        momenta = as_matrices(stacked[0][0], group) if packs_columns(group) else stacked[0]
+        self.momentum = momenta.view(-1, *self.shape)
         self.Q = stacked[1].view(-1, *stacked[1].shape[-2:])
         self.norm = stacked[2].view(-1)
         self.momenta = self.momentum.unbind()
@@ -84,21 +85,22 @@ class MatrixStack:
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
         """A copy of tensors shaped like the parameters as matrices, shape (k, m, n)."""
-        return torch.stack([as_matrices(tensor, self._flatten) for tensor in tensors]).reshape(-1, *self.shape)
+        return torch.stack([as_matrices(tensor, self.group) for tensor in tensors]).reshape(-1, *self.shape)
 
     def like_parameters(self, matrices: Tensor) -> Sequence[Tensor]:
         """Matrices of shape (k, m, n) as tensors shaped like the parameters."""
-        return matrices.reshape(len(self.parameters), *self.parameters[0].shape).unbind()
+        of_parameters = matrices.unflatten(0, (len(self.parameters), -1)).unbind()
+        return [as_parameter(own, self.parameters[0].shape, self.group) for own in of_parameters]
 
     @contextmanager
     def _writable_matrices(self) -> Iterator[list[Tensor]]:
         """The matrices of the parameters one by one. What is written to them is the parameters' afterwards."""
-        of_parameters = [list_matrices(parameter, self._flatten) for parameter in self.parameters]
+        of_parameters = [list_matrices(parameter, self.group) for parameter in self.parameters]
         yield [matrix for matrices in of_parameters for matrix in matrices]
         for parameter, matrices in zip(self.parameters, of_parameters, strict=True):
             if matrices[0].data_ptr() != parameter.data_ptr():
                 # Strides such as those of channels_last allow no view.
-                parameter.copy_(torch.stack(matrices).view(parameter.shape))
+                parameter.copy_(as_parameter(torch.stack(matrices), parameter.shape, self.group))
 
     @property
     def averaging_is_cheaper(self) -> bool:
@@ -114,7 +116,7 @@ class MatrixStack:
             if parameter.grad is None:
                 gradients += [None] * self._per_parameter
             else:
-                gradients += list_matrices(parameter.grad, self._flatten)
+                gradients += list_matrices(parameter.grad, self.group)
         return gradients
 
     def mirrors(self, states: Sequence[State]) -> bool:
@@ -173,7 +175,7 @@ class MatrixStack:
 
 def new_matrix_state(parameter: Tensor, group: Group, seed: int) -> State:
     """State of a parameter's matrices before the first step: no momentum, random Q, and no norm to compare with."""
-    shape, batch = (of(parameter.shape, group["flatten"]) for of in (matrix_shape, batch_shape))
+    shape, batch = (of(parameter.shape, group) for of in (matrix_shape, batch_shape))
     rank = dion.rank_of(shape, group["rank_fraction"])
     return {
         "momentum": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
@@ -182,13 +184,17 @@ def new_matrix_state(parameter: Tensor, group: Group, seed: int) -> State:
     }
 
 
-def batches(parameters: Sequence[Tensor], state: dict[Tensor, State]) -> Iterator[list[Tensor]]:
-    """Split parameters into runs that can be stacked: equal shape, rank, dtype and device, of bounded size."""
+def batches(group: Group, parameters: Sequence[Tensor], state: dict[Tensor, State]) -> Iterator[list[Tensor]]:
+    """Split parameters of a group into runs that can be stacked: equal shape, rank, dtype and device, of bounded size.
+
+    A parameter whose matrices are blocks of columns is alone: the momentum keeps its shape, and the blocks of several
+    have no common stride.
+    """
     by_layout: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
         key = (parameter.shape, state[parameter]["Q"].shape, parameter.dtype, parameter.device)
         by_layout.setdefault(key, []).append(parameter)
     for members in by_layout.values():
-        most = max(1, STACK_ELEMENTS // max(1, members[0].numel()))
+        most = 1 if packs_columns(group) else max(1, STACK_ELEMENTS // max(1, members[0].numel()))
         for start in range(0, len(members), most):
             yield members[start : start + most]

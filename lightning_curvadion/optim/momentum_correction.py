@@ -50,16 +50,16 @@ def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, t
     if group["algorithm"] == "adamw":
         _correct_first_moment_(group, state, difference, share / travel)
         return
-    shape, flatten = matrix_shape(difference.shape, group["flatten"]), group["flatten"]
+    shape = matrix_shape(difference.shape, group)
     # It is contiguous, so this is a view.
-    momentum = as_matrices(state["momentum"], flatten)
-    before = tensor_norms(list_matrices(state["momentum"], flatten))
+    momentum = as_matrices(state["momentum"], group)
+    before = tensor_norms(list_matrices(state["momentum"], group))
     root = root_of_gram(momentum.to(torch.promote_types(momentum.dtype, torch.float32)), group["eps"])
     scale = step_scale(group, shape, rank=state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
-    steps = as_matrices(difference, flatten).to(root.dtype) * (share / (travel * scale))
+    steps = as_matrices(difference, group).to(root.dtype) * (share / (travel * scale))
     momentum.sub_(root @ steps if shape[0] < shape[1] else steps @ root)
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    ratios = norm_ratios(tensor_norms(list_matrices(state["momentum"], flatten)), before)
+    ratios = norm_ratios(tensor_norms(list_matrices(state["momentum"], group)), before)
     state["norm"].mul_(ratios.view(state["norm"].shape))
 
 
@@ -79,11 +79,11 @@ def root_of_gram(M: Tensor, eps: float) -> Tensor:
     With :math:`M = U S V^\top` and :math:`\mathrm{polar}(M) = U V^\top`, their product is :math:`V S V^\top`.
 
     Args:
-        M: Shape (m, n), or (k, m, n).
+        M: Shape (m, n), or (\*batch, m, n).
         eps: As in :func:`muon.newton_schulz`.
 
     Returns:
-        Square, of the smaller side; k of them for k matrices.
+        Square, of the smaller side; one for each matrix.
 
     Example:
         >>> singular = torch.tensor([3.0, 2.0])

@@ -1,6 +1,6 @@
 """Parameters and state of an optimizer of stacked matrices, whatever its steps do."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .matrix_layout import list_matrices
+from .matrix_layout import batch_shape, list_matrices, matrix_shape
 from .matrix_stacks import MatrixStack, batches, new_matrix_state
 from .parameter_groups import OPTIONS_SINCE_0_1_0, Group, check_group, check_saved_groups
 from .rmmc import norm_ratios, tensor_norms
@@ -103,7 +103,7 @@ class StackedOptimizer(Optimizer):
         self._stacks = [
             MatrixStack(self.param_groups[index], members, [self.state[parameter] for parameter in members])
             for index, parameters in trainable.items()
-            for members in batches(parameters, self.state)
+            for members in batches(self.param_groups[index], parameters, self.state)
         ]
         return self._stacks
 
@@ -119,9 +119,11 @@ class StackedOptimizer(Optimizer):
         """As in ``torch.optim``.
 
         Raises:
-            ValueError: The state was saved with other parameter groups.
+            ValueError: The state was saved with other parameter groups, or its right factors are of other matrices than
+                its groups say.
         """
         check_saved_groups(state_dict["param_groups"], self.param_groups)
+        _check_saved_factors(state_dict, [name for name, _ in self.named_parameters()])
         super().load_state_dict(state_dict)
         saved_order = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for index, (_, parameter) in zip(saved_order, self.members(), strict=True):
@@ -136,6 +138,28 @@ class StackedOptimizer(Optimizer):
             for option, value in OPTIONS_SINCE_0_1_0.items():
                 group.setdefault(option, value)
         self._stacks = []
+
+
+def _check_saved_factors(state_dict: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Check that the right factors of a state fit its groups, as they do unless one of the two was edited.
+
+    Raises:
+        ValueError: They do not, naming the parameter.
+    """
+    members = ((group, index) for group in state_dict["param_groups"] for index in group["params"])
+    for name, (group, index) in zip(names, members, strict=True):
+        saved = state_dict["state"].get(index, {})
+        if "Q" in saved:
+            layout = {**OPTIONS_SINCE_0_1_0, **group}
+            shape = saved["momentum"].shape
+            expected = (*batch_shape(shape, layout), min(matrix_shape(shape, layout)))
+            if tuple(saved["Q"].shape[:-1]) != expected:
+                options = ", ".join(f"{option}={layout[option]}" for option in ("flatten", "transposed", "packed"))
+                raise ValueError(
+                    f"the state of {name} is of other matrices: with {options} the first dimensions of its Q are"
+                    f" {expected}, not {tuple(saved['Q'].shape[:-1])}. Load the groups with the options that they were"
+                    " saved with, or load the weights without the state of the optimizer"
+                )
 
 
 def _default_name(position: int, group_index: int) -> str:
@@ -192,7 +216,7 @@ def set_averaged_state(optimizer: StackedOptimizer, state: Mapping[str, Tensor])
 def _momentum_norms(optimizer: StackedOptimizer) -> list[tuple[Tensor, Tensor]]:
     """``state[p]["norm"]`` of each parameter of matrices, and the norms of its momenta, float32, shape (k,)."""
     return [
-        (own["norm"], tensor_norms(list_matrices(own["momentum"], group["flatten"])))
+        (own["norm"], tensor_norms(list_matrices(own["momentum"], group)))
         for group, parameter in optimizer.members()
         if "norm" in (own := optimizer.state[parameter])
     ]

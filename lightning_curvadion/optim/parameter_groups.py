@@ -26,10 +26,11 @@ GROUP_OPTIONS = (
     "eps",
     "flatten",
     "transposed",
+    "packed",
     "lr_scale",
 )
 # What a state that was saved without an option means by it.
-OPTIONS_SINCE_0_1_0: Group = {"flatten": False, "transposed": False, "lr_scale": "spectral"}
+OPTIONS_SINCE_0_1_0: Group = {"flatten": False, "transposed": False, "packed": 1, "lr_scale": "spectral"}
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -64,6 +65,10 @@ def check_group(group: Group, names: Sequence[str]) -> None:
     for name in ("flatten", "transposed"):
         if not isinstance(group[name], bool):
             raise ValueError(f"{name} must be True or False, not {group[name]!r}")
+    if isinstance(group["packed"], bool) or not isinstance(group["packed"], int) or group["packed"] < 1:
+        raise ValueError(
+            f"packed must be an integer >= 1, the number of matrices in a parameter, not {group['packed']!r}"
+        )
     for name in ("lr", "weight_decay", "eps", "local_lr"):
         value = group[name]
         if value is not None and not 0 <= value < torch.inf:
@@ -79,6 +84,8 @@ def check_group(group: Group, names: Sequence[str]) -> None:
     check_initialized(zip(names, group["params"], strict=True))
     for name, parameter in zip(names, group["params"], strict=True):
         _check_parameter(parameter, name, group["algorithm"])
+        if group["algorithm"] == "dion" and group["packed"] > 1:
+            _check_packed(parameter, name, group)
 
 
 def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
@@ -96,6 +103,21 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
         raise ValueError(
             f'{name} has shape {tuple(parameter.shape)}, but algorithm="dion" takes matrices;'
             ' put it in a group with algorithm="adamw" or "lion" (split_parameters(module) makes such groups)'
+        )
+
+
+def _check_packed(parameter: Tensor, name: str, group: Group) -> None:
+    """Check that the matrices of a parameter can be taken apart."""
+    outputs = (1 if group["flatten"] else -1) if group["transposed"] else (0 if group["flatten"] else -2)
+    if parameter.shape[outputs] % group["packed"]:
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, whose {parameter.shape[outputs]} outputs are not"
+            f" {group['packed']} matrices of one size: leave packed=1, which steps them as one matrix"
+        )
+    if group["transposed"] and not group["flatten"] and parameter.dim() > 2:
+        raise ValueError(
+            f"{name} has shape {tuple(parameter.shape)}, a batch of matrices stored (fan in, fan out), which packed"
+            " cannot take apart: leave packed=1, or store them (fan out, fan in)"
         )
 
 
@@ -119,5 +141,6 @@ def check_saved_groups(saved: Sequence[Group], own: Sequence[Group]) -> None:
     raise ValueError(
         f"the state was saved with other parameter groups: {listed[0]}. Here: {listed[1]}. Build the groups as they"
         " were, or load the weights without the state of the optimizer. Since version 0.1.0 split_parameters puts"
-        " transformers' Conv1D, experts and depthwise convolutions in groups of their own"
+        " transformers' Conv1D, experts, depthwise convolutions and packed projections in groups of their own;"
+        ' options={"dion": {"packed": 1}} leaves the last among the matrices'
     )

@@ -9,6 +9,9 @@ from torch.nn.utils import parametrize
 
 MATRIX = "matrices"
 TRANSPOSED = "transposed matrices"
+PACKED = "packed matrices"
+TRANSPOSED_PACKED = "transposed packed matrices"
+TRANSPOSED_PAIR = "transposed packed pairs"
 EMBEDDING = "embeddings"
 HEAD = "output head"
 CONVOLUTION = "convolutions"
@@ -27,7 +30,21 @@ _NORMS = (
 )
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Roles whose parameters are matrices.
-_MATRICES = (MATRIX, TRANSPOSED, CONVOLUTION, TRANSPOSED_CONVOLUTION)
+_MATRICES = (
+    MATRIX,
+    TRANSPOSED,
+    PACKED,
+    TRANSPOSED_PACKED,
+    TRANSPOSED_PAIR,
+    CONVOLUTION,
+    TRANSPOSED_CONVOLUTION,
+)
+# Names by which timm, nanoGPT, flash-attention and others call a linear layer whose outputs are all queries, then all
+# keys, then all values. Left out are names under which some interleave them by head (query_key_value of GPT-NeoX, BLOOM
+# and Falcon, qkv_proj of tutorials) or hold something else (in_proj of Mamba and DeBERTa).
+_PACKING_LAYERS = ("qkv", "to_qkv", "c_attn", "Wqkv")
+# Of transformers: its c_attn is a linear layer, interleaved by head.
+_INTERLEAVING_MODULES = ("transformers.models.gpt_bigcode",)
 
 
 def roles_of(module: nn.Module) -> dict[str, str]:
@@ -36,12 +53,15 @@ def roles_of(module: nn.Module) -> dict[str, str]:
     roles: dict[int, str] = {}
     # A parametrization holds parameters of the layer that it is registered on.
     parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}
-    for _, owner in module.named_modules():
+    path_of = {owner: path for path, owner in module.named_modules()}
+    for owner in path_of:
         if parametrize.is_parametrized(owner):
             parametrized.update({own: (owner, name) for name, own in owner.parametrizations.items()})  # type: ignore[operator, union-attr]
         for name, parameter in owner.named_parameters(recurse=False):
             layer, tensor_name = parametrized.get(owner, (owner, name))
             role = _role(layer, tensor_name, parameter, is_head=layer is head)
+            if role in (MATRIX, TRANSPOSED) and _packs(module, layer, path_of[layer], tensor_name):
+                role = _packed_role(role, parameter)
             if owner in parametrized and _is_weight_norm(owner) and name == "original0":
                 role = NORM
             # Nothing can be said of what has no elements.
@@ -75,6 +95,26 @@ def _role(layer: nn.Module, name: str, parameter: Tensor, is_head: bool) -> str:
     if parameter.dim() == 3 and ("Expert" in type(layer).__name__ or name in ("gate_up_proj", "down_proj")):
         return TRANSPOSED if _experts_are_transposed(layer) else MATRIX
     return OTHER
+
+
+def _packs(module: nn.Module, layer: nn.Module, path: str, name: str) -> bool:
+    """Whether a tensor of a layer is known to hold queries, keys and values one after the other."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return name == "in_proj_weight"
+    parent, _, own_name = path.removesuffix("._orig_mod").rpartition(".")
+    interleaves = type(module.get_submodule(parent)).__module__.startswith(_INTERLEAVING_MODULES)
+    return own_name in _PACKING_LAYERS and not interleaves
+
+
+def _packed_role(role: str, parameter: Tensor) -> str:
+    """The role of a parameter that packs matrices, if its shape says that they are of one size, or else ``role``."""
+    if parameter.dim() != 2:
+        return role
+    fan_out, fan_in = parameter.shape if role == MATRIX else parameter.shape[::-1]
+    if fan_out == 3 * fan_in:
+        return PACKED if role == MATRIX else TRANSPOSED_PACKED
+    # Keys and values of a cross attention.
+    return TRANSPOSED_PAIR if role == TRANSPOSED and fan_out == 2 * fan_in else role
 
 
 def _role_of_kernel(layer: nn.modules.conv._ConvNd) -> str:

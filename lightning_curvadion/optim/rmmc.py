@@ -30,7 +30,7 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
     """``||M + G||_F`` of every matrix, without changing M: nothing may be written before all replicas have agreed.
 
     Args:
-        momenta: k contiguous tensors of one dtype and device.
+        momenta: k tensors of one dtype and device.
         gradients: The gradient of each, ``None`` where there is none.
 
     Returns:
@@ -42,7 +42,8 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
         tensor([4., 2.])
     """
     if momenta[0].device.type == "cpu":
-        buffer = torch.empty(min(_BUFFER_ELEMENTS, momenta[0].numel()), dtype=_accumulator(momenta[0]))
+        elements = max(min(_BUFFER_ELEMENTS, momenta[0].numel()), momenta[0].shape[-1])
+        buffer = torch.empty(elements, dtype=_accumulator(momenta[0]))
         norms = torch.stack([_norm_of_sum(m, g, buffer) for m, g in zip(momenta, gradients, strict=True)]).float()
     else:
         norms = tensor_norms([m if g is None else m + g for m, g in zip(momenta, gradients, strict=True)])
@@ -53,14 +54,19 @@ def momentum_norms(momenta: Sequence[Tensor], gradients: Sequence[Tensor | None]
 
 def _norm_of_sum(momentum: Tensor, gradient: Tensor | None, buffer: Tensor) -> Tensor:
     squares = []
-    momenta = momentum.view(-1).split(buffer.numel())
-    gradients = [None] * len(momenta) if gradient is None else gradient.reshape(-1).split(buffer.numel())
+    if momentum.is_contiguous():
+        momentum, gradient, size = momentum.view(-1), None if gradient is None else gradient.reshape(-1), buffer.numel()
+    else:
+        # A block of columns: some rows at a time, as they lie.
+        size = buffer.numel() // momentum.shape[-1]
+    momenta = momentum.split(size)
+    gradients = [None] * len(momenta) if gradient is None else gradient.split(size)
     for m, g in zip(momenta, gradients, strict=True):
         total = buffer[: m.numel()]
         if g is None:
-            total.copy_(m)
+            total.view(m.shape).copy_(m)
         else:
-            torch.add(m, g, out=total)
+            torch.add(m, g, out=total.view(m.shape))
         squares.append(torch.dot(total, total))
     return torch.stack(squares).sum().sqrt()
 

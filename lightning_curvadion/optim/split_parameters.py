@@ -13,7 +13,10 @@ from .parameter_groups import ALGORITHMS, GROUP_OPTIONS, TRAINABLE_DTYPES, Group
 # Roles in the order of their groups, with the options of each.
 _OPTIONS: dict[str, Group] = {
     roles.MATRIX: {"algorithm": "dion"},
+    roles.PACKED: {"algorithm": "dion", "packed": 3},
     roles.TRANSPOSED: {"algorithm": "dion", "transposed": True},
+    roles.TRANSPOSED_PACKED: {"algorithm": "dion", "transposed": True, "packed": 3},
+    roles.TRANSPOSED_PAIR: {"algorithm": "dion", "transposed": True, "packed": 2},
     roles.EMBEDDING: {"algorithm": "adamw"},
     roles.HEAD: {"algorithm": "adamw"},
     roles.CONVOLUTION: {"algorithm": "dion", "flatten": True},
@@ -23,9 +26,18 @@ _OPTIONS: dict[str, Group] = {
     roles.BIAS: {"algorithm": "adamw", "weight_decay": 0.0},
     roles.OTHER: {"algorithm": "adamw"},
 }
+# Where the matrices of a packed parameter go if the options do not take them apart.
+_WHOLE = {
+    roles.PACKED: roles.MATRIX,
+    roles.TRANSPOSED_PACKED: roles.TRANSPOSED,
+    roles.TRANSPOSED_PAIR: roles.TRANSPOSED,
+}
 _WHY = {
     roles.MATRIX: "weights of linear, attention and recurrent layers, and experts stored (out, in)",
+    roles.PACKED: "queries, keys and values in one parameter, each a matrix",
     roles.TRANSPOSED: "stored (in, out): Conv1D of transformers, and experts",
+    roles.TRANSPOSED_PACKED: "stored (in, out): queries, keys and values in one parameter, each a matrix",
+    roles.TRANSPOSED_PAIR: "stored (in, out): keys and values in one parameter, each a matrix",
     roles.EMBEDDING: "a row is a lookup, not a linear map: AdamW",
     roles.HEAD: "its rows are classes: AdamW",
     roles.CONVOLUTION: "a kernel is one matrix (out, in x kernel)",
@@ -62,7 +74,8 @@ class ParameterGroups(list[Group]):
 
         for group in self:
             role, algorithm = group["name"], group["algorithm"]
-            as_usual = algorithm == _OPTIONS.get(role, {}).get("algorithm")
+            usual = _OPTIONS.get(role, {})
+            as_usual = all(group.get(option) == usual.get(option) for option in ("algorithm", "packed"))
             add(role, algorithm, dict(group["params"]), _WHY[role] if as_usual else "overridden")
         if self.left_out:
             add("left out", "none", self.left_out, "frozen, in a dtype that no step could train")
@@ -78,9 +91,14 @@ def split_parameters(
 
     Matrices go to Muon or Dion:
 
-    - Weights of ``nn.Linear``, the pairs of LoRA, and the projections of ``nn.MultiheadAttention`` (packed or not) and
-      of recurrent layers.
+    - Weights of ``nn.Linear``, the pairs of LoRA, and the projections of ``nn.MultiheadAttention`` and of recurrent
+      layers.
     - Weights of transformers' ``Conv1D``, which are stored (in, out).
+    - Queries, keys and values in one parameter, each a matrix: ``in_proj_weight`` of ``nn.MultiheadAttention``, and
+      linear layers and ``Conv1D`` called ``qkv``, ``to_qkv``, ``c_attn`` or ``Wqkv`` with three times as many outputs
+      as inputs (two, of a cross attention's ``Conv1D``). Those of other names stay whole, since some interleave the
+      three by head, as GPT-NeoX's ``query_key_value`` does, and so do those of other sizes, as in grouped-query
+      attention, and the gates of recurrent layers. ``options={"dion": {"packed": 1}}`` leaves all whole.
     - Experts, each a matrix: three-dimensional parameters of a module with "Expert" in the name of its class, or named
       ``gate_up_proj`` and ``down_proj``. They are taken to be (experts, in, out), unless transformers'
       ``is_transposed``, or the shapes of these two, say (experts, out, in).
@@ -104,9 +122,10 @@ def split_parameters(
         overrides: Patterns of parameter names (``*`` as in file names) and what to do with those parameters instead: an
             algorithm, or a dictionary of group options. The first matching pattern counts.
         options: Group options for all groups of an algorithm (``"adamw"``) or for a group by its name (``"matrices"``,
-            ``"transposed matrices"``, ``"embeddings"``, ``"output head"``, ``"convolutions"``, ``"transposed
-            convolutions"``, ``"depthwise convolutions"``, ``"norms"``, ``"biases"``, ``"other parameters"``), such as
-            another learning rate. A group's name outranks its algorithm, and an override outranks both.
+            ``"packed matrices"``, ``"transposed matrices"``, ``"transposed packed matrices"``, ``"transposed packed
+            pairs"``, ``"embeddings"``, ``"output head"``, ``"convolutions"``, ``"transposed convolutions"``,
+            ``"depthwise convolutions"``, ``"norms"``, ``"biases"``, ``"other parameters"``), such as another learning
+            rate. A group's name outranks its algorithm, and an override outranks both.
 
     Returns:
         A list of groups with named parameters, to pass to the optimizer. ``print`` shows what was decided.
@@ -146,7 +165,7 @@ def split_parameters(
         if name in left_out:
             continue
         matching = next((pattern for pattern in overrides if fnmatchcase(name, pattern)), None)
-        key = role_of[name]
+        key = _group_of(role_of[name], by_role)
         if matching is not None:
             override = overrides[matching]
             own = {"algorithm": override} if isinstance(override, str) else dict(override)
@@ -167,6 +186,12 @@ def _options_by_role(options: Mapping[str, Mapping[str, Any]], **override: Any) 
         algorithm = {**own, **options.get(role, {}), **override}["algorithm"]
         by_role[role] = {**own, **options.get(algorithm, {}), **options.get(role, {}), **override}
     return by_role
+
+
+def _group_of(role: str, by_role: Mapping[str, Group]) -> str:
+    """The group of a role; packed matrices with the options of whole ones are among these."""
+    whole = _WHOLE.get(role, role)
+    return whole if {"packed": 1, **by_role[whole]} == {"packed": 1, **by_role[role]} else role
 
 
 def _check_options(where: str, options: Mapping[str, Any]) -> None:

@@ -108,6 +108,23 @@ def attention():
     return Classifier(Attention(), 40), torch.randn(4, 5, 8)
 
 
+class FusedAttention(nn.Module):
+    """An attention whose queries, keys and values are one linear layer, as in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(nn.functional.scaled_dot_product_attention(query, key, value))
+
+
+@kind
+def fused_attention():
+    return Classifier(FusedAttention(), 40), torch.randn(4, 5, 8)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

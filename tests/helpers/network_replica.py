@@ -14,7 +14,7 @@ from models import build, exact_sync, train_step
 from torch import nn
 
 from examples.benchmarks.compare_replica import kernel_sent
-from examples.byte_gpt import GPT
+from examples.byte_gpt import GPT, WHOLE
 from lightning_curvadion import CurvaDion, EveryNSteps, split_parameters
 
 # Steps from one sync to the next. The sync steps of the GPT are compared with each other, so that few are enough there.
@@ -25,7 +25,7 @@ def build_gpt(hook: dict, trigger: EveryNSteps) -> tuple[GPT, CurvaDion]:
     """The model of the main job."""
     torch.manual_seed(0)
     model = GPT(layers=4, width=96, heads=4, context=128)
-    optimizer = CurvaDion(split_parameters(model), trigger=trigger)
+    optimizer = CurvaDion(split_parameters(model, options=WHOLE), trigger=trigger)
     optimizer.register_sync_hook(exact_sync(**hook))
     return model, optimizer
 

@@ -90,7 +90,7 @@ def test_the_correction_knows_how_long_the_steps_are(update):
     momentum, steps, rank = torch.randn(24, 8), torch.randn(24, 8), 2 if update == DION else 8
     ends = []
     for lr_scale, scale in (("spectral", 3**0.5), ("match_rms_adamw", 0.2 * (24 * 8 / rank) ** 0.5)):
-        group = {"algorithm": "dion", "eps": 1e-8, "flatten": False, "transposed": False, **update}
+        group = {"algorithm": "dion", "eps": 1e-8, "flatten": False, "transposed": False, "packed": 1, **update}
         group["lr_scale"] = lr_scale
         state = {"momentum": momentum.clone(), "Q": torch.zeros(8, rank), "norm": torch.tensor(1.0)}
         correct_momentum_(group, state, 0.1 * scale * steps, travel=0.1, share=0.3)

@@ -4,25 +4,12 @@ import copy
 
 import pytest
 import torch
+from matrix_training import HOOKS, UPDATES, train
 from models import equal, exact_sync, matrix, state_of
 from torch import nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps
 from lightning_curvadion.optim import dion
-
-UPDATES = [{"local_update": "muon"}, {"local_update": "dion", "rank_fraction": 0.5}]
-UPDATES += [{"local_update": "sgd", "local_lr": 0.1}]
-
-
-def train(optimizer, parameters, steps=4, seed=0, **hook):
-    """Take steps; the gradients are those of a flat vector, whatever the shapes of the parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        flat = torch.randn(sum(p.numel() for p in parameters), generator=generator)
-        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            # One without a gradient, which counts as zero.
-            p.grad = None if step == 2 else torch.empty_like(p).copy_(gradient.view(p.shape))
-        optimizer.step()
 
 
 def same_start(batch, optimizer, matrices, other):
@@ -146,7 +133,7 @@ def test_a_state_from_before_the_options_continues():
     optimizer, other = CurvaDion([parameter]), CurvaDion([twin])
     train(optimizer, [parameter])
     saved = copy.deepcopy(optimizer.state_dict())
-    for option in ("flatten", "transposed", "lr_scale"):
+    for option in ("flatten", "transposed", "packed", "lr_scale"):
         del saved["param_groups"][0][option]
     other.load_state_dict(saved)
     with torch.no_grad():
@@ -157,16 +144,6 @@ def test_a_state_from_before_the_options_continues():
 
 
 # -- several replicas -------------------------------------------------------------------------------------------------
-
-HOOKS = [
-    {"momentum": "displacement"},
-    {"momentum": "local"},
-    {"momentum": "average"},
-    {"momentum": "factors"},
-    {"momentum": "factors", "sync_rank_fraction": 0.25},
-    {"consensus": "factors"},
-    {"consensus": "none"},
-]
 
 
 def ends_of_a_batch_and_of_its_matrices(rank, world):

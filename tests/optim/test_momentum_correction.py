@@ -9,7 +9,7 @@ from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
 from lightning_curvadion.optim.momentum_correction import correct_momentum_, root_of_gram
 
 ADAMW = {"algorithm": "adamw", "betas": (0.9, 0.95), "eps": 1e-8}
-LAYOUT = {"flatten": False, "transposed": False, "lr_scale": "spectral"}
+LAYOUT = {"flatten": False, "transposed": False, "packed": 1, "lr_scale": "spectral"}
 MUON = {"algorithm": "dion", "local_update": "muon", "eps": 1e-8, **LAYOUT}
 
 

@@ -24,6 +24,9 @@ from lightning_curvadion import CurvaDion, split_parameters
         ({"local_update": "sgd", "local_lr": -1.0}, "local_lr must be"),
         ({"flatten": 1}, "flatten must be True or False, not 1"),
         ({"transposed": "yes"}, "transposed must be True or False, not 'yes'"),
+        ({"packed": 0}, "packed must be an integer >= 1, the number of matrices in a parameter, not 0"),
+        ({"packed": True}, "packed must be an integer >= 1"),
+        ({"packed": 1.5}, "packed must be an integer >= 1"),
         ({"lr_scale": "rms"}, "lr_scale must be one of 'spectral', 'match_rms_adamw', not 'rms'"),
         ({"local_update": "adam"}, "local_update must be one of 'muon', 'dion', 'sgd', not 'adam'"),
     ],
@@ -48,6 +51,24 @@ def test_bad_parameters():
         for algorithm in ("dion", "adamw"):
             with pytest.raises(ValueError, match=rf"weight is {dtype}.* keep it in bfloat16 or float32"):
                 CurvaDion([{"params": [("weight", nn.Parameter(torch.zeros(2, 2).to(dtype)))], "algorithm": algorithm}])
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((8, 3), {}, r"qkv has shape \(8, 3\), whose 8 outputs are not 3 matrices of one size: leave packed=1"),
+        ((3, 8), {"transposed": True}, "whose 8 outputs are not 3"),
+        ((8, 3, 3), {"flatten": True}, "whose 8 outputs are not 3"),
+        ((3, 8, 3), {"flatten": True, "transposed": True}, "whose 8 outputs are not 3"),
+        ((3, 8, 3), {}, "whose 8 outputs are not 3"),
+        ((3, 8, 9), {"transposed": True}, r"a batch of matrices stored \(fan in, fan out\).* leave packed=1"),
+    ],
+)
+def test_matrices_that_cannot_be_taken_apart(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        CurvaDion([{"params": [("qkv", matrix(*shape))], "packed": 3, **options}])
+    vectors = {"params": [matrix(*shape)], "algorithm": "adamw", "packed": 3}
+    assert CurvaDion([vectors]).param_groups[0]["packed"] == 3, "it says nothing of AdamW"
 
 
 def image_model():

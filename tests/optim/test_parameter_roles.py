@@ -86,9 +86,68 @@ def test_fused_experts_that_do_not_say_show_it_by_their_shapes(up, down, role):
 def test_a_gpt2_of_transformers():
     pytest.importorskip("transformers")
     groups = groups_of("gpt2")
-    assert set(shapes(groups)) == {"transposed matrices", "embeddings", "norms", "biases"}
-    assert set(shapes(groups)["transposed matrices"]) == {(16, 48), (16, 16), (16, 64), (64, 16)}
-    assert layouts(groups) == {"transposed matrices": (False, True)}
+    packed, transposed = "transposed packed matrices", "transposed matrices"
+    assert set(shapes(groups)) == {transposed, packed, "embeddings", "norms", "biases"}
+    assert shapes(groups)[packed] == [(16, 48)] * 2
+    assert set(shapes(groups)[transposed]) == {(16, 16), (16, 64), (64, 16)}
+    assert layouts(groups) == {transposed: (False, True), packed: (False, True)}
+    whole = split_parameters(KINDS["gpt2"]()[0], options={"dion": {"packed": 1}})
+    assert layouts(whole) == {transposed: (False, True)} and len(shapes(whole)[transposed]) == 8
+
+
+class Fused(nn.Module):
+    """A linear layer of some name in an attention."""
+
+    def __init__(self, name, inputs=8, outputs=24):
+        super().__init__()
+        setattr(self, name, nn.Linear(inputs, outputs, bias=False))
+        self.out = nn.Linear(8, 8, bias=False)
+
+
+@pytest.mark.parametrize("name", ["qkv", "to_qkv", "c_attn", "Wqkv"])
+def test_a_layer_that_packs_queries_keys_and_values_is_taken_apart(name):
+    groups = split_parameters(nn.ModuleList([Fused(name), Fused(name)]))
+    assert shapes(groups) == {"matrices": [(8, 8)] * 2, "packed matrices": [(24, 8)] * 2}
+    assert {group["name"]: group.get("packed", 1) for group in groups} == {"matrices": 1, "packed matrices": 3}
+    # Compiled, parametrized or by itself, and a layer with grouped queries.
+    parts = Fused(name)
+    setattr(parts, name, torch.compile(getattr(parts, name), backend="eager"))
+    assert shapes(split_parameters(parts))["packed matrices"] == [(24, 8)]
+    parts = Fused(name)
+    nn.utils.parametrizations.weight_norm(getattr(parts, name))
+    assert shapes(split_parameters(parts))["packed matrices"] == [(24, 8)]
+    assert "packed matrices" not in shapes(split_parameters(Fused(name, outputs=16)))
+
+
+@pytest.mark.parametrize("name", ["query_key_value", "qkv_proj", "in_proj", "fc"])
+def test_a_layer_that_may_interleave_them_or_holds_something_else_stays_whole(name):
+    assert set(shapes(split_parameters(nn.ModuleList([Fused(name), Fused(name)])))) == {"matrices"}
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "bloom", "phi3", "gpt_bigcode"])
+@pytest.mark.parametrize("multi_query", [False, True])
+def test_interleaved_and_grouped_projections_of_transformers_stay_whole(model_type, multi_query):
+    pytest.importorskip("transformers")
+    config = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if model_type == "gpt_bigcode":
+        config["multi_query"] = multi_query
+    elif multi_query:
+        config |= {"num_key_value_heads": 1}
+    model = LanguageModel(model_type=model_type, intermediate_size=32, pad_token_id=0, **config)
+    fused = [name for name, p in model.named_parameters() if p.dim() == 2 and p.shape[0] in (20, 24, 32, 48)]
+    assert any(name.endswith(("query_key_value.weight", "qkv_proj.weight", "c_attn.weight")) for name in fused)
+    assert "packed matrices" not in shapes(split_parameters(model))
+
+
+def test_keys_and_values_of_a_cross_attention_are_a_pair():
+    pytest.importorskip("transformers")
+    config = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "add_cross_attention": True}
+    groups = split_parameters(LanguageModel(model_type="gpt2", bos_token_id=None, eos_token_id=None, **config))
+    packed = {group["name"]: (group["packed"], group["transposed"]) for group in groups if "packed" in group}
+    assert packed == {"transposed packed matrices": (3, True), "transposed packed pairs": (2, True)}
+    assert shapes(groups)["transposed packed pairs"] == [(16, 32)]
+    assert shapes(groups)["transposed packed matrices"] == [(16, 48)]
+    CurvaDion(groups).init_state()
 
 
 def test_a_convolution_that_is_called_conv1d_elsewhere_is_not_transformers():

@@ -28,10 +28,9 @@ class Transformer(nn.Module):
 def test_a_transformer_with_an_untied_head():
     split = names(split_parameters(Transformer(tied=False)))
     assert split["matrices"] == [
-        f"encoder.layers.{i}.{name}.weight".replace("in_proj.weight", "in_proj_weight")
-        for i in range(2)
-        for name in ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+        f"encoder.layers.{i}.{name}.weight" for i in range(2) for name in ("self_attn.out_proj", "linear1", "linear2")
     ] + ["pool.weight"]
+    assert split["packed matrices"] == [f"encoder.layers.{i}.self_attn.in_proj_weight" for i in range(2)]
     assert split["embeddings"] == ["embedding.weight"]
     assert split["output head"] == ["to_bytes.weight"]
     assert split["other parameters"] == ["position"]
@@ -82,6 +81,26 @@ def test_recurrent_layers_and_unpacked_attention():
     assert split["matrices"] == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"] + [
         f"attention.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
     ]
+
+
+def test_packed_matrices_can_stay_whole_as_states_from_before_expect():
+    model = Transformer(tied=False).encoder
+    whole = split_parameters(model, options={"dion": {"packed": 1}})
+    assert len(names(whole)["matrices"]) == 8 and "packed matrices" not in names(whole)
+    before = CurvaDion(whole)
+    before.init_state()
+    message = (
+        r"with other parameter groups: matrices \(dion, 8\), .* Here: matrices \(dion, 6\), packed.*leaves the last"
+    )
+    with pytest.raises(ValueError, match=message):
+        CurvaDion(split_parameters(model)).load_state_dict(before.state_dict())
+    again = CurvaDion(split_parameters(model, options={"dion": {"packed": 1}}))
+    again.load_state_dict(before.state_dict())
+    slower = split_parameters(model, options={"packed matrices": {"packed": 1, "lr": 0.1}})
+    assert len(names(slower)["packed matrices"]) == 2, "another rate, so a group of its own"
+    assert "each a matrix" in str(split_parameters(model)) and "each a matrix" not in str(slower)
+    one = split_parameters(model, {"*.in_proj_weight": {"packed": 1}})
+    assert len(names(one)["*.in_proj_weight (packed matrices)"]) == 2
 
 
 def test_overrides_by_name_pattern():

@@ -35,7 +35,8 @@ def different(rank, world, what):
         model.double()
     trigger = EveryNSteps(3 if what == "trigger" and rank == 1 else 2)
     options = OPTIONS.get(what, {}) if rank == 1 else {}
-    optimizer = CurvaDion(split_parameters(model), trigger=trigger, **options)
+    layout = {"matrices": {"packed": 2}} if what == "packed" and rank == 1 else {}
+    optimizer = CurvaDion(split_parameters(model, options=layout), trigger=trigger, **options)
     hook = exact_sync(momentum="local" if what == "hook" and rank == 1 else "factors")
     try:
         optimizer.register_sync_hook(hook)
@@ -43,7 +44,7 @@ def different(rank, world, what):
         return str(error)
 
 
-@pytest.mark.parametrize("what", ["shape", "order", "count", "dtype", "trigger", "hook", *OPTIONS])
+@pytest.mark.parametrize("what", ["shape", "order", "count", "dtype", "trigger", "hook", "packed", *OPTIONS])
 def test_replicas_that_differ_get_a_clear_error_on_every_rank(replicas, what):
     before = time.monotonic()
     for message in replicas.run(3, different, what):

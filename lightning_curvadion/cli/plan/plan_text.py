@@ -88,7 +88,7 @@ def _parameter_rows(model: nn.Module, optimizer: Optimizer) -> Iterable[tuple[st
         for group in optimizer.param_groups
         if group["algorithm"] == "dion" and group["local_update"] == "dion"
         for parameter in group["params"]
-        for shape in [matrix_shape(parameter.shape, group["flatten"])]
+        for shape in [matrix_shape(parameter.shape, group)]
     )
     if factors:
         yield row("factors of the optimizer's rank", "", factors)
