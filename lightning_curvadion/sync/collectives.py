@@ -49,17 +49,25 @@ class Collectives:
             tensor of n bytes thus counts n, however many replicas there are.
         rank: This replica.
         world_size: Number of replicas.
+        device: Where collectives take place; ``None`` for where their tensors are.
     """
 
     def __init__(self, group: ProcessGroup | None = None, chunk: int = CHUNK) -> None:
         self.bytes_sent = 0
         self.rank = 0
         self.world_size = 1
+        # NCCL carries tensors of the GPU only, and a module may keep a buffer on the CPU.
+        self.device: torch.device | None = None
         self._group = group
         self._chunk = chunk
 
-    def join(self) -> None:
-        """Read rank and world size from the process group, which must be initialised by now."""
+    def join(self, device: torch.device | None = None) -> None:
+        """Read rank and world size from the process group, which must be initialised by now.
+
+        Args:
+            device: Of the parameters.
+        """
+        self.device = device
         self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     @property
@@ -88,9 +96,7 @@ class Collectives:
         """
         if not tensors or self.world_size == 1:
             return {}
-        # A module may keep a buffer on the CPU, where some backends cannot reduce.
-        device = max((tensor.device for tensor in tensors.values()), key=lambda device: device.type != "cpu")
-        digests = torch.stack([digest(tensor).to(device) for tensor in tensors.values()])
+        digests = torch.stack([digest(tensor).to(device=self.device) for tensor in tensors.values()])
         # The maximum of the complement is the complement of the minimum.
         extremes = torch.stack([digests, ~digests])
         self.all_reduce_max(extremes, "the comparison of digests")
@@ -140,11 +146,12 @@ class Collectives:
         """Set tensors to rank 0's values. Bytes travel, so that any dtype can: four for each number of a chunk."""
         for parts in split_tensors(tensors, torch.float32.itemsize * self._chunk):
             own = [_bytes_of(part) for part in parts]
+            travelling = [part_bytes.to(device=self.device) for part_bytes in own]
             # A contiguous tensor that travels alone is its own buffer.
-            flat = torch.cat(own) if len(own) > 1 else own[0]
+            flat = torch.cat(travelling) if len(own) > 1 else travelling[0]
             self.broadcast_bytes(flat)
             for part, part_bytes, received in zip(parts, own, flat.split([b.numel() for b in own]), strict=True):
-                if len(own) > 1:
+                if flat is not own[0]:
                     part_bytes.copy_(received)
                 if not part.is_contiguous():
                     part.copy_(part_bytes.view(part.dtype).view(part.shape))
@@ -182,7 +189,7 @@ class Collectives:
     def average_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> None:
         """At full width: one all-reduce."""
         wide = any(part.payload.wire_format == "float64" for part in slices)
-        flat = flatten(slices, torch.float64 if wide else torch.float32)
+        flat = flatten(slices, torch.float64 if wide else torch.float32, device=self.device)
         # Divided first: the sum cannot overflow, and equal numbers on 2 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         self.all_reduce_sum(flat)
