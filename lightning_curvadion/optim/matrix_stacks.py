@@ -98,7 +98,7 @@ class MatrixStack:
         of_parameters = [list_matrices(parameter, self.group) for parameter in self.parameters]
         yield [matrix for matrices in of_parameters for matrix in matrices]
         for parameter, matrices in zip(self.parameters, of_parameters, strict=True):
-            if matrices[0].data_ptr() != parameter.data_ptr():
+            if matrices[0].untyped_storage() is not parameter.untyped_storage():
                 # Strides such as those of channels_last allow no view.
                 parameter.copy_(as_parameter(torch.stack(matrices), parameter.shape, self.group))
 

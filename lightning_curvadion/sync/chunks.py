@@ -158,9 +158,11 @@ def _parts(tensor: Tensor, numel: int) -> Iterator[Tensor]:
             yield from _parts(row, numel)
 
 
-def flatten(slices: Sequence[PayloadSlice], dtype: torch.dtype, fill: int = 0) -> Tensor:
-    """A new flat tensor with the numbers of all slices, followed by ``fill`` zeros."""
-    numbers = [payload.read(start, stop).to(dtype) for payload, start, stop in slices]
+def flatten(
+    slices: Sequence[PayloadSlice], dtype: torch.dtype, fill: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """A new flat tensor with the numbers of all slices, followed by ``fill`` zeros; ``None`` is their own device."""
+    numbers = [payload.read(start, stop).to(device=device, dtype=dtype) for payload, start, stop in slices]
     return torch.cat([*numbers, numbers[0].new_zeros(fill)])
 
 

@@ -83,17 +83,25 @@ class Collectives:
     Attributes:
         rank: This replica.
         world_size: Number of replicas.
+        device: Where collectives take place; ``None`` for where their tensors are.
     """
 
     def __init__(self, group: ProcessGroup | None = None, chunk: int = CHUNK, sent: SentBytes | None = None) -> None:
         self._sent = sent or SentBytes()
         self.rank = 0
         self.world_size = 1
+        # NCCL carries tensors of the GPU only, and a module may keep a buffer on the CPU.
+        self.device: torch.device | None = None
         self._group = group
         self._chunk = chunk
 
-    def join(self) -> None:
-        """Read rank and world size from the process group, which must be initialised by now."""
+    def join(self, device: torch.device | None = None) -> None:
+        """Read rank and world size from the process group, which must be initialised by now.
+
+        Args:
+            device: Of the parameters.
+        """
+        self.device = device
         self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     @property
@@ -110,16 +118,17 @@ class Collectives:
         """Collectives of the same ranks in another process group, for those that run beside others."""
         present = self._group or dist.group.WORLD
         assert present is not None, "joined"
-        timeout = present._get_backend(present._device_types[0]).options._timeout
+        options = present._get_backend(present._device_types[0]).options
         group = dist.new_group(
             dist.get_process_group_ranks(present),
-            timeout=timeout,
+            # A backend without options has its default.
+            timeout=options._timeout if options is not None else None,
             backend=self.backend,
             # Ranks outside of a subgroup do not call this.
             use_local_synchronization=True,
         )
         collectives = Collectives(group, self._chunk, self._sent)
-        collectives.join()
+        collectives.join(self.device)
         return collectives
 
     @property
@@ -157,9 +166,7 @@ class Collectives:
 
     def start_comparison(self, digests: Sequence[Tensor]) -> Transfer:
         """Start to compare digests, for :func:`differing_in`."""
-        # A module may keep a buffer on the CPU, where some backends cannot reduce.
-        device = max((digest.device for digest in digests), key=lambda device: device.type != "cpu")
-        own = torch.stack([digest.to(device) for digest in digests])
+        own = torch.stack([digest.to(device=self.device) for digest in digests])
         # The maximum of the complement is the complement of the minimum.
         extremes = torch.stack([own, ~own])
         self._sent.total += extremes.nbytes
@@ -208,11 +215,12 @@ class Collectives:
         """Set tensors to rank 0's values. Bytes travel, so that any dtype can: four for each number of a chunk."""
         for parts in split_tensors(tensors, torch.float32.itemsize * self._chunk):
             own = [_bytes_of(part) for part in parts]
+            travelling = [part_bytes.to(device=self.device) for part_bytes in own]
             # A contiguous tensor that travels alone is its own buffer.
-            flat = torch.cat(own) if len(own) > 1 else own[0]
+            flat = torch.cat(travelling) if len(own) > 1 else travelling[0]
             self.broadcast_bytes(flat)
             for part, part_bytes, received in zip(parts, own, flat.split([b.numel() for b in own]), strict=True):
-                if len(own) > 1:
+                if flat is not own[0]:
                     part_bytes.copy_(received)
                 if not part.is_contiguous():
                     part.copy_(part_bytes.view(part.dtype).view(part.shape))
@@ -267,7 +275,7 @@ class Collectives:
     def mean_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> Iterator[Transfer]:
         """At full width: one all-reduce."""
         wide = any(part.payload.wire_format == "float64" for part in slices)
-        flat = flatten(slices, torch.float64 if wide else torch.float32)
+        flat = flatten(slices, torch.float64 if wide else torch.float32, device=self.device)
         # Divided first: the sum cannot overflow, and equal numbers on 2 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         yield self.start_all_reduce_sum(flat)

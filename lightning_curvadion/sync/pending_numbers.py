@@ -27,7 +27,8 @@ class PendingNumbers:
     def __init__(self, work: dist.Work, numbers: Tensor, purpose: str) -> None:
         self._work, self._numbers, self._purpose = work, numbers, purpose
         self._copied: torch.cuda.Event | None = None
-        if numbers.device.type == "cuda":
+        # Where tensors are traced they may be on a GPU that is not there.
+        if numbers.device.type == "cuda" and torch.cuda.is_available():
             with explain_failure(purpose), torch.cuda.stream(_stream_of(numbers.device)):
                 work.wait()
                 self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)

@@ -231,13 +231,13 @@ class ProcessGroupSync:
                 "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
-        self._collectives.join()
+        parameters = [parameter for _, parameter in optimizer.named_parameters()]
+        device = parameters[0].device
+        self._collectives.join(device)
         if not self._optimizers:
             self._configure(self.settings_for(optimizer))
-        parameters = [parameter for _, parameter in optimizer.named_parameters()]
         for parameter in parameters:
             optimizer.state[parameter].pop("residual", None)
-        device = parameters[0].device
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
         verify_same_across_replicas(self._collectives, description, device)
         self.settings.check_trigger(optimizer.trigger)

@@ -45,6 +45,15 @@ def test_the_checked_cholesky_falls_back_where_cholesky_alone_would_lose_orthogo
     torch.testing.assert_close(dion.orthonormalize(Y, "checked_cholesky"), dion.orthonormalize(Y, "qr"), rtol=0, atol=0)
 
 
+def test_a_matrix_that_cholesky_refuses_leaves_the_others_of_its_stack_alone():
+    Y = matrices(3, 24, 8)
+    expected = dion.orthonormalize(Y, "cholesky")
+    Y[1] = torch.nan
+    P = dion.orthonormalize(Y, "cholesky")
+    assert torch.equal(P[[0, 2]], expected[[0, 2]])
+    assert P[1].isnan().all(), "what is not finite stays so, and is seen"
+
+
 def test_an_unknown_method_names_the_known_ones():
     with pytest.raises(ValueError, match="qr, cholesky"):
         dion.orthonormalize(torch.ones(1, 2, 1), "svd")

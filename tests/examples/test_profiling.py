@@ -1,0 +1,32 @@
+"""``examples/profiling.py``: a trace of two replicas."""
+
+import json
+import re
+import sys
+from unittest import mock
+
+from launching import ROOT, free_port, run_as_torchrun
+
+
+def record(rank, world, folder, port):
+    with mock.patch.object(sys, "argv", ["profiling.py", "--folder", str(folder)]):
+        return run_as_torchrun(rank, world, ROOT / "examples/profiling.py", port)
+
+
+def test_the_trace_of_each_rank_shows_computation_and_collectives_side_by_side(replicas, tmp_path):
+    printed, other = replicas.run(2, record, tmp_path, free_port())
+    assert other == "", "rank 0 alone prints"
+    for rank in range(2):
+        events = json.loads((tmp_path / f"rank{rank}.json").read_text())["traceEvents"]
+        threads = {event["name"]: event["tid"] for event in events if "dur" in event}
+        ours = {name for name in threads if name.startswith("curvadion::")}
+        assert ours >= {f"curvadion::{name}" for name in ("rmmc", "agreement", "local_step", "sync_step", "collective")}
+        assert threads["gloo:all_reduce"] != threads["curvadion::agreement"] == threads["forward"]
+    rows = re.findall(r"^( *\S[\w ]*?) +(\d+\.\d+) +(\d+\.\d+)%$", printed, re.MULTILINE)
+    share = {phase: float(percent) for phase, _, percent in rows}
+    whole = ("forward", "backward", "RMMC", "agreement", "local step", "sync step")
+    assert share.keys() == {*whole, "  quantize", "  collective", "  dequantize"}
+    assert all(share[phase] > 0 for phase in share) and 30 < sum(share[phase] for phase in whole) <= 100.1
+    taken, beside = map(float, re.search(r"took (\S+)% of the time; (\S+)% beside computation", printed).groups())
+    # Nothing of them is hidden where the replicas wait for each other at once.
+    assert 0 < taken < 50 and beside <= taken
