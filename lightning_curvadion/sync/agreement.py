@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
 from .collectives import Collectives
-from .errors import UnevenBatchesError
+from .errors import ReplicaLostError, UnevenBatchesError
 from .pending_numbers import PendingNumbers
 
 # A process group of gloo has two threads, and so runs two collectives at a time.
@@ -169,8 +169,17 @@ class Agreement:
             self._read_oldest(optimizer)
         return list(self._arrived.get(optimizer, ()))
 
+    def abandon(self) -> None:
+        """Wait no more for what is under way: after a failure it may never arrive."""
+        self._pending.clear()
+
     def _read_oldest(self, optimizer: CurvaDion) -> None:
-        rmmc, code, *drift = self._pending[optimizer].popleft().read()
+        try:
+            rmmc, code, *drift = self._pending[optimizer].popleft().read()
+        except ReplicaLostError:
+            # The state can still be saved.
+            self.abandon()
+            raise
         if code == _NO_STEP:
             raise self._uneven_batches(stepping=True)
         self._arrived.setdefault(optimizer, deque()).append(Agreed(rmmc, code, drift[0] if drift else 0.0))

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from ..optim.gradient_checks import UnusableGradientError
 from .lightning_internals import averaged_model
 
 
@@ -22,7 +21,7 @@ class ConsensusCallback(Callback):
         reach_consensus: The strategy's; the argument says whether to include the optimizers' state.
         act_on_agreed_request: Called after every batch.
         verify_no_step: Called at the end of every epoch, which a rank with fewer batches reaches before the others.
-        note_common_failure: Called where all ranks have raised the same exception, before other callbacks handle it.
+        note_failure: Called with an exception before other callbacks handle it.
     """
 
     def __init__(
@@ -30,12 +29,12 @@ class ConsensusCallback(Callback):
         reach_consensus: Callable[[bool], None],
         act_on_agreed_request: Callable[[], None],
         verify_no_step: Callable[[], None],
-        note_common_failure: Callable[[], None],
+        note_failure: Callable[[BaseException], None],
     ) -> None:
         self._reach_consensus = reach_consensus
         self._act_on_agreed_request = act_on_agreed_request
         self._verify_no_step = verify_no_step
-        self._note_common_failure = note_common_failure
+        self._note_failure = note_failure
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
@@ -58,8 +57,7 @@ class ConsensusCallback(Callback):
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
-        if isinstance(exception, UnusableGradientError):
-            self._note_common_failure()
+        self._note_failure(exception)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

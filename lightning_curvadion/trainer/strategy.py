@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
 
+from ..optim.gradient_checks import UnusableGradientError
 from ..sync.errors import ReplicaLostError, explain_failure
 from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
@@ -197,7 +198,7 @@ class CurvaDionStrategy(DDPStrategy):
                 self.reach_consensus_in_training,
                 self._act_on_agreed_request,
                 self._verify_no_step,
-                self._note_common_failure,
+                self._note_failure,
             )
             self._callbacks.insert(0, callback)
 
@@ -227,12 +228,15 @@ class CurvaDionStrategy(DDPStrategy):
             self._verify_no_step()
             self.reach_consensus(include_state)
 
-    def _note_common_failure(self) -> None:
-        """All ranks have raised in the same step, so they can save their consensus."""
-        self._all_raised = True
-        for optimizer in require_curvadion(self.optimizers):
-            # Of the steps that the lag has left unread. The error that is raised tells enough.
-            self.sync.agreement.take_unusable(optimizer)
+    def _note_failure(self, exception: BaseException) -> None:
+        """Called before any other callback handles an exception, such as by saving."""
+        self._all_raised = isinstance(exception, UnusableGradientError)
+        if self._all_raised:
+            for optimizer in require_curvadion(self.optimizers):
+                # Of the steps that the lag has left unread. The error that is raised tells enough.
+                self.sync.agreement.take_unusable(optimizer)
+        elif self._alone:
+            self.sync.agreement.abandon()
 
     def _verify_no_step(self) -> None:
         """Verify that the other ranks have not gone on to their next step, whose agreement nothing else would match."""

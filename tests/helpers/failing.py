@@ -47,6 +47,7 @@ class Job:
         resume: A checkpoint, or ``"last"``.
         watch: Steps from one reading of memory and open files to the next; 0 for none.
         accelerator: ``"cpu"`` or ``"gpu"``.
+        delays: The strategy's lag and overlap; empty for its defaults.
     """
 
     folder: str
@@ -62,6 +63,7 @@ class Job:
     resume: str | None = None
     watch: int = 0
     accelerator: str = "cpu"
+    delays: tuple[int, ...] = ()
 
 
 class Module(pl.LightningModule):
@@ -159,7 +161,9 @@ def main() -> None:
     trainer = pl.Trainer(
         accelerator=job.accelerator,
         devices=job.devices,
-        strategy=CurvaDionStrategy(timeout=timedelta(seconds=job.timeout)),
+        strategy=CurvaDionStrategy(
+            timeout=timedelta(seconds=job.timeout), **dict(zip(("lag", "overlap"), job.delays, strict=False))
+        ),
         max_steps=job.steps,
         default_root_dir=job.folder,
         callbacks=callbacks,

@@ -5,9 +5,18 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize(("world", "where"), [(2, "forward"), (3, "sync"), (2, "agreement")])
-def test_survivors_of_a_kill_end_with_an_error_that_names_the_loss(tmp_path, world, where):
-    assert breaking.kill_once(tmp_path, world, victim=world - 1, step=5, where=where) < 30
+@pytest.mark.parametrize(
+    ("world", "where", "delays"),
+    [
+        (2, "forward", (0, 0)),
+        (3, "sync", (0, 0)),
+        (2, "agreement", (0, 0)),
+        (2, "agreement", (2, 5)),
+        (3, "sync", (1, 1)),
+    ],
+)
+def test_survivors_of_a_kill_end_with_an_error_that_names_the_loss(tmp_path, world, where, delays):
+    assert breaking.kill_once(tmp_path, world, victim=world - 1, step=5, where=where, delays=delays) < 30
 
 
 def test_torchrun_restarts_a_killed_run_from_its_newest_checkpoint(tmp_path):
