@@ -20,6 +20,8 @@ from .collectives import Collectives
 from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
+from .errors import ReplicaLostError
+from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
 from .parameter_payloads import ParameterPayloads
 from .replica_checks import (
@@ -214,6 +216,7 @@ class ProcessGroupSync:
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
         self._collectives.join()
+        report_uncaught_exceptions(other_than=ReplicaLostError)
         if not self._optimizers:
             self._configure(self.settings_for(optimizer))
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
