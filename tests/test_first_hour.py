@@ -19,7 +19,7 @@ from training import ROOT, python_path
 
 from examples.benchmarks.netlab import missing
 
-# The first test waits for all of it: 35 s on two cores that nobody else uses.
+# The first test waits for all of it: half a minute of CPU time.
 pytestmark = pytest.mark.timeout(200)
 
 # What README and guide tell to add to the switch: something to see, and a checkpoint to go on from.
