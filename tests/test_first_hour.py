@@ -20,7 +20,7 @@ from training import ROOT, python_path
 from examples.benchmarks.netlab import missing
 
 # The first test waits for all of it: half a minute of CPU time.
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 
 # What README and guide tell to add to the switch: something to see, and a checkpoint to go on from.
 ADDED = {
@@ -114,10 +114,10 @@ def hour(tmp_path_factory: pytest.TempPathFactory) -> FirstHour:
     killed = python(other, clone, "killed.py")
     package = ["-m", "lightning_curvadion"]
     plan = python(clone, clone, *package, *PLAN.split())
-    run, planned, when_killed = outputs(lab, plan, killed, timeout=100, statuses=(0, 0, 1))
-    (resumed,) = outputs(python(other, clone, "your_script.py"), timeout=100)
+    run, planned, when_killed = outputs(lab, plan, killed, statuses=(0, 0, 1))
+    (resumed,) = outputs(python(other, clone, "your_script.py"))
     runs = ["lightning_logs/version_0", other / "lightning_logs/version_1"]
-    (report,) = outputs(python(clone, clone, *package, "report", *runs, lean=False), timeout=100)
+    (report,) = outputs(python(clone, clone, *package, "report", *runs, lean=False))
     return FirstHour(clone, other, planned, run, when_killed, resumed, report)
 
 
