@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmarks import compare_report, quantization_training
+from examples.benchmarks import compare_report, quantization_training, scaling
 from examples.benchmarks.compare_plan import RATES, RESULTS, read
 from examples.benchmarks.compare_report import DENSE, USUAL, gap, kernel_share, pace, rows_at
 from examples.benchmarks.methods import DEFAULT
@@ -130,6 +130,20 @@ def test_the_tables_of_the_benchmarks_are_rows_of_what_is_printed(capsys, part, 
     )
     assert len(shown) >= least
     assert [row for row in shown if not any(row.items() <= other.items() for other in printed)] == []
+
+
+def test_the_predictions_for_large_models_are_those_that_are_printed(monkeypatch, capsys):
+    # The larger ones take a minute.
+    monkeypatch.setattr(scaling, "MODELS", {"160 M": scaling.MODELS["160 M"]})
+    monkeypatch.setattr(scaling, "REPLICAS", (64,))
+    scaling.main()
+    text = capsys.readouterr().out
+    section = BENCHMARKS.read_text().partition("\n## On paper")[2]
+    shown = [row for row in records(section) if row["model"] == "160 M"]
+    assert len(shown) == 3
+    assert [row for row in shown if not any(row.items() <= other.items() for other in records(text))] == []
+    (rate,) = re.findall(r"The sync rate is that of our small runs, (\S+)%", text)
+    assert f"but the sync rate, {rate} %," in section
 
 
 def test_the_figures_in_the_prose_of_the_readme():

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -94,7 +93,7 @@ class ModelTask(pl.LightningModule):
             count += len(targets)
         return Score(loss / count, right / count)
 
-    def optimizer_with_schedule(self, module: nn.Module) -> OptimizerLRSchedulerConfig:
+    def optimizer_with_schedule(self, module: nn.Module) -> dict[str, Any]:
         """The optimizer of a module, with linear warm-up and a linear fall to zero over the second half."""
         optimizer = self.optimizer(split_parameters(module, self.overrides))
         schedule = LambdaLR(optimizer, partial(warmup_and_cooldown, total=self.steps))

@@ -51,7 +51,7 @@ moves 100 bytes per number at half of 3.35 TB/s. The sync rate is that of our sm
 measured how it changes with size.
 Times are seconds per step. "over DDP" and "over Dion": how many times as fast as DDP, and as Dion with float32 factors
 at every step. Bytes are what a replica sends. The optimizer's own step is left out everywhere, though CurvaDion's local
-step took 14 times as long as AdamW's on a CPU (examples/benchmarks/step_time.py). "launches": kernels of a sync
+step took 101 times as long as AdamW's on a CPU (examples/benchmarks/step_time.py). "launches": kernels of a sync
 step with the optimizer's own, counted in a dry run; a GPU takes some microseconds for each, which no time here has."""
 
 

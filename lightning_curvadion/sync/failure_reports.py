@@ -1,12 +1,15 @@
 """Failure reports: what a failing rank leaves in the process group's store, so that the others can say which is gone.
 
-Nothing is written before something fails.
+Nothing is written before something fails. Under a Trainer the strategy reports; in a plain loop an exception that
+nobody catches is reported where Python prints it.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -42,6 +45,33 @@ def report_failure(exception: BaseException | None = None) -> None:
         text = "" if exception is None else f"{type(exception).__name__}: {exception}"
         line = text.partition("\n")[0].strip(": ")[:300]
         _in_time(lambda: _store().set(_KEY.format(rank=dist.get_rank()), line))
+
+
+class _UncaughtReporter:
+    """An ``sys.excepthook`` that reports an exception once the hook before it has printed it.
+
+    Args:
+        printer: The hook before.
+        other_than: Exceptions that are not reported: because of another rank.
+    """
+
+    def __init__(self, printer: Callable[..., Any], other_than: type[BaseException]) -> None:
+        self._printer, self._other_than = printer, other_than
+
+    def __call__(self, kind: type[BaseException], exception: BaseException, traceback: TracebackType | None) -> None:
+        self._printer(kind, exception, traceback)
+        if not isinstance(exception, self._other_than):
+            report_failure(exception)
+
+
+def report_uncaught_exceptions(other_than: type[BaseException]) -> None:
+    """Let an exception that ends this process be reported, from now on.
+
+    Args:
+        other_than: Exceptions that are not reported: because of another rank.
+    """
+    if not isinstance(sys.excepthook, _UncaughtReporter):
+        sys.excepthook = _UncaughtReporter(sys.excepthook, other_than)
 
 
 def withdraw_report() -> None:

@@ -20,6 +20,8 @@ from .collectives import Collectives
 from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
+from .errors import ReplicaLostError
+from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
 from .overlap import Overlap
 from .parameter_payloads import ParameterPayloads
@@ -234,6 +236,7 @@ class ProcessGroupSync:
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
         device = parameters[0].device
         self._collectives.join(device)
+        report_uncaught_exceptions(other_than=ReplicaLostError)
         if not self._optimizers:
             self._configure(self.settings_for(optimizer))
         for parameter in parameters:

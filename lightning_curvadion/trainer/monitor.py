@@ -1,10 +1,13 @@
 """CommunicationMonitor: logs and sums up what a run communicates, and says where its settings defeat the purpose."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -210,6 +213,9 @@ class CommunicationMonitor(Callback):
                 settings = communication_settings(optimizer.sync_hook.settings, optimizer, trainer.world_size)
                 for logger in trainer.loggers:
                     logger.log_hyperparams({"curvadion": settings})
+                    if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                        # It writes its file once, and the Trainer had it written before there were optimizers.
+                        save_hparams_to_yaml(os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
                 return
 
     def _tagged(self, values: Mapping[str, float]) -> dict[str, float]:

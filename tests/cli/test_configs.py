@@ -83,6 +83,17 @@ def test_the_main_job_resumed_with_more_steps_trains_on(fit, tmp_path):
     assert [torch.load(path)["global_step"] for path in sorted(tmp_path.rglob("*.ckpt"))] == [3, 5]
 
 
+def test_the_main_job_with_more_checkpoints(fit, tmp_path):
+    # As the guide prints it, and shorter.
+    fit(
+        "byte_gpt.yaml", "--seed_everything", "1", "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=20", "--trainer.max_steps=22", "--trainer.limit_train_batches=22",
+        "--trainer.val_check_interval=22", "--trainer.limit_val_batches=1", "--model.layers=1", "--model.width=32",
+        f"--data.cache={tmp_path / 'data'}",
+    )  # fmt: skip
+    assert sorted(torch.load(path)["global_step"] for path in tmp_path.rglob("*.ckpt")) == [20, 22]
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_one_number_says_when_a_config_ends(path):
     trainer = yaml.safe_load(path.read_text())["trainer"]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -63,8 +64,11 @@ def start(*words: object, cwd: Path = ROOT, **more: str) -> subprocess.Popen[str
     )
 
 
-def outputs(*processes: subprocess.Popen[str], timeout: float = 120) -> list[str]:
-    """What the processes print. Fails if one ends with an error, or if they take longer than ``timeout`` seconds."""
+def outputs(*processes: subprocess.Popen[str], timeout: float = 120, statuses: Sequence[int] = ()) -> list[str]:
+    """What the processes print. Fails if they take longer than ``timeout`` seconds, or end with other ``statuses``.
+
+    Without ``statuses`` all must end without an error.
+    """
     try:
         printed = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -72,8 +76,8 @@ def outputs(*processes: subprocess.Popen[str], timeout: float = 120) -> list[str
             # With what it has started: a launcher that is killed leaves its workers behind.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    for process, text in zip(processes, printed, strict=True):
-        assert process.returncode == 0, text[-4000:]
+    for process, text, status in zip(processes, printed, statuses or [0] * len(processes), strict=True):
+        assert process.returncode == status, text[-4000:]
     return printed
 
 

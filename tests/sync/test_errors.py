@@ -1,7 +1,10 @@
 """A collective that fails because of another rank is an error that begins with what to do."""
 
+import breaking
+import preloaded
 import pytest
 import torch
+from launching import free_port
 from models import build, train_step
 from replicas import Failed
 from torch.distributed import DistBackendError
@@ -51,6 +54,41 @@ def test_survivors_name_the_rank_that_ended_and_its_exception(replicas):
     for rank, error in enumerate(errors):
         assert "Mend what ended rank 2: ArithmeticError: the batch is broken. Then restart from the newest" in error
         assert f"Rank {rank} lost the connection to another rank during the RMMC all-reduce. (" in error
+
+
+# Without Lightning, and nobody catches the exception.
+PLAIN_LOOP = """
+import sys
+import torch.distributed as dist
+from models import build, train_step
+sys.excepthook = lambda kind, error, _: print(f"a hook of the user's prints {error}")
+dist.init_process_group("gloo")
+model, optimizer = build(hook={})
+for step in range(9):
+    if step == 4 and dist.get_rank() == 1:
+        raise ArithmeticError("the batch is broken")
+    train_step(model, optimizer, step, dist.get_rank())
+"""
+
+
+def test_an_exception_in_a_plain_loop_reaches_the_error_of_the_other_rank(tmp_path):
+    (tmp_path / "loop.py").write_text(PLAIN_LOOP)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    ranks = [
+        preloaded.start(
+            tmp_path / "loop.py", folder=tmp_path, output=tmp_path / f"rank{rank}",
+            **breaking.environment(**group, RANK=str(rank)),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        assert [process.wait(60) for process in ranks] == [1, 1]
+    finally:
+        for process in ranks:
+            process.kill()
+    survivor, ended = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert "Mend what ended rank 1: ArithmeticError: the batch is broken. Then restart from the newest" in survivor
+    assert "a hook of the user's prints the batch is broken" in ended
 
 
 def test_a_run_that_fails_alone_reports_to_nobody():

@@ -1,24 +1,14 @@
 """A trigger and a wire format of a user's own, as the guide shows them."""
 
-import re
-
 import pytest
 import torch
+from guide import names_defined_in
 from models import build, parameters_of, train_step
 from replicas import counted_collectives
-from training import ROOT, same
+from training import same
 
 from lightning_curvadion import CurvaDionStrategy, ProcessGroupSync, WireFormat, register_wire_format
 from lightning_curvadion.sync import quantization
-
-
-def names_of_the_guide():
-    """What the Python of the guide's section defines. It registers the format in this process."""
-    section = (ROOT / "examples/guide.md").read_text().partition("\n## A trigger and a wire format of your own")[2]
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], flags=re.S):
-        exec(block, names)
-    return names
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +18,8 @@ def _registers_nothing(monkeypatch):
 
 def train_as_the_guide(rank, world):
     """Parameters after a sync step, the steps that synchronised, the residual, and what travelled."""
-    trigger = names_of_the_guide()["DenseFirst"](2, 3)
+    names_defined_in("A wire format")
+    trigger = names_defined_in("A trigger")["DenseFirst"](2, 3)
     hook = {"wire_format": "ternary", "momentum": None}
     model, optimizer = build(hook=hook, trigger=trigger)
     synced, sizes = [], []
@@ -58,7 +49,7 @@ def test_the_trigger_and_the_wire_format_of_the_guide_train(replicas, world):
 
 
 def test_a_format_of_ones_own_restores_what_it_can_say():
-    names_of_the_guide()
+    names_defined_in("A wire format")
     said = torch.tensor([1.0, 0.0, -1.0, 0.0, 1.0, 0.0]).repeat(320) * 0.75
     restored = quantization.dequantize(quantization.quantize(said, "ternary"), "ternary", said.numel())
     torch.testing.assert_close(restored, 0.75 * said, rtol=2**-7, atol=0)
@@ -95,7 +86,7 @@ def test_a_format_that_does_not_do_what_it_should_is_refused():
      ("ternary", 0.3, 0)],
 )  # fmt: skip
 def test_few_bits_correct_the_momentum_less(wire_format, matrix, vector):
-    names_of_the_guide()
+    names_defined_in("A wire format")
     settings = CurvaDionStrategy(wire_format=wire_format).sync.settings
     assert settings.correction_share(wire_format, matrix=True) == matrix
     assert settings.correction_share(wire_format, matrix=False) == vector

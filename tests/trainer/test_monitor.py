@@ -9,15 +9,16 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
+from guide import names_defined_in
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from replicas import counted_collectives
-from training import ROOT, Member, Module, trainer_for
+from training import Member, Module, trainer_for
 
 from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy, EveryNSteps
 from lightning_curvadion.cli.report.log_readers import read_run
 from lightning_curvadion.trainer.formatting import format_bytes, format_percent
-from lightning_curvadion.trainer.run_metric import METRICS, Row, RunMetric, register_metric
+from lightning_curvadion.trainer.run_metric import METRICS
 
 
 def fit(rank, world, folder, with_monitor, strategy=None, trigger=None, ckpt_path=None, options=None, **more):
@@ -234,9 +235,7 @@ def test_advice_comes_once_from_rank_0_and_again_under_the_table(replicas, tmp_p
 
 
 def fit_with_own_metric(rank, world, folder):
-    guide = (ROOT / "examples/guide.md").read_text()
-    (example,) = re.findall(r"```python\n(@register_metric.*?)```", guide, flags=re.S)
-    exec(example, {"RunMetric": RunMetric, "Row": Row, "register_metric": register_metric})
+    names_defined_in("A metric")
     try:
         return fit(rank, world, folder, True)["printed"]
     finally:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ...optim.curvadion import CurvaDion
+from ...optim.optimizer_state import state_tensors
 from ...optim.triggers import EveryNSteps, LocalStepCap
 from ...sync.agreement import Agreed
 from ...sync.chunks import FULL_WIDTH
@@ -20,6 +21,7 @@ from ...sync.collectives import Collectives, Transfer
 from ...sync.payload_checks import PayloadCheck
 from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
+from ...sync.replica_checks import verify_wire_formats
 from ...sync.settings import SyncSettings
 from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, Collective
 from .launch_counter import LaunchCounter
@@ -27,6 +29,8 @@ from .launch_counter import LaunchCounter
 # Copies of a chunk during a sync step: its flat buffer, its quantized form, and what is dequantized from that. The
 # memory note of ProcessGroupSync counts the same.
 _BUFFERS_PER_CHUNK = 5
+# SHA-256 of a description that must be the same on every replica.
+_DESCRIPTION_DIGEST = 32
 
 
 @dataclass
@@ -73,26 +77,28 @@ class CollectiveRecorder(Collectives):
 
     Attributes:
         traffic: What was recorded since it was last replaced.
+        buffers_differ: Whether floating-point buffers differ between the replicas, as running statistics do after a
+            step. Frozen parameters and counters are equal.
     """
 
     def __init__(self, replicas: int, chunk: int) -> None:
         super().__init__(None, chunk)
         self.world_size = replicas
         self.traffic = StepTraffic()
+        self.buffers_differ = True
 
     def record_agreement(self, message: Tensor) -> None:
         """The all-reduce of a step's numbers."""
         self._record(ALL_REDUCE, message.nbytes, bytes_sent=message.nbytes)
 
-    def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Floating-point buffers differ, as running statistics do; frozen parameters and counters are equal."""
+    def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         if tensors:
             nbytes = 2 * torch.int64.itemsize * len(tensors)
             self._record(ALL_REDUCE, nbytes, bytes_sent=nbytes)
         return {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
+            if self.buffers_differ and tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
         }
 
     def start_all_reduce_sum(self, flat: Tensor) -> Transfer:  # noqa: D102
@@ -153,9 +159,22 @@ class DryRunSync(ProcessGroupSync):
 
     def include_module(self, module: nn.Module) -> None:  # noqa: D102
         self._untrained.include(module)
+        self._compare_descriptions()
+        self.recorder.differing({**self._untrained.parameters_outside(), **dict(module.named_buffers())})
 
     def _attach(self, optimizer: CurvaDion) -> None:
+        self._compare_descriptions()
+        formats = {
+            "wire_format": self.settings.wire_format,
+            "vector_format": self.settings.embedding_format,
+            "factor_format": self.settings.factor_format,
+        }
+        verify_wire_formats(self.recorder, optimizer, formats, torch.device("meta"))
+        self.recorder.differing({**dict(optimizer.named_parameters()), **state_tensors(optimizer)})
         self._register(optimizer)
+
+    def _compare_descriptions(self) -> None:
+        self.recorder.all_gather(torch.empty(_DESCRIPTION_DIGEST, dtype=torch.uint8, device="meta"))
 
     def _agree(self, signal: Tensor) -> Agreed:
         """RMMC and drift 0 and finite gradients: there are no values to look at."""

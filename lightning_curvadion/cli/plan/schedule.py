@@ -14,6 +14,7 @@ class Schedule:
         validations: Their number.
         checkpoints: Those right after a step.
         checkpoints_after_validation: Those right after a validation, which has sent the parameters already.
+        epochs: Their number.
         validated_at_end: Whether the last step is followed by a validation.
         saved_at_end: Whether it is followed by a checkpoint with the optimizer's state.
         best_only: Whether some of them depend on a metric, so that their number is the largest possible.
@@ -23,6 +24,7 @@ class Schedule:
     validations: int | None
     checkpoints: int | None
     checkpoints_after_validation: int | None
+    epochs: int | None = None
     validated_at_end: bool = False
     saved_at_end: bool = False
     best_only: bool = False
@@ -59,7 +61,7 @@ def read_schedule(config: Mapping[str, Any]) -> Schedule:
         so_far = totals[after_validation]
         totals[after_validation] = None if number is None or so_far is None else so_far + number
         best_only |= options.get("monitor") is not None
-    return Schedule(steps, validations, totals[0], totals[1], at_end, saved_at_end, best_only)
+    return Schedule(steps, validations, totals[0], totals[1], epochs, at_end, saved_at_end, best_only)
 
 
 def _steps_and_epochs(config: Mapping[str, Any], batches: int | None, accumulate: int) -> tuple[int | None, int | None]:

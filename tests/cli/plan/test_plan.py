@@ -143,8 +143,9 @@ def test_without_a_sync_rate_both_ends_of_what_was_measured_are_planned(capsys):
     assert 540 < float(low) < float(high) and 1 < float(fastest) < float(slowest)
     parts = dict(re.findall(r"^  (steps|validation|checkpoints) +\d+ +(\S.*)$", text, flags=re.M))
     fewest, most = (float(number) for number in parts.pop("steps").removesuffix(" MB").split(" to "))
-    # The main job sent 8.97 MB in steps, and these for its two validations and its checkpoint.
+    # The main job sent 8.97 MB in steps, 1.75 kB at its ends, and these for its two validations and its checkpoint.
     assert fewest < 8.97 < most and parts == {"validation": "3.94 MB", "checkpoints": "2.32 MB"}
+    assert re.search(r"start and end +1.75 kB", text)
 
 
 def test_where_only_the_data_tells_the_payload_of_each_is_given(capsys):

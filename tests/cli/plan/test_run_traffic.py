@@ -6,16 +6,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training import Module, trainer_for
 
-from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
+from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy, EveryNSteps
 from lightning_curvadion.cli.plan.run_traffic import measure_consensus
 from lightning_curvadion.cli.plan.schedule import read_schedule
 
 TRAINER = {"max_steps": 12, "max_epochs": 1, "limit_train_batches": 12}
 CASES = {
-    "validations, then checkpoints": ({"val_check_interval": 4}, {}),
-    "checkpoints between validations": ({"val_check_interval": 6}, {"every_n_train_steps": 5}),
-    "no validation": ({"limit_val_batches": 0}, {"save_on_train_epoch_end": True}),
-    "no checkpoint": ({"val_check_interval": 5}, None),
+    "validations, then checkpoints": (2, {"val_check_interval": 4}, {}),
+    "checkpoints between validations": (2, {"val_check_interval": 6}, {"every_n_train_steps": 5}),
+    "no validation": (2, {"limit_val_batches": 0}, {"save_on_train_epoch_end": True}),
+    "no checkpoint": (2, {"val_check_interval": 5}, None),
+    "three epochs, three replicas": (3, {"limit_train_batches": 4, "max_epochs": 3, "limit_val_batches": 0}, None),
 }
 
 
@@ -25,22 +26,23 @@ def sent_by_cause(rank, world, folder, options, checkpoint):
     callbacks = [monitor] if checkpoint is None else [monitor, ModelCheckpoint(folder, **checkpoint)]
     trainer = trainer_for(
         rank, world, callbacks=callbacks, num_sanity_val_steps=0, enable_checkpointing=checkpoint is not None,
-        **TRAINER, **options,
+        **{**TRAINER, **options},
     )  # fmt: skip
-    trainer.fit(Module())
+    # The last of 12 steps is a local one: a sync step would have averaged the buffers that the end sends.
+    trainer.fit(Module(trigger=EveryNSteps(5)))
     return monitor.bytes_sent.by_cause
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_has_the_bytes_that_replicas_send(replicas, tmp_path, case):
-    options, checkpoint = CASES[case]
-    sent, _ = replicas.run(2, sent_by_cause, str(tmp_path), options, checkpoint)
+    world, options, checkpoint = CASES[case]
+    sent, *_ = replicas.run(world, sent_by_cause, str(tmp_path), options, checkpoint)
     callbacks = [] if checkpoint is None else [{"class_path": "ModelCheckpoint", "init_args": checkpoint}]
     config = {**TRAINER, **options, "callbacks": callbacks, "enable_checkpointing": checkpoint is not None}
     with torch.device("meta"):
         module = Module()
     settings = CurvaDionStrategy().sync.settings
-    planned = measure_consensus(module, module.configure_optimizers(), settings, 2).of_run(read_schedule(config))
+    planned = measure_consensus(module, module.configure_optimizers(), settings, world).of_run(read_schedule(config))
     assert planned["validation"] == pytest.approx(sent.get("validation", 0), rel=0.02)
     assert planned["checkpoints"] == pytest.approx(sent.get("checkpoints", 0), rel=0.02)
-    assert planned["start and end"] == pytest.approx(sent["ends"], rel=0.1, abs=1500)
+    assert planned["start and end"] == sent["ends"]

@@ -108,9 +108,14 @@ def test_the_page_and_the_closing_table_agree_to_the_byte(trained, tmp_path, nam
         assert {"in steps", "in validation", "in checkpoints", "at start and end"} < values.keys()
 
 
-def test_the_page_has_settings_date_and_words_that_explain_it(page):
-    text = html.unescape(page.read_text())
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_the_page_has_the_settings_of_the_run(trained, tmp_path, logger):
+    text = html.unescape(build_report([trained / "curvadion" / logger], tmp_path / "report").read_text())
     assert "trigger: EveryNSteps(n=3)" in text and "wire_format: sign" in text
+
+
+def test_the_page_has_a_date_and_words_that_explain_it(page):
+    text = html.unescape(page.read_text())
     assert re.search(r"written on \d{4}-\d\d-\d\d \d\d:\d\d, up to step", text)
     assert [text.count(f"<p><b>{word}</b> is") for word in ("RMMC", "Drift", "Consensus")] == [1, 1, 1]
 
