@@ -270,8 +270,10 @@ class CurvaDion(StackedOptimizer):
         Raises:
             ValueError: A gradient of any replica is not finite, sparse or complex, or a parameter has another shape
                 than its state. Raised on all replicas in the same step, naming the replica and the parameter, before
-                any parameter or state has changed. So is a parameter that a sync step cannot quantize; each replica has
-                then taken its own step, and none the mean.
+                any parameter or state has changed. With a lag it is raised as many steps later, or in a consensus if
+                that comes first: the replica concerned has then left out its step, and the others have taken theirs.
+                So is a parameter that a sync step cannot quantize; each replica has then taken its own step, and none
+                the mean.
         """
         loss = None
         if closure is not None:
@@ -291,7 +293,7 @@ class CurvaDion(StackedOptimizer):
             if synced and sync_hook is not None:
                 with record_function("curvadion::agreement"):
                     self._raise_if_unusable(sync_hook._confirm())
-            # Where the others will only learn of an unusable gradient in the next step, this replica takes none itself.
+            # Where the others learn of an unusable gradient only later, this replica takes no step with it.
             steps = sync_hook is None or not sync_hook._lag or signal.leave_out_unusable(self)
             if steps:
                 for stack, norm in zip(stacks, signal.norms, strict=True):
@@ -299,13 +301,12 @@ class CurvaDion(StackedOptimizer):
             if synced and sync_hook is not None:
                 with record_function("curvadion::sync_step"):
                     self._replicas_share_Q = sync_step(self, stacks, sync_hook, self._replicas_share_Q, steps)
-            else:
-                if steps:
-                    with record_function("curvadion::local_step"):
-                        changed_Q = local_step(self, stacks, at_sync=synced)
-                        self._replicas_share_Q = self._replicas_share_Q and not changed_Q
-                if sync_hook is not None:
-                    sync_hook._proceed(self)
+            elif steps:
+                with record_function("curvadion::local_step"):
+                    changed_Q = local_step(self, stacks, at_sync=synced)
+                    self._replicas_share_Q = self._replicas_share_Q and not changed_Q
+            if sync_hook is not None:
+                sync_hook._proceed(self)
             if hook is None:
                 for watcher in watchers_without_hook:
                     watcher(self)

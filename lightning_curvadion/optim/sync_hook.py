@@ -51,11 +51,11 @@ class SyncHook(Protocol):
     def _confirm(self) -> float:
         """Called before a sync step writes anything: the largest code of the present step, below 1 if none is unusable.
 
-        It is 0 where the sync step waits for nobody either, and reads the code a step later.
+        It is 0 where the sync step begins with a step of the replica's own, and the code is read after that.
         """
 
     def _proceed(self, optimizer: Any) -> None:
-        """Called at the end of every step without a sync: go on with what an earlier sync step has left under way."""
+        """Called at the end of every step: go on with what an earlier sync step has left under way."""
 
     def _agreed_so_far(self, optimizer: Any) -> Sequence[tuple[float, float]]:
         """RMMC and drift that the next steps of an optimizer act on, oldest first. It communicates nothing."""

@@ -57,7 +57,8 @@ class Flight:
         self._dense = parameters.of(optimizer, self._due.dense, correct=True, stand_ins=self._sent)
         self._dense += parameters.of_resting(optimizer, self._due.resting, self._sent)
         self._discarded = False
-        self._age = self._stage = 0
+        # The sync step itself counts none.
+        self._age, self._stage = -1, 0
         self._under_way: list[Transfer] = []
         self._stages = self._run()
         self._advance()
@@ -163,7 +164,7 @@ class Overlap:
         self._flights[optimizer] = Flight(collectives, self._parameters, untrained, optimizer, self._steps)
 
     def proceed(self, optimizer: CurvaDion) -> None:
-        """Count a step of an optimizer without a sync."""
+        """Count a step of an optimizer."""
         if optimizer in self._flights and self._flights[optimizer].proceed():
             del self._flights[optimizer]
 

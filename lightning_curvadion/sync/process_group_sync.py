@@ -351,8 +351,12 @@ class ProcessGroupSync:
         return agreed
 
     def _confirm(self) -> float:
-        """With a lag, wait for the agreement of this step, as any sync step waits that is not in the background."""
-        if not self._lag or self.settings.overlap:
+        """With a lag, wait for the agreement of this step where a sync step writes means beside its own step."""
+        return 0.0 if self.settings.sends_parameters_alone else self._confirm_step()
+
+    def _confirm_step(self) -> float:
+        """The largest code of this step, below 1 if none is unusable; 0 where it was read without a lag."""
+        if not self._lag:
             return 0.0
         assert self._stepping is not None
         code = self.agreement.confirm(self._stepping)
@@ -391,6 +395,9 @@ class ProcessGroupSync:
 
     def _mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
         """The first mean of a sync step."""
+        if self.settings.sends_parameters_alone and self._background is None:
+            # After the replica's own step, in which the agreement has arrived.
+            optimizer._raise_if_unusable(self._confirm_step())
         return self._sync_step.mean_left(optimizer, factors, whole)
 
     def _mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
