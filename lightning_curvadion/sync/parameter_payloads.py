@@ -17,7 +17,7 @@ from .outer_step import OuterStep
 from .payloads import DisplacementPayload, Payload, TensorPayload
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
-from .settings import SyncSettings
+from .settings import SyncSettings, has_small_groups
 from .sparse_rows import SparseRowsPayload, has_sparse_rows, moved_rows
 
 SetAnywhere = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -133,25 +133,34 @@ class ParameterPayloads:
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
-        sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p)}
+        formats = self._wire_formats(optimizer)
+        sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p, formats[p])}
         dense = {name: p for name, p in moving.items() if name not in sparse}
         return [
             *self.of(optimizer, dense, correct=True),
-            *self._of_rows(optimizer, sparse, set_anywhere),
+            *self._of_rows(optimizer, sparse, formats, set_anywhere),
             *self.of(optimizer, resting, "float32", flush_residuals=True),
         ]
 
-    def _sends_rows(self, parameter: Tensor) -> bool:
+    def _wire_formats(self, optimizer: CurvaDion) -> dict[Tensor, str]:
+        """The formats in which the parameters of an optimizer travel in a sync step."""
+        small = has_small_groups(optimizer)
+        return {
+            parameter: self._settings.format_of(parameter, matrix=group["algorithm"] == "dion", in_small_groups=small)
+            for group, parameter in optimizer.members()
+        }
+
+    def _sends_rows(self, parameter: Tensor, wire_format: str) -> bool:
         """Whether only those rows of a parameter travel that have moved."""
         # An outer step moves all rows. At full width there is no residual that could take up what the others moved.
-        return (
-            has_sparse_rows(parameter)
-            and self._settings.embedding_format in BLOCK_FORMATS
-            and not self._settings.has_outer_step
-        )
+        return has_sparse_rows(parameter) and wire_format in BLOCK_FORMATS and not self._settings.has_outer_step
 
     def _of_rows(
-        self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], set_anywhere: SetAnywhere
+        self,
+        optimizer: CurvaDion,
+        parameters: Mapping[str, Tensor],
+        formats: Mapping[Tensor, str],
+        set_anywhere: SetAnywhere,
     ) -> list[Payload]:
         """The payloads of the rows that have moved on any replica.
 
@@ -165,10 +174,9 @@ class ParameterPayloads:
         anchors = {name: self.anchors.to_move(parameter) for name, parameter in parameters.items()}
         residuals = {name: self._residual(optimizer.state[p], p) for name, p in parameters.items()}
         moved = set_anywhere([moved_rows(p, anchors[name], residuals[name]) for name, p in parameters.items()])
-        wire_format, meter = self._settings.embedding_format, self.meter
         return [
-            SparseRowsPayload(name, parameter, anchors[name], residuals[name], rows, wire_format, meter)
-            for (name, parameter), rows in zip(parameters.items(), moved, strict=True)
+            SparseRowsPayload(name, p, anchors[name], residuals[name], rows, formats[p], self.meter)
+            for (name, p), rows in zip(parameters.items(), moved, strict=True)
         ]
 
     def of_consensus(self, optimizer: CurvaDion, stepped: bool, by_value: bool) -> list[Payload]:
@@ -219,10 +227,11 @@ class ParameterPayloads:
         if not self.needs_anchors(optimizer):
             return [TensorPayload(name, parameter, meter=self.meter) for name, parameter in parameters.items()]
         group_of = {parameter: group for group, parameter in optimizer.members()}
+        formats = self._wire_formats(optimizer)
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
-            own_format = wire_format or self._settings.format_of(parameter, matrix=group["algorithm"] == "dion")
+            own_format = wire_format or formats[parameter]
             residual = state.pop("residual", None) if flush_residuals else None
             if own_format != "float32":
                 residual = self._residual(state, parameter)
