@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean
 
@@ -112,8 +112,8 @@ def plan(stage: str, models: Sequence[str], done: Done) -> list[Run]:
     if stage == "sweep":
         return sweep(models, METHODS)
     if stage == "parts":
-        losing = [model for model in models if (above(model, OURS, 2, done) or 0.0) > TOLERANCE]
-        return [run for model in losing for part in PARTS for run in at_best_rate(model, part, 2, done)]
+        losing = [(model, n) for n in (2, 4) for model in models if (above(model, OURS, n, done) or 0.0) > TOLERANCE]
+        return [run for model, n in losing for part in PARTS for run in at_best_rate(model, part, n, done)]
     if stage == "carried":
         return [run for model in models for run in at_best_rate(model, CARRIED, 2, done)]
     replicas = 2 if stage == "seeds" else 4
@@ -174,15 +174,14 @@ def tables(done: Done) -> None:
         for kind in layouts:
             if rows := finished_seeds(kind, OURS, 2, done):
                 print(f"| {question} | {kind} | {cell(rows)} | {percent(above(kind, OURS, 2, done, OURS, default))} |")
-    print(f"\n| ours, but | model | loss | above {MUON} | sync steps | of DDP |\n" + "| --- " * 6 + "|")
-    for model in TASKS:
-        for part in PARTS:
-            if rows := finished_seeds(model, part, 2, done):
-                sync_rate, byte_share = mean(row.sync_rate for row in rows), mean(row.byte_share for row in rows)
-                print(
-                    f"| {part} | {model} | {cell(rows)} | {percent(above(model, part, 2, done))} |"
-                    f" {100 * sync_rate:.1f} % | {100 * byte_share:.2f} % |"
-                )
+    print(f"\n| ours, but | model | replicas | loss | above {MUON} | sync steps | of DDP |\n" + "| --- " * 7 + "|")
+    for model, replicas, part in product(TASKS, (2, 4), PARTS):
+        if rows := finished_seeds(model, part, replicas, done):
+            sync_rate, byte_share = mean(row.sync_rate for row in rows), mean(row.byte_share for row in rows)
+            print(
+                f"| {part} | {model} | {replicas} | {cell(rows)} | {percent(above(model, part, replicas, done))} |"
+                f" {100 * sync_rate:.1f} % | {100 * byte_share:.2f} % |"
+            )
 
 
 def finished_seeds(model: str, method: str, replicas: int, done: Done) -> list[Outcome]:

@@ -18,7 +18,7 @@ from .outer_step import OuterStep
 from .payloads import DisplacementPayload, Payload, TensorPayload
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
-from .settings import SyncSettings
+from .settings import SyncSettings, has_small_groups
 from .sparse_rows import SparseRowsPayload, has_sparse_rows, moved_rows
 
 SetAnywhere = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -147,7 +147,8 @@ class ParameterPayloads:
         resting = {name: p for name, p in named.items() if p not in moved and "residual" in optimizer.state[p]}
         self.anchors.drop(p for name, p in named.items() if name not in {**moving, **resting})
         matrices = {p for group, p in optimizer.members() if group["algorithm"] == "dion"}
-        sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p)}
+        formats = self._wire_formats(optimizer)
+        sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p, formats[p])}
         dense = {name: p for name, p in moving.items() if name not in sparse}
         return DueParameters(dense, sparse, resting)
 
@@ -166,14 +167,18 @@ class ParameterPayloads:
         rows = set_anywhere(self.moved_rows(optimizer, due.sparse)) if due.sparse else []
         return [*dense, *self.of_rows(optimizer, due.sparse, rows), *self.of_resting(optimizer, due.resting)]
 
-    def _sends_rows(self, parameter: Tensor) -> bool:
+    def _wire_formats(self, optimizer: CurvaDion) -> dict[Tensor, str]:
+        """The formats in which the parameters of an optimizer travel in a sync step."""
+        small = has_small_groups(optimizer)
+        return {
+            parameter: self._settings.format_of(parameter, matrix=group["algorithm"] == "dion", in_small_groups=small)
+            for group, parameter in optimizer.members()
+        }
+
+    def _sends_rows(self, parameter: Tensor, wire_format: str) -> bool:
         """Whether only those rows of a parameter travel that have moved."""
         # An outer step moves all rows. At full width there is no residual that could take up what the others moved.
-        return (
-            has_sparse_rows(parameter)
-            and self._settings.embedding_format in BLOCK_FORMATS
-            and not self._settings.has_outer_step
-        )
+        return has_sparse_rows(parameter) and wire_format in BLOCK_FORMATS and not self._settings.has_outer_step
 
     def moved_rows(
         self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], stand_ins: StandIns | None = None
@@ -210,12 +215,12 @@ class ParameterPayloads:
             rows: Indices of the rows that travel, for each parameter.
             stand_ins: As for :meth:`of`.
         """
-        wire_format, meter = self._settings.embedding_format, self.meter
+        formats = self._wire_formats(optimizer)
         payloads: list[Payload] = []
         for (name, p), travelling in zip(parameters.items(), rows, strict=True):
             values, residual = (stand_ins or {}).get(p, p), self._residual(optimizer.state[p], p)
             anchor = self.anchors.to_move(p)
-            payloads.append(SparseRowsPayload(name, values, anchor, residual, travelling, wire_format, meter))
+            payloads.append(SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter))
         return payloads
 
     def of_resting(
@@ -275,10 +280,11 @@ class ParameterPayloads:
         if not self.needs_anchors(optimizer):
             return [TensorPayload(name, stand_ins.get(p, p), meter=self.meter) for name, p in parameters.items()]
         group_of = {parameter: group for group, parameter in optimizer.members()}
+        formats = self._wire_formats(optimizer)
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
-            own_format = wire_format or self._settings.format_of(parameter, matrix=group["algorithm"] == "dion")
+            own_format = wire_format or formats[parameter]
             residual = state.pop("residual", None) if flush_residuals else None
             if own_format != "float32":
                 residual = self._residual(state, parameter)

@@ -57,9 +57,9 @@ class ProcessGroupSync:
             ``"average"``, the fewest bytes for the loss in ``examples/benchmarks/README.md``. It is ``"float32"`` with
             the others and for parameters in float64.
         vector_format: Format of the parameters of AdamW and Lion groups, such as embeddings. ``None`` is
-            ``wire_format``, and ``"int8"`` for norms, biases and others of one dimension if ``wire_format`` has fewer
-            bits. Quantized, only those rows of a matrix of 1024 rows or more travel that have moved
-            (``sync/sparse_rows.py``).
+            ``wire_format``. If that has fewer bits, norms, biases and others of one dimension travel in ``"int8"``, and
+            all of them do where an optimizer has at most 16,384 numbers in such groups. Quantized, only those rows of a
+            matrix of 1024 rows or more travel that have moved (``sync/sparse_rows.py``).
         momentum: What a sync step does to the momentum. ``"displacement"``: each replica takes a local step, and its
             momentum then takes over what the mean displacement says of the others' (``optim/momentum_correction.py``);
             nothing is sent for it. ``"factors"``: all replicas step along the factors of the mean

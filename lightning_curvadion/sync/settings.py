@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..optim.curvadion import CurvaDion
 from ..optim.parameter_groups import check_choice
 from ..optim.triggers import Trigger
 from .quantization import bits_of, wire_formats
@@ -24,13 +25,21 @@ _QUANTIZED_FACTOR_FORMAT = "int4"
 _CORRECTION_SHARES = ((2, 0.3), (4, 0.8))
 # The same of AdamW's first moments, which an error in sparse rows harms more.
 _CORRECTION_SHARES_OF_VECTORS = ((4, 0.0),)
-# Of norms and biases, where the wire format has fewer bits than it: they are few, and in one bit they cost a GAN a
-# fifth of its loss.
-_BIAS_FORMAT = "int8"
+# Of norms and biases, and of all parameters in AdamW and Lion groups where these are small, if the wire format has
+# fewer bits. In one bit norms and biases cost a GAN a fifth of its loss, and its generator's output layer a quarter.
+_SMALL_FORMAT = "int8"
+# The most numbers in small AdamW and Lion groups. They add at most 14 kB to a sync step.
+SMALL_GROUPS = 2**14
 # Steps that a sync step's mean may take where it can run in the background.
 _OVERLAP = 0
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
+
+
+def has_small_groups(optimizer: CurvaDion) -> bool:
+    """Whether the AdamW and Lion groups of an optimizer hold at most ``SMALL_GROUPS`` numbers, frozen ones included."""
+    numbers = sum(parameter.numel() for group, parameter in optimizer.members() if group["algorithm"] != "dion")
+    return numbers <= SMALL_GROUPS
 
 
 @dataclass(frozen=True)
@@ -142,24 +151,26 @@ class SyncSettings:
 
     @property
     def embedding_format(self) -> str:
-        """The wire format of parameters in AdamW and Lion groups that have more than one dimension."""
+        """The wire format of parameters in AdamW and Lion groups, norms, biases and small groups apart."""
         return self.vector_format or self.wire_format
 
     @property
-    def bias_format(self) -> str:
-        """The wire format of parameters in AdamW and Lion groups that have one dimension."""
-        return self.vector_format or max(self.wire_format, _BIAS_FORMAT, key=bits_of)
+    def small_format(self) -> str:
+        """The wire format of norms and biases, and of all parameters in small AdamW and Lion groups."""
+        return self.vector_format or max(self.wire_format, _SMALL_FORMAT, key=bits_of)
 
-    def format_of(self, parameter: Tensor, matrix: bool) -> str:
+    def format_of(self, parameter: Tensor, matrix: bool, in_small_groups: bool) -> str:
         """The wire format of a parameter in a sync step.
 
         Args:
             parameter: Of any shape.
             matrix: Whether it is in a ``"dion"`` group.
+            in_small_groups: See :func:`has_small_groups`.
         """
         if matrix:
             return self.wire_format
-        return self.bias_format if parameter.numel() == max(parameter.shape, default=1) else self.embedding_format
+        one_dimensional = parameter.numel() == max(parameter.shape, default=1)
+        return self.small_format if in_small_groups or one_dimensional else self.embedding_format
 
     def correction_share(self, wire_format: str, matrix: bool) -> float:
         """How much of the difference between the mean displacement and its own a momentum takes over.
@@ -206,7 +217,7 @@ def resolve_settings(
         >>> others = dict(vector_format=None, spread=1, chunk=1, lag=0)
         >>> others |= dict(outer_lr=1.0, outer_momentum=0.0, sync_rank_fraction=None, residual_dtype="float32")
         >>> settings = resolve_settings(consensus="average", **defaults, **others)
-        >>> settings.wire_format, settings.embedding_format, settings.bias_format, settings.momentum
+        >>> settings.wire_format, settings.embedding_format, settings.small_format, settings.momentum
         ('sign', 'sign', 'int8', 'displacement')
     """
     averages = consensus == "average"

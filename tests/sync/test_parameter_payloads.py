@@ -8,9 +8,10 @@ from models import build, equal, exact_sync, state_of, train_step
 from replicas import counted_collectives
 from torch import nn
 
-from lightning_curvadion import CurvaDion, EveryNSteps
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.payloads import DisplacementPayload
+from lightning_curvadion.sync.settings import has_small_groups
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "vector": (50,)}
@@ -127,7 +128,7 @@ def formats_of_groups(rank, world, hook):
         ({"wire_format": "sign", "vector_format": "int4"}, "sign", "int4", "int4"),
         ({"wire_format": "int8", "vector_format": "float32"}, "int8", "float32", "float32"),
         ({"wire_format": "float32", "vector_format": "int8"}, "float32", "int8", "int8"),
-        ({"wire_format": "int2"}, "int2", "int2", "int8"),
+        ({"wire_format": "int2"}, "int2", "int8", "int8"),
         ({"wire_format": "bfloat16"}, "bfloat16", "bfloat16", "bfloat16"),
     ],
 )
@@ -140,10 +141,28 @@ def test_matrices_and_other_parameters_travel_in_formats_of_their_own(
         others = of_biases if parameter.dim() == 1 else of_embeddings
         numel[of_matrices if group["algorithm"] == "dion" else others] += parameter.numel()
     assert len(numel) == len({of_matrices, of_embeddings, of_biases}), "the model has all three"
+    assert has_small_groups(optimizer)
     expected = sum(quantization.quantized_bytes(count, name) for name, count in numel.items())
     running_statistics, flag = 2 * 4 * 16, 1
     hook = {**given, "momentum": "local"}
     assert replicas.run(2, formats_of_groups, hook) == [expected + running_statistics + flag] * 2
+
+
+def sends_an_embedding(rank, world, rows):
+    embedding = nn.Embedding(rows, 64)
+    optimizer = CurvaDion([{"params": embedding.parameters(), "algorithm": "adamw"}], trigger=EveryNSteps(1))
+    optimizer.register_sync_hook(ProcessGroupSync())
+    embedding(torch.arange(rank, rows)).sum().backward()
+    with counted_collectives() as calls:
+        optimizer.step()
+    return calls[-1][1]
+
+
+@pytest.mark.parametrize(("rows", "wire_format"), [(256, "int8"), (257, "sign")])
+def test_by_default_an_embedding_travels_in_int8_where_it_is_small(replicas, rows, wire_format):
+    flag = 1
+    expected = quantization.quantized_bytes(64 * rows, wire_format) + flag
+    assert replicas.run(2, sends_an_embedding, rows) == [expected] * 2
 
 
 def test_with_formats_of_their_own_parameters_settle_as_in_float32(replicas):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_curvadion import CurvaDion, CurvaDionStrategy, ProcessGroupSync
+from lightning_curvadion.sync.settings import has_small_groups
 
 
 @pytest.mark.parametrize(
@@ -66,13 +67,28 @@ def test_the_hook_and_the_strategy_have_the_same_defaults(given, expected):
     for settings in (ProcessGroupSync(**given).settings, CurvaDionStrategy(**given).sync.settings):
         assert (settings.momentum, settings.factor_format) == (momentum, factor_format)
         matrix, bias, last_row = torch.zeros(4, 4), torch.zeros(4), torch.zeros(1, 4)
-        chosen = [settings.format_of(matrix, matrix=True)]
-        chosen += [settings.format_of(parameter, matrix=False) for parameter in (matrix, bias)]
+        chosen = [settings.format_of(matrix, matrix=True, in_small_groups=True)]
+        chosen += [settings.format_of(parameter, matrix=False, in_small_groups=False) for parameter in (matrix, bias)]
         assert chosen == formats
-        assert settings.format_of(last_row, matrix=False) == settings.format_of(bias, matrix=False)
+        for like_a_bias, in_small_groups in ((last_row, False), (matrix, True)):
+            assert settings.format_of(like_a_bias, matrix=False, in_small_groups=in_small_groups) == formats[-1]
+
+
+@pytest.mark.parametrize(("rows", "small"), [(2**8 - 1, True), (2**8, False)])
+@pytest.mark.parametrize("algorithm", ["adamw", "lion"])
+def test_groups_are_small_by_the_numbers_of_them_all(rows, small, algorithm):
+    embedding, norm, matrix = nn.Embedding(rows, 64), nn.LayerNorm(32), nn.Linear(200, 200, bias=False)
+    # Frozen numbers count, or what travels how would change in the middle of a run.
+    norm.requires_grad_(False)
+    groups = [
+        {"params": embedding.parameters(), "algorithm": algorithm},
+        {"params": norm.parameters(), "algorithm": "adamw"},
+        {"params": matrix.parameters()},
+    ]
+    assert has_small_groups(CurvaDion(groups)) == small
 
 
 def test_parameters_in_float64_travel_at_full_width_by_default():
     optimizer = CurvaDion([nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))])
     settings = ProcessGroupSync().settings_for(optimizer)
-    assert settings.wire_format == settings.embedding_format == settings.bias_format == "float32"
+    assert settings.wire_format == settings.embedding_format == settings.small_format == "float32"

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ...optim import dion
 from ...optim.matrix_layout import matrix_shape
+from ...sync.settings import has_small_groups
 from ...trainer.formatting import format_bit_rate, format_bytes, format_percent, format_seconds, format_table
 from ...trainer.run_settings import describe_trigger
 from .collective_costs import FRAME_PAYLOAD, GLOO_DUPLEX_FACTOR, Network
@@ -59,11 +60,12 @@ def format_plan(plan: Plan) -> str:
 def _heading(setup: RunSetup, network: Network) -> list[str]:
     settings = setup.settings
     speed, latency = format_bit_rate(network.link.bits_per_second), format_seconds(network.link.latency)
+    vectors = settings.small_format if has_small_groups(setup.optimizer) else settings.embedding_format
     return [
         f"{type(setup.model).__name__} on {network.replicas} replicas, each on a link of {speed} with {latency} latency"
         f" ({setup.backend})",
-        f"consensus {settings.consensus}, wire format {settings.wire_format} ({settings.embedding_format} for vectors,"
-        f" {settings.bias_format} for those of one dimension),"
+        f"consensus {settings.consensus}, wire format {settings.wire_format} ({vectors} for vectors,"
+        f" {settings.small_format} for those of one dimension),"
         f" momentum {settings.momentum}, trigger {describe_trigger(setup.optimizer.trigger)}",
         *setup.notes,
     ]

@@ -47,6 +47,14 @@ def test_parts_are_run_where_ours_loses_more_than_two_percent():
     losing = models.plan("parts", ["LSTM"], muon | sweep_of(OURS, [2.2, 2.05, 2.2]))
     assert {run.method for run in losing} == set(PARTS)
     assert {run.lr for run in losing} == {LSTM.muon_rates[1]}, "ours without a part trains at the rate of ours"
+    assert {run.replicas for run in losing} == {2}
+    losses = {MUON: 1.9, OURS: 2.0}
+    four = {
+        Run("LSTM", method, 4, LSTM.muon_rates[0], LSTM.seeds[0], LSTM.length): (replace(OUTCOME, loss=loss), "abc")
+        for method, loss in losses.items()
+    }
+    losing = models.plan("parts", ["LSTM"], muon | sweep_of(OURS, [2.03, 2.1, 2.2]) | four)
+    assert {(run.method, run.replicas) for run in losing} == {(part, 4) for part in PARTS}
 
 
 def test_adamws_rate_is_carried_over_from_its_own_sweep():
