@@ -215,8 +215,8 @@ class Agreement:
 
     def _uneven_batches(self, stepping: bool) -> UnevenBatchesError:
         position = "takes step {}" if stepping else "ended after {} steps"
-        if self._lag:
-            # The others have started agreements since, which nothing but an agreement would match.
+        if self._lag > 1:
+            # Ranks that step have started agreements since, which nothing but an agreement would match.
             positions = [f"rank {self._collectives.rank} {position.format(self._steps)}, and another rank does not"]
         else:
             ranks = self._collectives.all_gather_object(position.format(self._steps))

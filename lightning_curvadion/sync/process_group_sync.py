@@ -132,7 +132,7 @@ class ProcessGroupSync:
         residual_dtype: str = "float32",
         spread: int = 1,
         chunk: int = CHUNK,
-        lag: int = 0,
+        lag: int = 1,
         overlap: int | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {

@@ -107,7 +107,7 @@ class CurvaDionStrategy(DDPStrategy):
         residual_dtype: ResidualDtype = "float32",
         spread: int = 1,
         chunk: int = CHUNK,
-        lag: int = 0,
+        lag: int = 1,
         overlap: int | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,

@@ -14,7 +14,7 @@ from models import parameters_of
 from replicas import counted_collectives
 from training import Module, same, trainer_for
 
-from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
+from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy, split_parameters
 
 
 class CollectivesOfBatches(Callback):
@@ -168,15 +168,18 @@ def test_accumulated_batches_send_nothing(replicas):
         assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == [] and len(payloads[5]) == 4
 
 
-def test_by_default_a_sync_step_sends_one_bit_for_each_number(replicas):
-    numbers = sum(parameter.numel() for parameter in Module().parameters())
-    of_one_dimension = sum(parameter.numel() for parameter in Module().parameters() if parameter.dim() == 1)
+def test_by_default_a_sync_step_sends_one_bit_for_each_number_of_a_matrix(replicas):
+    groups = split_parameters(Module())
+    of_matrices, others = (
+        sum(p.numel() for group in groups if (group["algorithm"] == "dion") == wanted for _, p in group["params"])
+        for wanted in (True, False)
+    )
     for payloads in replicas.run(2, accumulate, {}):
         assert payloads[:4] == [[], [16], [], [16]] and payloads[4] == []
         agreement, digests, quantized = payloads[5]
-        # One bit and a scale a block, a byte for norms and biases; blocks of small tensors are not full.
+        # One bit and a scale a block, and a byte where the other groups are small; the last blocks are not full.
         assert agreement == 16 and digests == 3 * 16
-        assert numbers / 8 < quantized - of_one_dimension < numbers / 4
+        assert of_matrices / 8 < quantized - others < of_matrices / 4
 
 
 def test_by_default_other_kinds_of_consensus_send_at_full_width():
