@@ -13,10 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from ...sync.chunks import flatten, split_into_chunks, write_back
-from ...sync.collectives import Collectives
+from ...sync.collectives import Collectives, Transfer
 from ...sync.payloads import DisplacementPayload, TensorPayload
 from ..errors import PlanError
 from .config_cli import ConfigCLI, config_errors_as_plan_errors, one_line, silent_trainer
+from .dry_run import Arrived
 
 _WARM_UP_STEPS, _MEASURED_STEPS = 2, 8
 _MAX_STEP_SECONDS = 30
@@ -34,8 +35,8 @@ class _LoopbackCollectives(Collectives):
         self.world_size = 2
 
     @override
-    def all_gather(self, own: Tensor) -> Tensor:
-        return own.repeat(2, 1)
+    def start_all_gather(self, own: Tensor) -> Transfer:
+        return Arrived(own.repeat(2, 1))
 
 
 def measure_quantization(wire_format: str, device: torch.device, numel: int = 2**20) -> float:
