@@ -74,8 +74,13 @@ TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step")
 RACERS = ("DDP, AdamW", USUAL, DEFAULT, "no communication")
 # Another text, and another size with its steps.
 ELSEWHERE = (("headers", "131k", STEPS), ("python", "1m", 600))
-# Steps of a timed run: few if every step synchronises, more if the sync rate must settle.
-FEW, MANY = 40, 250
+# Steps of a timed run: few if every step synchronises, more if the sync rate must settle. With delays another number,
+# so that no row of ``links`` stands in for a run beside them.
+FEW, MANY, IN_TURN = 40, 250, 200
+# A round trip of 50 ms, and a slow link.
+DELAYED = ("100mbit+25ms", "12mbit")
+_WAITING = [f"ours: lag {lag}, overlap {overlap}" for lag, overlap in ((0, 0), (1, 2), (6, 8))]
+WAITERS = ("no communication, Muon", *_WAITING)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,16 @@ def distant(rows: list[Row]) -> list[Run]:
     return [run for rate in DISTANT for run in timed(tuned(RACERS, rows, rate=rate))]
 
 
+def delays(rows: list[Row]) -> list[Run]:
+    """Timed runs with and without delays, in turn: another seed is another measurement."""
+    return [
+        replace(run, stop=IN_TURN)
+        for rate in DELAYED
+        for seed in SEEDS
+        for run in tuned(WAITERS, rows, rate=rate, seed=seed)
+    ]
+
+
 def timed(runs: Iterable[Run]) -> list[Run]:
     """The runs, shortened to what a time needs."""
     dense = [name for name, method in METHODS.items() if method.ddp or name.endswith("every step")]
@@ -204,6 +219,7 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
     "elsewhere": elsewhere,
     "links": links,
     "distant": distant,
+    "delays": delays,
     "races": races,
 }
 STAGES = tuple(PLANS)

@@ -10,6 +10,7 @@ from typing import Any
 from examples.benchmarks.compare_plan import (
     BASE,
     BATCHES,
+    DELAYED,
     DISTANT,
     ELSEWHERE,
     QUOTED,
@@ -18,6 +19,7 @@ from examples.benchmarks.compare_plan import (
     SWEEPS,
     TRIGGERS,
     USUAL,
+    WAITERS,
     Row,
     best_rates,
     plan,
@@ -111,6 +113,7 @@ def tables(results: Path, steps: int = STEPS) -> None:
     sync_distribution_table(rows)
     links_table(rows)
     links_table(rows, DISTANT)
+    delays_table(rows)
 
 
 def line(*cells: object) -> None:
@@ -316,3 +319,17 @@ def links_table(rows: list[Row], links: Sequence[str] = RATES) -> None:
         with_link, without = pace(rows, DENSE, rate), pace([row for row in rows if row.run.stop], DENSE, "")
         if with_link and without:
             print(f"\n{DENSE} spends {100 * (1 - with_link / without):.0f} % of a step waiting for a link of {rate}.")
+
+
+def delays_table(rows: list[Row]) -> None:
+    """Steps per second with and without delays, beside the same steps without communication: medians."""
+    timed_runs = set(plan("delays", rows))
+    mine = [row for row in rows if row.run in timed_runs]
+    links = [cell for rate in DELAYED for cell in (rate, "of the first")]
+    header("Delays, 2 replicas, steps a second", "method", *links)
+    for method in WAITERS:
+        cells = []
+        for rate in DELAYED:
+            value, most = pace(mine, method, rate), pace(mine, WAITERS[0], rate)
+            cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["not timed", "-"]
+        line(method, *cells)

@@ -62,9 +62,7 @@ class Flight:
         self._under_way: list[Transfer] = []
         self._stages = self._run()
         self._advance()
-        # The stages are spread over the steps, so that each has time to arrive.
-        stages = self._asks_first + collectives.rounds(self._dense)
-        self._ends = [-(-(stage + 1) * steps // stages) for stage in range(stages)]
+        self._ends = stage_ends(self._asks_first + collectives.rounds(self._dense), steps)
 
     def proceed(self) -> bool:
         """Count one step, and go on where a stage ends with it.
@@ -181,3 +179,13 @@ class Overlap:
     def under_way(self, optimizer: CurvaDion) -> bool:
         """Whether a mean is under way."""
         return optimizer in self._flights
+
+
+def stage_ends(stages: int, steps: int) -> list[int]:
+    """The step at which each stage ends: they are spread over the steps of a flight, so that each has time to arrive.
+
+    Example:
+        >>> stage_ends(stages=2, steps=4), stage_ends(stages=2, steps=1)
+        ([2, 4], [1, 1])
+    """
+    return [-(-(stage + 1) * steps // stages) for stage in range(stages)]

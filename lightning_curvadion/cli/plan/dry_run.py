@@ -39,6 +39,7 @@ class StepTraffic:
 
     Attributes:
         collectives: In their order, as rank 0 calls them.
+        stages: Those of the mean, by the stages in which they are under way with overlap; one stage follows another.
         numbers: How many numbers travel in each wire format.
         bytes_sent: Payload, as counted by
             :attr:`ProcessGroupSync.bytes_sent <lightning_curvadion.ProcessGroupSync.bytes_sent>`.
@@ -48,6 +49,7 @@ class StepTraffic:
     """
 
     collectives: list[Collective] = field(default_factory=list)
+    stages: list[list[Collective]] = field(default_factory=list)
     numbers: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
     temporaries: int = 0
@@ -131,7 +133,13 @@ class CollectiveRecorder(Collectives):
         for payload in payloads:
             wire_format = "float32" if payload.wire_format in FULL_WIDTH else payload.wire_format
             self.traffic.numbers[wire_format] += payload.numel
+        # After the agreement the replicas ask each other what is due. Of all chunks, one kind is sent after the other.
+        sent = self.traffic.collectives
+        questions, before = sent[1:], len(sent)
         super().average(payloads)
+        mean = sent[before:]
+        by_kind = [[each for each in mean if each.kind == kind] for kind in dict.fromkeys(each.kind for each in mean)]
+        self.traffic.stages = [stage for stage in (questions, *by_kind) if stage]
 
     def verify_flags(self, flags: Tensor, check: PayloadCheck) -> None:
         """There are no values to look at."""
@@ -151,8 +159,9 @@ class DryRunSync(ProcessGroupSync):
 
     def __init__(self, settings: SyncSettings, replicas: int) -> None:
         self.recorder = CollectiveRecorder(replicas, settings.chunk)
-        # What is sent in all is the same with a lag and with overlap, and lies in one step without.
-        super().__init__(group=None, **{**vars(settings), "lag": 0, "overlap": 0})
+        # What is sent in all is the same with a lag and with overlap. Here it lies in one step: nothing runs in the
+        # background where no process group was made for it.
+        super().__init__(group=None, **{**vars(settings), "lag": 0})
 
     def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
         return self.recorder

@@ -33,6 +33,7 @@ class Footprint:
         optimizer_state: Memory of the optimizer's state; under DDP it is the same.
         anchors: Memory of the parameters at the last consensus.
         residuals: Memory of the error-feedback residuals and of the outer momentum.
+        copies: Memory of what a mean was sent from, while it is under way with overlap.
     """
 
     local: StepTraffic
@@ -43,6 +44,7 @@ class Footprint:
     optimizer_state: int
     anchors: int
     residuals: int
+    copies: int
 
 
 def measure_footprint(module: nn.Module, optimizer: CurvaDion, settings: SyncSettings, replicas: int) -> Footprint:
@@ -90,6 +92,7 @@ def measure_footprint(module: nn.Module, optimizer: CurvaDion, settings: SyncSet
         optimizer_state=sum(nbytes for key, nbytes in state_bytes if key not in _SYNC_STATE),
         anchors=sync.anchor_bytes,
         residuals=sum(nbytes for key, nbytes in state_bytes if key in _SYNC_STATE),
+        copies=sum(p.nbytes for p in trainable) // settings.spread if settings.overlap else 0,
     )
 
 

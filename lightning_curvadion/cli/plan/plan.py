@@ -62,7 +62,8 @@ def make_plan(arguments: PlanArguments) -> Plan:
     quantization, quantization_source = _quantization_times(formats, arguments.quantization_speed)
     compute, compute_source = _compute_time(arguments.step_seconds, arguments.fit_args)
     network = Network(arguments.link, replicas, setup.backend)
-    steps = [StepPrediction(footprint, dion_traffic, compute, quantization, network, rate) for rate in rates]
+    delays = setup.settings.lag, setup.settings.overlap
+    steps = [StepPrediction(footprint, dion_traffic, compute, quantization, network, rate, *delays) for rate in rates]
     return Plan(setup, steps, consensus, rate_source, compute_source, quantization_source)
 
 

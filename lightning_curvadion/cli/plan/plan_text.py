@@ -19,6 +19,8 @@ from .run_setup import RunSetup
 from .step_prediction import BACKWARD_SHARE, StepPrediction
 
 _SECONDS_PER_DAY = 86_400
+# A step that another lag or overlap makes a hundredth shorter is worth a line.
+_WORTH_ADVICE = 0.99
 _LINK_SPEEDS = (1e7, 1e8, 1e9, 1e10, 1e11)
 
 
@@ -44,6 +46,7 @@ def format_plan(plan: Plan) -> str:
             f"compute {format_seconds(steps.compute_seconds)} per step: {plan.compute_source}",
         ],
         format_table(_step_rows(plan.steps)),
+        list(_delays(plan)),
         format_table(_run_rows(plan)),
         format_table(_speed_rows(plan.steps), label_width=12, cell_width=24),
         [
@@ -112,8 +115,6 @@ def _algorithm(group: dict[str, Any]) -> str:
 def _step_rows(predictions: Sequence[StepPrediction]) -> list[tuple[str, ...]]:
     steps = predictions[0]
     local, sync = steps.footprint.local, steps.footprint.sync
-    quantization = steps.quantization_seconds(sync)
-    collectives = steps.sync_seconds - steps.local_seconds - quantization
 
     def row(label: str, seconds: float, payload: float, link_bytes: float) -> tuple[str, ...]:
         return label, format_seconds(seconds), format_bytes(payload), format_bytes(link_bytes)
@@ -130,17 +131,34 @@ def _step_rows(predictions: Sequence[StepPrediction]) -> list[tuple[str, ...]]:
     return [
         ("step of one replica", "time", "payload", "on its link", "link per day"),
         row("local step", steps.local_seconds, local.bytes_sent, steps.link_bytes(local)),
-        ("  of it agreement", format_seconds(steps.agreement_seconds)),
+        ("  of it waiting: agreement", format_seconds(steps.agreement_waiting)),
         row("sync step", steps.sync_seconds, sync.bytes_sent, steps.link_bytes(sync)),
-        ("  of it agreement", format_seconds(steps.agreement_seconds)),
-        ("  of it other collectives", format_seconds(collectives)),
-        ("  of it quantization", format_seconds(quantization)),
+        ("  of it waiting: agreement", format_seconds(steps.sync_agreement_waiting)),
+        ("  of it waiting: other collectives", _range([p.mean_waiting for p in predictions], format_seconds)),
+        ("  of it quantization", format_seconds(steps.quantization_seconds(sync))),
         *means,
         run_row("DDP", steps.ddp_seconds, sum(steps.footprint.buckets), steps.ddp_link_bytes),
         run_row(
             "Dion (syncs at every step)", steps.dion_seconds, dion_traffic.bytes_sent, steps.link_bytes(dion_traffic)
         ),
     ]
+
+
+def _delays(plan: Plan) -> Iterable[str]:
+    """What there is to wait for, and which lag and overlap would hide it."""
+    steps, overlaps = plan.steps[0], plan.setup.settings.sends_parameters_alone
+    yield (
+        f"An agreement takes {format_seconds(steps.agreement_seconds)}, with lag={steps.lag}; the other collectives of"
+        f" a sync step take {format_seconds(steps.mean_collective_seconds)}, with overlap={steps.overlap}."
+    )
+    advice = []
+    for given in plan.steps:
+        best = given.hidden(overlaps)
+        if best.mean_seconds < _WORTH_ADVICE * given.mean_seconds:
+            delays = f"lag={best.lag}, overlap={best.overlap}" if overlaps else f"lag={best.lag}"
+            advice.append(f"{delays} ({format_seconds(best.mean_seconds)} at {100 * best.sync_rate:.1f} % sync)")
+    if advice:
+        yield f"The mean step is shortest with {' or '.join(advice)}."
 
 
 def _run_rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -207,6 +225,7 @@ def _memory_rows(footprint: Footprint) -> list[tuple[str, ...]]:
         "residuals, outer momentum": (footprint.residuals, 0),
         "gradient buckets": (0, buckets),
         "temporaries of a sync step": (footprint.sync.temporaries, 0),
+        "copies of a mean under way": (footprint.copies, 0),
     }
     curvadion, ddp = zip(*memory.values(), strict=True)
     memory["all, without activations"] = sum(curvadion), sum(ddp)
@@ -224,7 +243,8 @@ def _assumptions(backend: str) -> list[str]:
         f" {100 * FRAME_PAYLOAD:.0f} % of a frame is payload.",
         gloo if backend == "gloo" else f"{backend} uses rings or trees, whichever is faster.",
         "Every replica has a link of its own, and all replicas are equally fast.",
-        f"DDP reduces buckets of 25 MiB while backward runs, {BACKWARD_SHARE:.2f} of a step; CurvaDion hides nothing.",
+        f"DDP reduces buckets of 25 MiB while backward runs, {BACKWARD_SHARE:.2f} of a step.",
+        "CurvaDion hides what arrives within as many steps as lag and overlap say.",
         "DDP and Dion run the same optimizer as CurvaDion. No time is counted for validation and checkpoints.",
         "All rows of an embedding are counted; of a large one, only those that moved travel.",
     ]

@@ -1,8 +1,11 @@
 """How long steps take on a network: of CurvaDion, of DDP, and of Dion, which synchronises at every step."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ...sync.overlap import stage_ends
 from .collective_costs import ALL_REDUCE, Collective, Network
 from .dry_run import StepTraffic
 from .footprint import Footprint
@@ -42,7 +45,7 @@ def ddp_step_seconds(compute: float, buckets: Sequence[int], network: Network) -
 def sequential_step_seconds(
     compute: float, collectives: Sequence[Collective], quantization: float, network: Network
 ) -> float:
-    """Seconds of a step in which compute, quantization and collectives follow each other, as in CurvaDion.
+    """Seconds of a step in which compute, quantization and collectives follow each other: CurvaDion's without delays.
 
     Args:
         compute: Seconds of a step without communication.
@@ -60,6 +63,44 @@ def sequential_step_seconds(
     return compute + quantization + sum(network.seconds(collective) for collective in collectives)
 
 
+def lagged_step_seconds(compute: float, agreement: float, lag: int) -> float:
+    """Seconds of a local step in a row of them, each of which waits for the agreement that began ``lag`` steps before.
+
+    So ``lag`` agreements are under way at a time, and none can take longer than as many steps.
+
+    Args:
+        compute: Seconds of a step without communication.
+        agreement: Seconds of an agreement.
+        lag: With 0 a step waits for its own agreement.
+
+    Example::
+
+        >>> [lagged_step_seconds(0.1, agreement=0.3, lag=lag) for lag in (0, 1, 2, 3, 4)]
+        [0.4, 0.3, 0.15, 0.1, 0.1]
+    """
+    return max(compute, agreement / lag) if lag else compute + agreement
+
+
+def overlapped_waiting_seconds(stages: Sequence[float], overlap: int, step: float, period: float) -> float:
+    """Seconds that replicas wait for a mean, of which each stage has some steps to arrive.
+
+    Args:
+        stages: Seconds of each stage.
+        overlap: Steps that the mean may take. With 0 a sync step waits for all stages.
+        step: Seconds of a step without the mean.
+        period: Steps from one sync step to the next, which waits for what is left.
+
+    Example::
+
+        >>> seconds = [overlapped_waiting_seconds([0.1, 0.3], n, step=0.1, period=5.0) for n in (0, 1, 2, 4, 6, 8)]
+        >>> [round(each, 3) for each in seconds]
+        [0.4, 0.3, 0.2, 0.1, 0.1, 0.2]
+    """
+    ends = [min(end, period) for end in stage_ends(len(stages), overlap)]
+    spans = (end - start for start, end in itertools.pairwise([0, *ends]))
+    return sum(max(0.0, seconds - span * step) for seconds, span in zip(stages, spans, strict=True))
+
+
 @dataclass(frozen=True)
 class StepPrediction:
     """Seconds and bytes of steps on a network.
@@ -72,16 +113,22 @@ class StepPrediction:
             :func:`~lightning_curvadion.cli.plan.benchmark.measure_quantization`.
         network: Between the replicas.
         sync_rate: Share of the steps that synchronise.
+        lag: How many steps after it was sent an agreement is read.
+        overlap: How many steps the mean of a sync step may take.
 
     Example:
         >>> from lightning_curvadion.cli.plan.collective_costs import Link
-        >>> traffic = [StepTraffic([Collective(ALL_REDUCE, nbytes)]) for nbytes in (16, 10**6, 4 * 10**6)]
+        >>> agreement, mean, dion = (Collective(ALL_REDUCE, nbytes) for nbytes in (16, 10**6, 4 * 10**6))
+        >>> local, sync = StepTraffic([agreement]), StepTraffic([agreement, mean], stages=[[mean]])
+        >>> footprint = Footprint(local, sync, (4 * 10**6,), 0, 0, 0, 0, 0, 0)
         >>> network = Network(Link(1e8, latency=0.001), replicas=2)
-        >>> footprint = Footprint(traffic[0], traffic[1], (4 * 10**6,), 0, 0, 0, 0, 0)
-        >>> steps = StepPrediction(footprint, traffic[2], 0.1, {}, network, sync_rate=0.25)
+        >>> steps = StepPrediction(footprint, StepTraffic([dion]), 0.1, {}, network, sync_rate=0.25)
         >>> seconds = (steps.local_seconds, steps.sync_seconds, steps.mean_seconds, steps.ddp_seconds)
         >>> [round(number, 3) for number in (*seconds, steps.dion_seconds)]
-        [0.102, 0.186, 0.123, 0.437, 0.437]
+        [0.102, 0.188, 0.123, 0.437, 0.437]
+        >>> hidden = steps.hidden()
+        >>> hidden.lag, hidden.overlap, hidden.mean_seconds
+        (1, 1, 0.1)
     """
 
     footprint: Footprint
@@ -90,24 +137,75 @@ class StepPrediction:
     seconds_per_number: Mapping[str, float]
     network: Network
     sync_rate: float
+    lag: int = 0
+    overlap: int = 0
 
     def quantization_seconds(self, traffic: StepTraffic) -> float:
         """Seconds of quantization and dequantization in a step."""
         return sum(self.seconds_per_number[wire_format] * numel for wire_format, numel in traffic.numbers.items())
 
-    def _seconds(self, traffic: StepTraffic) -> float:
-        quantization = self.quantization_seconds(traffic)
-        return sequential_step_seconds(self.compute_seconds, traffic.collectives, quantization, self.network)
-
     @property
     def local_seconds(self) -> float:
         """Seconds of a local step."""
-        return self._seconds(self.footprint.local)
+        return lagged_step_seconds(self.compute_seconds, self.agreement_seconds, self.lag)
 
     @property
     def sync_seconds(self) -> float:
-        """Seconds of a sync step."""
-        return self._seconds(self.footprint.sync)
+        """Seconds of a sync step, with all that replicas wait for its mean, in whatever step they do."""
+        working = self.compute_seconds + self.quantization_seconds(self.footprint.sync)
+        return working + self.sync_agreement_waiting + self.mean_waiting
+
+    @property
+    def period(self) -> float:
+        """Steps from one sync step to the next."""
+        return 1 / self.sync_rate if self.sync_rate else math.inf
+
+    @property
+    def agreement_waiting(self) -> float:
+        """Seconds that a local step waits for an agreement."""
+        return self.local_seconds - self.compute_seconds
+
+    @property
+    def sync_agreement_waiting(self) -> float:
+        """Seconds that a sync step waits for an agreement: with a lag and without overlap for its own."""
+        if not self.lag or self.overlap:
+            return self.agreement_waiting
+        return self.agreement_seconds - self._spared
+
+    @property
+    def mean_waiting(self) -> float:
+        """Seconds that replicas wait for the mean of a sync step."""
+        if not self.overlap:
+            return self.mean_collective_seconds
+        stages = [sum(map(self.network.seconds, stage)) for stage in self.footprint.sync.stages]
+        waiting = overlapped_waiting_seconds(stages, self.overlap, self.local_seconds, self.period)
+        return max(0.0, waiting - self._spared)
+
+    @property
+    def _spared(self) -> float:
+        """Seconds that steps do not wait for agreements which arrive while a replica waits for a mean."""
+        return min(self.lag, self.period - 1) * self.agreement_waiting
+
+    @property
+    def mean_collective_seconds(self) -> float:
+        """Seconds of what a sync step sends beside its agreement."""
+        after_agreement = self.footprint.sync.collectives[len(self.footprint.local.collectives) :]
+        return sum(map(self.network.seconds, after_agreement))
+
+    def hidden(self, overlaps: bool = True) -> "StepPrediction":
+        """The same steps, with the smallest lag and overlap that leave as little waiting as any.
+
+        Args:
+            overlaps: Whether the settings allow an overlap.
+        """
+        lag = math.ceil(self.agreement_seconds / self.compute_seconds)
+        lagged = replace(self, lag=lag)
+        # As many steps as the longest stage takes, for each of them. After a whole period nothing is left to wait for.
+        stages = self.footprint.sync.stages
+        longest = max((sum(map(self.network.seconds, stage)) for stage in stages), default=0.0)
+        enough = min(len(stages) * math.ceil(longest / self.compute_seconds), self.period)
+        candidates = [replace(lagged, overlap=overlap) for overlap in range(math.ceil(enough) + 1)]
+        return min(candidates, key=lambda steps: steps.sync_seconds) if overlaps else lagged
 
     @property
     def mean_seconds(self) -> float:
@@ -122,7 +220,8 @@ class StepPrediction:
     @property
     def dion_seconds(self) -> float:
         """Seconds of a Dion step, with factors in float32."""
-        return self._seconds(self.dion_traffic)
+        quantization = self.quantization_seconds(self.dion_traffic)
+        return sequential_step_seconds(self.compute_seconds, self.dion_traffic.collectives, quantization, self.network)
 
     def link_bytes(self, traffic: StepTraffic) -> float:
         """Bytes of payload that a replica puts on its link in a step."""
@@ -130,7 +229,7 @@ class StepPrediction:
 
     @property
     def agreement_seconds(self) -> float:
-        """Seconds of what a local step sends."""
+        """Seconds of an agreement."""
         return sum(self.network.seconds(collective) for collective in self.footprint.local.collectives)
 
     @property

@@ -33,7 +33,7 @@ def test_speeds_and_shares_are_understood_in_the_spellings_of_the_field(capsys):
 
 
 def test_the_text_has_every_part(capsys):
-    text = run_plan(capsys, "--link", "200Mbit", "--replicas", "16", "--sync-rate", "0.25")
+    text = run_plan(capsys, "--link", "200Mbit", "--replicas", "16", "--sync-rate", "0.25", *delays(0, 0))
     for words in (
         "matrices (Muon)",
         "sync rate 25.0 %",
@@ -41,11 +41,36 @@ def test_the_text_has_every_part(capsys):
         "DDP",
         "gradient buckets",
         "times as fast",
-        "of it agreement                         360.0 ms",
+        "of it waiting: agreement                360.0 ms",
         "16 replicas",
         "Kernel launches in a sync step: ",
     ):
         assert words in text
+
+
+def delays(lag, overlap):
+    strategy = "--trainer.strategy"
+    return [f"{strategy}=CurvaDionStrategy", f"{strategy}.lag={lag}", f"{strategy}.overlap={overlap}"]
+
+
+def test_the_advised_lag_and_overlap_hide_all_that_was_waited_for(capsys):
+    distant = ["--link", "1Gbit", "--replicas", "32", "--sync-rate", "0.05"]
+    text = run_plan(capsys, *distant, *delays(0, 0))
+    waited = re.findall(r"of it waiting: [a-z ]+ (\d\S*) m?s", text)
+    assert len(waited) == 3 and "0.0" not in waited
+    lag, overlap, promised = re.search(r"lag=(\d+), overlap=(\d+) \((\S+ ms) at 5.0 % sync\)", text).groups()
+    advised = run_plan(capsys, *distant, *delays(lag, overlap))
+    assert re.findall(r"of it waiting: [a-z ]+ (\d\S*) m?s", advised) == ["0.0"] * 3
+    assert re.search(r"mean step, 5.0 % sync +(\S+ ms)", advised)[1] == promised
+    assert "is shortest" in text and "is shortest" not in advised
+    assert "copies of a mean under way                     0 B" in text
+    assert "copies of a mean under way                 1.97 MB" in advised
+
+
+def test_a_config_that_cannot_overlap_is_advised_a_lag_alone(capsys):
+    factors = [*delays(0, 0), "--trainer.strategy.consensus=factors"]
+    text = run_plan(capsys, "--link", "1Gbit", "--replicas", "32", "--sync-rate", "0.05", *factors)
+    assert re.search(r"shortest with lag=\d+ \(", text)
 
 
 def test_the_number_of_replicas_comes_from_the_config(capsys):
