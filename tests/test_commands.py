@@ -42,7 +42,7 @@ HERE = {
     "fit --optimizer.help=CurvaDion": r"--optimizer\.lr_scale ",
     "fit --trainer.strategy.help=CurvaDionStrategy": r"--trainer\.strategy\.wire_format ",
     "python -m lightning_curvadion plan --config configs/gpt_160m_multinode.yaml --link 1Gbit --latency 1ms"
-    " --step-time 0.5s --coding-speed 50": r"1 Gbit/s .* 12\.59 to 19\.02\n(?s:.*)100 Gbit/s .* 0\.96 to 1\.03\n",
+    " --step-time 0.5s --coding-speed 50": r"1 Gbit/s .* 12\.66 to 19\.32\n(?s:.*)100 Gbit/s .* 0\.97 to 1\.05\n",
     f"{FIT} --trainer.strategy=curvadion --optimizer=CurvaDion --model=my.Module": "a user's own module is trained",
 }
 # Run by another test, as they are printed but for what is in brackets.
@@ -84,6 +84,15 @@ ELSEWHERE = {
     "sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 examples/multinode_slurm.sh --data.folder=/data/tokens":
         "examples/test_multinode.py::test_two_nodes_with_slurm (two nodes, a small model)",
     f"{BENCHMARKS}/scaling.py": "test_readme.py::test_the_predictions_for_large_models (the smallest model)",
+    f"{BENCHMARKS}/delay_line.py 0.025 port0 port1":
+        "examples/benchmarks/test_netlab.py::test_every_frame_takes_the_latency (by the lab)",
+    f"{BENCHMARKS}/latency.py --smoke": "examples/benchmarks/test_latency.py::test_the_smoke_run",
+    f"{BENCHMARKS}/netlab.py --hosts 2 --rate 30mbit --latency 25ms -- train.py --max_steps 100":
+        "examples/benchmarks/test_netlab.py::start_hanging_lab (another script and latency)",
+    **{f"torchrun --standalone --nproc-per-node 2 examples/profiling.py{folder}":
+        "examples/test_profiling.py::test_the_trace_of_each_rank (workers of the pool)"
+        for folder in ("", " --folder traces")},
+    "python tests/gpu/check_device.py": "gpu/test_check_device.py::test_the_short_form (--smoke, on a CPU)",
     "python tests/breaking.py": "trainer/test_breaking.py::test_survivors_of_a_kill (shorter, as its other tests)",
     "python tests/breaking.py kills": "trainer/test_breaking.py::test_survivors_of_a_kill (3 of 20)",
 }  # fmt: skip
@@ -92,6 +101,7 @@ PARSED = [
     f"{BENCHMARKS}/compare.py --run",
     f"{BENCHMARKS}/compare.py --run sweep",
     f"{BENCHMARKS}/compare.py --plots",  # overwrites the pictures; the smoke form draws some too
+    f"{BENCHMARKS}/latency.py",
     f"{BENCHMARKS}/models.py",
     f"{BENCHMARKS}/models.py sweep --only LSTM",
     f"{BENCHMARKS}/quantization.py",
