@@ -1,6 +1,9 @@
 """Record a trace of two replicas with torch.profiler: local computation and collectives side by side.
 
 torchrun --standalone --nproc-per-node 2 examples/profiling.py --folder traces
+torchrun --standalone --nproc-per-node 2 examples/profiling.py --folder traces --overlap 2
+
+The second lets the mean of a sync step travel during the next two steps.
 
 Open ``traces/rank0.json`` and ``traces/rank1.json`` in https://ui.perfetto.dev. The ranges ``curvadion::...`` are those
 of the optimizer; collectives have rows of their own (``gloo:...``; with NCCL they are kernels on another stream).
@@ -29,18 +32,21 @@ PHASES = {
     "  quantize": "curvadion::quantize",
     "  collective": "curvadion::collective",
     "  dequantize": "curvadion::dequantize",
+    "send": "curvadion::send",
+    "merge": "curvadion::merge",
 }
 COMPUTING = ("forward", "backward", "curvadion::rmmc", "curvadion::local_step")
 Spans = list[tuple[float, float]]
 
 
-def train(folder: Path, device: torch.device) -> profile:
-    """Train a small model and write this rank's trace."""
+def train(folder: Path, device: torch.device, lag: int | None = None, overlap: int | None = None) -> profile:
+    """Train a small model and write this rank's trace; ``None`` is the hook's default."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(128, 128), nn.ReLU())), nn.Linear(128, 10))
     model.to(device)
     optimizer = CurvaDion(split_parameters(model), trigger=EveryNSteps(4))
-    optimizer.register_sync_hook(ProcessGroupSync())
+    delays = {name: value for name, value in (("lag", lag), ("overlap", overlap)) if value is not None}
+    optimizer.register_sync_hook(ProcessGroupSync(**delays))
     torch.manual_seed(dist.get_rank())
     recorder = profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])],
@@ -95,7 +101,9 @@ def report(recorder: profile) -> str:
     steps = total(spans_of(recorder, "ProfilerStep"))
     lines = [f"{'phase':14}{'ms a step':>10}{'share':>8}"]
     for phase, name in PHASES.items():
-        spent = total(spans_of(recorder, name))
+        if not (spans := spans_of(recorder, name)):
+            continue
+        spent = total(spans)
         lines.append(f"{phase:14}{spent / 1e3 / RECORDED:10.2f}{spent / steps:8.1%}")
     of_nccl, kernels = spans_on_gpu(recorder)
     collectives = of_nccl or spans_of(recorder, "gloo:")
@@ -109,10 +117,12 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("traces"), help="where the traces go")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--lag", type=int, help="steps after which an agreement is read")
+    parser.add_argument("--overlap", type=int, help="steps that the mean of a sync step may take")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo")
-    recorder = train(folder, torch.device("cpu"))
+    recorder = train(options.folder, torch.device("cpu"), options.lag, options.overlap)
     if dist.get_rank() == 0:
         print(report(recorder))
     dist.destroy_process_group()

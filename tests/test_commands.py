@@ -91,7 +91,7 @@ ELSEWHERE = {
         "examples/benchmarks/test_netlab.py::start_hanging_lab (another script and latency)",
     **{f"torchrun --standalone --nproc-per-node 2 examples/profiling.py{folder}":
         "examples/test_profiling.py::test_the_trace_of_each_rank (workers of the pool)"
-        for folder in ("", " --folder traces")},
+        for folder in ("", " --folder traces", " --folder traces --overlap 2")},
     "python tests/gpu/check_device.py": "gpu/test_check_device.py::test_the_short_form (--smoke, on a CPU)",
     "python tests/breaking.py": "trainer/test_breaking.py::test_survivors_of_a_kill (shorter, as its other tests)",
     "python tests/breaking.py kills": "trainer/test_breaking.py::test_survivors_of_a_kill (3 of 20)",
