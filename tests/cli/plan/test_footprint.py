@@ -4,11 +4,12 @@ import pytest
 import torch
 from models import build, exact_sync, train_step
 from replicas import counted_collectives
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, DriftThreshold, EveryNSteps, ProcessGroupSync, split_parameters
-from lightning_curvadion.cli.plan.collective_costs import ALL_TO_ALL
+from lightning_curvadion.cli.plan.collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL
 from lightning_curvadion.cli.plan.dry_run import CollectiveRecorder
 from lightning_curvadion.cli.plan.footprint import ddp_buckets, dion_step_traffic, measure_footprint
 from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
@@ -128,3 +129,19 @@ def test_buckets_are_those_of_ddp(replicas):
     predicted = ddp_buckets([torch.empty(shape, device="meta") for shape in shapes])
     assert len(predicted) == len(real) > 1 and sum(predicted) == sum(real)
     assert predicted == pytest.approx(real, rel=0.1)
+
+
+def test_with_overlap_the_question_is_a_stage_and_each_kind_of_all_chunks_is_another():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
+    settings = ProcessGroupSync(chunk=1000, overlap=4).settings
+    footprint = measure_footprint(model, CurvaDion(split_parameters(model)), settings, replicas=3)
+    question, shards, means = footprint.sync.stages
+    assert [{each.kind for each in stage} for stage in (question, shards, means)] == [
+        {ALL_REDUCE},
+        {ALL_TO_ALL},
+        {ALL_GATHER},
+    ]
+    assert len(question) == 1 and len(shards) == len(means) > 4
+    assert sorted(map(str, question + shards + means)) == sorted(map(str, footprint.sync.collectives[1:]))
+    assert footprint.copies == sum(4 * parameter.numel() for parameter in model.parameters())
