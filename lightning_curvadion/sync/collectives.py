@@ -124,8 +124,9 @@ class Collectives:
             # A backend without options has its default.
             timeout=options._timeout if options is not None else None,
             backend=self.backend,
-            # Ranks outside of a subgroup do not call this.
-            use_local_synchronization=True,
+            # Ranks outside of a subgroup do not call this. torch then names the new group by how many groups a rank
+            # has made, so the ranks of a subgroup must have made as many.
+            use_local_synchronization=self._group is not None,
         )
         collectives = Collectives(group, self._chunk, self._sent)
         collectives.join(self.device)
