@@ -136,7 +136,7 @@ def test_the_digits_keep_a_parameter_of_every_kind():
     kinds = {group["name"]: group for group in split_parameters(DigitsViT(), **groups)}
     positions = kinds.pop("positions (other parameters)")
     assert positions["weight_decay"] == 0 and positions["lr"] == groups["options"]["adamw"]["lr"]
-    assert set(kinds) == {"matrices", "output head", "convolutions", "norms", "biases"}
+    assert set(kinds) == {"matrices", "packed matrices", "output head", "convolutions", "norms", "biases"}
 
 
 def test_a_hugging_face_model_trains_and_is_saved(fit, tmp_path):
@@ -173,7 +173,9 @@ def test_groups_of_hugging_face_parameters():
 
     gpt2 = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
     gpt2 |= {"bos_token_id": None, "eos_token_id": None}
-    assert len(kinds(gpt2)["transposed matrices"]) == 4
+    kept = kinds(gpt2)
+    assert len(kept["transposed matrices"]) == 3
+    assert kept["transposed packed matrices"] == ["model.transformer.h.0.attn.c_attn.weight"]
 
 
 def test_bad_sources_and_texts(tmp_path):

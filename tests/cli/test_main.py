@@ -44,6 +44,7 @@ def test_an_optimizer_and_its_groups_without_code():
     lr_of = {group["name"]: (group["algorithm"], group["initial_lr"]) for group in optimizer.param_groups}
     assert lr_of == {
         "matrices": ("dion", 0.02),
+        "packed matrices": ("dion", 0.02),
         "embeddings": ("adamw", 0.003),
         "output head": ("adamw", 0.003),
         "norms": ("adamw", 0.5),
