@@ -15,7 +15,7 @@ def test_the_plain_loop_trains_and_synchronises(replicas):
     )
     numbers = 128 * (32 + 1) + 128 * (128 + 1) + 10 * (128 + 1)
     assert ddp == pytest.approx(4 * numbers * int(steps) / 1e6, rel=0.01)
-    assert in_steps < 0.012 * ddp, "a share as the strategy's"
+    assert in_steps < 0.015 * ddp, "a share as the strategy's"
     # The consensus at the end: parameters and the optimizer's state, once at full width.
     assert sent - in_steps == pytest.approx(3 * 4 * numbers / 1e6, rel=0.3)
     assert other == "", "rank 0 alone prints"
