@@ -9,6 +9,7 @@ from models import build, train_step
 from replicas import Failed
 from torch.distributed import DistBackendError
 
+from lightning_curvadion import CurvaDion
 from lightning_curvadion.sync.agreement import Agreement
 from lightning_curvadion.sync.collectives import Collectives
 from lightning_curvadion.sync.errors import ReplicaLostError, explain_failure
@@ -162,8 +163,10 @@ def read_late(rank, world):
     collectives = Collectives()
     collectives.join()
     signal = torch.zeros(2, dtype=torch.float64).as_subclass(LateError)
+    agreement, optimizer = Agreement(collectives), CurvaDion([torch.nn.Parameter(torch.zeros(2, 2))])
+    agreement.start(optimizer, signal)
     with pytest.raises(ReplicaLostError, match=f"On rank {rank} the RMMC all-reduce timed out"):
-        Agreement(collectives).reach(signal)
+        agreement.take(optimizer)
 
 
 def test_an_error_that_comes_up_where_the_agreement_is_read_is_explained_too(replicas):
