@@ -122,7 +122,7 @@ def test_the_host_waits_as_often_for_twelve_layers_as_for_two(world, hook, most)
     waits = {}
     for layers in (2, 12):
         with fake_cuda(world) as gpu:
-            model, optimizer, _ = build(gpu, hook, layers, rank_fraction=0.5)
+            model, optimizer, _ = build(gpu, {**hook, "lag": 0}, layers, rank_fraction=0.5)
             take_step(gpu, model, optimizer)
             waits[layers] = [take_step(gpu, model, optimizer) for _ in range(2)]
     assert waits[2] == waits[12]

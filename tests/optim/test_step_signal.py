@@ -58,7 +58,7 @@ def train_convolutions(rank, world, steps, algorithm):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
     groups = split_parameters(model, overrides={"*": algorithm})
     optimizer = CurvaDion(groups, lr=0.003, max_local_steps=None)
-    optimizer.register_sync_hook(ProcessGroupSync())
+    optimizer.register_sync_hook(ProcessGroupSync(lag=0))
     generator = torch.Generator().manual_seed(1 + rank)
     reports = []
     for _ in range(steps):

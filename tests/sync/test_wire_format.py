@@ -43,8 +43,9 @@ def test_the_trigger_and_the_wire_format_of_the_guide_train(replicas, world):
         assert synced == [True, True, True, False, False, True, False]
         assert same(parameters, answers[0][0]), "after a sync step"
         assert residual > 0, "what three levels lose is sent later"
-        # A sixteenth of float32, and more where a shard fills up blocks; buffers travel at full width.
-        assert sizes[3] == 16 and sizes[5] < 4 * numbers / 8
+        # A sixteenth of float32, and more where a shard fills up blocks. The few numbers outside matrices take a byte,
+        # and buffers travel at full width.
+        assert sizes[3] == 16 and sizes[5] < 4 * numbers / 6
         assert saved["trigger"]["steps"] == 7
 
 
