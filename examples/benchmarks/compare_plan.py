@@ -79,7 +79,7 @@ ELSEWHERE = (("headers", "131k", STEPS), ("python", "1m", 600))
 FEW, MANY, IN_TURN = 40, 250, 200
 # A round trip of 50 ms, and a slow link.
 DELAYED = ("100mbit+25ms", "12mbit")
-_WAITING = [f"ours: lag {lag}, overlap {overlap}" for lag, overlap in ((0, 0), (1, 2), (6, 8))]
+_WAITING = [f"ours: lag {lag}, overlap {overlap}" for lag, overlap in ((0, 0), (1, 0), (1, 2), (6, 8))]
 WAITERS = ("no communication, Muon", *_WAITING)
 
 

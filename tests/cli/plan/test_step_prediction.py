@@ -30,7 +30,7 @@ needs_network = pytest.mark.skipif(bool(missing()), reason=f"missing for a netwo
 LATENCY, FAST = "20ms", "100mbit"
 # By number of replicas, lag and overlap: of agreements and means some are waited for, some in part, and some not. Most
 # replicas first: torch names the groups that a hook makes by how many groups a rank has, which must be the same.
-DISTANT = {4: [(1, 1), (3, 4)], 3: [], 2: [(1, 0), (1, 2)]}
+DISTANT = {4: [(3, 4)], 2: [(1, 0), (1, 2)]}
 
 
 @contextlib.contextmanager
@@ -138,7 +138,8 @@ def test_steps_on_a_slow_link_take_as_long_as_predicted(measured, replicas):
 @needs_network
 def test_steps_of_distant_replicas_take_as_long_as_predicted(tmp_path):
     """Steps in a row, as in training, within 20 %."""
-    for attempt in range(TRIES):
+    # Many rows, each a chance for another process to get in the way.
+    for attempt in range(TRIES + 1):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         with Lab(max(DISTANT), FAST, latency=LATENCY) as lab:
