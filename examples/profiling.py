@@ -12,6 +12,7 @@ Rank 0 also prints the share of time of each phase.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ def train(folder: Path, device: torch.device, lag: int | None = None, overlap: i
     model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(128, 128), nn.ReLU())), nn.Linear(128, 10))
     model.to(device)
     optimizer = CurvaDion(split_parameters(model), trigger=EveryNSteps(4))
-    delays = {name: value for name, value in (("lag", lag), ("overlap", overlap)) if value is not None}
+    delays: dict[str, Any] = {name: n for name, n in (("lag", lag), ("overlap", overlap)) if n is not None}
     optimizer.register_sync_hook(ProcessGroupSync(**delays))
     torch.manual_seed(dist.get_rank())
     recorder = profile(
