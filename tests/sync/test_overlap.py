@@ -21,7 +21,7 @@ from lightning_curvadion import (
 from lightning_curvadion.optim import local_step
 
 # python -m pytest tests/sync/test_overlap.py with SCHEDULES=500 in the environment takes ten minutes.
-SCHEDULES = int(os.environ.get("SCHEDULES", "25"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "15"))
 
 
 def schedule(rank, world, seed):
