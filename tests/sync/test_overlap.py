@@ -20,7 +20,7 @@ from lightning_curvadion import (
 )
 from lightning_curvadion.optim import local_step
 
-# python -m pytest tests/sync/test_overlap.py with SCHEDULES=500 in the environment takes ten minutes.
+# python -m pytest tests/sync/test_overlap.py with SCHEDULES=500 in the environment takes some minutes.
 SCHEDULES = int(os.environ.get("SCHEDULES", "15"))
 
 

@@ -63,7 +63,7 @@ def rows(folder):
 def monitored(replicas, tmp_path_factory):
     """The folder of a fit with the monitor, and what each rank returned."""
     folder = tmp_path_factory.mktemp("monitored")
-    return folder, replicas.run(2, fit, str(folder), True, timeout=120)
+    return folder, replicas.run(2, fit, str(folder), True, {"lag": 0}, timeout=120)
 
 
 def test_it_logs_at_the_trainers_interval_and_every_sync_step_once(monitored):
@@ -77,8 +77,8 @@ def test_it_logs_at_the_trainers_interval_and_every_sync_step_once(monitored):
         assert {f"curvadion/{name}" for name in expected | layers} <= row.keys()
         by_layer = [float(row[f"curvadion/{name}"]) for name in layers]
         assert float(row["curvadion/rmmc_group/matrices"]) == pytest.approx(max(by_layer))
-        # Of all replicas and of the step before, where the groups are of this one and of this step.
-        assert 0 < float(row["curvadion/rmmc"]) < 1
+        # Of all replicas, where the groups are of this one.
+        assert float(row["curvadion/rmmc"]) >= max(by_layer) * (1 - 1e-6)
     assert [float(row["curvadion/steps_since_sync"]) for row in at_interval] == [1, 2, 0]
     assert [float(row["curvadion/sync_rate"]) for row in at_interval] == pytest.approx([1 / 4, 2 / 8, 4 / 12])
     syncs = [row for row in logged if "curvadion/local_steps" in row]
