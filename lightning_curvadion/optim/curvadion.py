@@ -288,8 +288,9 @@ class CurvaDion(StackedOptimizer):
             with record_function("curvadion::agreement"):
                 rmmc, code, drift = hook._agree(signal.numbers) if hook is not None else (*signal.numbers.tolist(), 0.0)
                 self._raise_if_unusable(code)
-            synced = self._cap.decide(rmmc, drift, lr=float(self.param_groups[0]["lr"]))
             sync_hook = hook if hook is not None and hook.world_size > 1 else None
+            may_sync = sync_hook is None or sync_hook._may_sync(self)
+            synced = self._cap.decide(rmmc, drift, lr=float(self.param_groups[0]["lr"]), may_sync=may_sync)
             if synced and sync_hook is not None:
                 with record_function("curvadion::agreement"):
                     self._raise_if_unusable(sync_hook._confirm())

@@ -48,6 +48,9 @@ class SyncHook(Protocol):
         trigger watches none. With a lag, these are the numbers of so many steps before.
         """
 
+    def _may_sync(self, optimizer: Any) -> bool:
+        """Whether this step may be a sync step, the same on all replicas: not while an earlier mean is under way."""
+
     def _confirm(self) -> float:
         """Called before a sync step writes anything: the largest code of the present step, below 1 if none is unusable.
 

@@ -311,19 +311,21 @@ class LocalStepCap:
         self.local_steps = 0
         self.sync_steps = 0
 
-    def decide(self, rmmc: float, drift: float = 0.0, lr: float = 0.0) -> bool:
+    def decide(self, rmmc: float, drift: float = 0.0, lr: float = 0.0, may_sync: bool = True) -> bool:
         """Whether this step synchronises. Called exactly once a step.
 
         Args:
             rmmc: See :meth:`Trigger.wants_sync`.
             drift: See :meth:`Trigger.observe`, as for ``lr``; for a trigger that watches it.
             lr: Learning rate.
+            may_sync: Whether it may. The trigger goes on as after a local step otherwise.
         """
         if self.trigger.watches_drift:
             self.trigger.observe(drift, lr)
         synced = self.trigger.wants_sync(rmmc)
         if self.max_local_steps is not None and self.local_steps >= self.max_local_steps:
             synced = True
+        synced = synced and may_sync
         self.local_steps = 0 if synced else self.local_steps + 1
         self.sync_steps += synced
         self.trigger.stepped(synced)

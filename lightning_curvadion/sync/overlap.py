@@ -9,8 +9,9 @@ so that its own progress meanwhile, :math:`x_i - s_i`, stays, and is its displac
 (arXiv:2501.18512) found such a delay to be free in loss. Here it cost 1 % (``examples/benchmarks/README.md``).
 
 A flight ends a fixed number of steps after it began, and not when its bytes have arrived: all replicas take over the
-mean in the same step, and wait only if it is late. It has a process group of its own, so that its collectives cannot
-meet those of the steps in another order on another rank. On a GPU they run on that group's stream.
+mean in the same step, and wait only if it is late. A sync that comes due meanwhile begins when the flight ends. A
+flight has a process group of its own, so that its collectives cannot meet those of the steps in another order on
+another rank. On a GPU they run on that group's stream.
 """
 
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,11 @@ class Flight:
             self._advance()
             self._stage += 1
         return self._stage == len(self._ends)
+
+    @property
+    def ends_in_this_step(self) -> bool:
+        """Whether the mean is taken over in the step that is taken now."""
+        return self._age + 1 >= self._ends[-1]
 
     def finish(self) -> None:
         """Take the mean over now; every rank calls it after the same step."""
@@ -155,8 +161,12 @@ class Overlap:
         self._sync_step = sync_step
         self._flights: dict[CurvaDion, Flight] = {}
 
+    def may_start(self, optimizer: CurvaDion) -> bool:
+        """Whether a flight may begin in this step. One that is under way goes on, so that nobody waits for it."""
+        return optimizer not in self._flights or self._flights[optimizer].ends_in_this_step
+
     def start(self, optimizer: CurvaDion, collectives: Collectives) -> None:
-        """Begin the flight of a sync step. One that is under way ends first."""
+        """Begin the flight of a sync step. One that ends in this step ends first."""
         self.finish(optimizer)
         untrained = self._sync_step.untrained(optimizer)
         self._flights[optimizer] = Flight(collectives, self._parameters, untrained, optimizer, self._steps)

@@ -88,8 +88,8 @@ class ProcessGroupSync:
         overlap: How many steps the mean of a sync step may take. With 0 the sync step waits for it. Otherwise the
             replicas train on, and take the mean over so many steps later, whenever it arrived:
             :math:`x \\leftarrow x + (\text{new anchor} - \text{what was sent from})`. So they are equal after a
-            consensus outside of a step only. For ``consensus="average"`` with a ``momentum`` that sends nothing.
-            ``None`` is 0.
+            consensus outside of a step only. A sync that comes due meanwhile begins when the mean is taken over. For
+            ``consensus="average"`` with a ``momentum`` that sends nothing. ``None`` is 0.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
@@ -409,6 +409,10 @@ class ProcessGroupSync:
         if self.settings.consensus == "average" and self.settings.spread == 1:
             self._consensus.reached_in_step(optimizer)
         return means
+
+    def _may_sync(self, optimizer: CurvaDion) -> bool:
+        """Whether a mean could start in this step: one that is under way would have to be waited for."""
+        return self._overlap.may_start(optimizer)
 
     def _proceed(self, optimizer: CurvaDion) -> None:
         """Go on with a mean in the background."""

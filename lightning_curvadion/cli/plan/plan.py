@@ -54,7 +54,8 @@ def make_plan(arguments: PlanArguments) -> Plan:
     """
     setup = read_run_setup(arguments.fit_args)
     replicas = _check_replicas(arguments.replicas if arguments.replicas is not None else setup.replicas)
-    rates, rate_source = choose_sync_rates(setup.optimizer._cap, arguments.sync_rate, arguments.run)
+    delays = setup.settings.lag, setup.settings.overlap
+    rates, rate_source = choose_sync_rates(setup.optimizer._cap, arguments.sync_rate, arguments.run, delays[1])
     footprint = measure_footprint(setup.model, setup.optimizer, setup.settings, replicas)
     consensus = measure_consensus(setup.model, setup.optimizer, setup.settings, replicas)
     dion_traffic = dion_step_traffic(setup.model, setup.optimizer, replicas)
@@ -62,7 +63,6 @@ def make_plan(arguments: PlanArguments) -> Plan:
     quantization, quantization_source = _quantization_times(formats, arguments.quantization_speed)
     compute, compute_source = _compute_time(arguments.step_seconds, arguments.fit_args)
     network = Network(arguments.link, replicas, setup.backend)
-    delays = setup.settings.lag, setup.settings.overlap
     steps = [StepPrediction(footprint, dion_traffic, compute, quantization, network, rate, *delays) for rate in rates]
     return Plan(setup, steps, consensus, rate_source, compute_source, quantization_source)
 

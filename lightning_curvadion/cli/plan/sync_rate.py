@@ -20,13 +20,16 @@ RMMC_FACTORS = (0.54, 4.38)
 _SIMULATED_STEPS = 20_000
 
 
-def expected_sync_rate(cap: LocalStepCap, rmmc_factor: float = 1.0, log_rmmc_mean: float = LOG_RMMC_MEAN) -> float:
+def expected_sync_rate(
+    cap: LocalStepCap, rmmc_factor: float = 1.0, log_rmmc_mean: float = LOG_RMMC_MEAN, overlap: int = 0
+) -> float:
     """Simulate a trigger: the share of the steps at which it fires, with log-normal RMMC as in the main job.
 
     Args:
         cap: The optimizer's trigger with its bound on local steps. A copy of it is simulated.
         rmmc_factor: Factor on RMMC.
         log_rmmc_mean: Mean of ln RMMC.
+        overlap: How many steps a mean may take, in which no other begins.
 
     Example:
         >>> from lightning_curvadion import EveryNSteps, RMMCThreshold
@@ -34,22 +37,30 @@ def expected_sync_rate(cap: LocalStepCap, rmmc_factor: float = 1.0, log_rmmc_mea
         0.25
         >>> expected_sync_rate(LocalStepCap(RMMCThreshold(1e9), max_local_steps=9))
         0.1
+        >>> expected_sync_rate(LocalStepCap(EveryNSteps(4), max_local_steps=50), overlap=5)
+        0.2
     """
     cap = copy.deepcopy(cap)
     generator = random.Random(0)
-    fired = 0
+    fired = since_sync = 0
     for _ in range(_SIMULATED_STEPS):
-        fired += cap.decide(rmmc_factor * generator.lognormvariate(log_rmmc_mean, LOG_RMMC_STD))
+        since_sync += 1
+        rmmc = rmmc_factor * generator.lognormvariate(log_rmmc_mean, LOG_RMMC_STD)
+        if cap.decide(rmmc, may_sync=since_sync >= overlap):
+            fired, since_sync = fired + 1, 0
     return fired / _SIMULATED_STEPS
 
 
-def choose_sync_rates(cap: LocalStepCap, given: float | None, run: Path | None) -> tuple[tuple[float, ...], str]:
+def choose_sync_rates(
+    cap: LocalStepCap, given: float | None, run: Path | None, overlap: int = 0
+) -> tuple[tuple[float, ...], str]:
     """The sync rates to plan with, one or the ends of a range, and their source in words.
 
     Args:
         cap: The optimizer's trigger with its bound on local steps.
         given: The user's rate, which comes first.
         run: Logs of a run, which come second.
+        overlap: As for :func:`expected_sync_rate`.
 
     Raises:
         PlanError: The logs hold no sync rate, or the trigger fires by what no simulation knows.
@@ -74,9 +85,9 @@ def choose_sync_rates(cap: LocalStepCap, given: float | None, run: Path | None) 
             f"how often {trigger} fires depends on how far the replicas move, which only training shows: give"
             " --sync-rate, or the logs of a run with --run"
         )
-    low, high = (expected_sync_rate(cap, factor) for factor in RMMC_FACTORS)
+    low, high = (expected_sync_rate(cap, factor, overlap=overlap) for factor in RMMC_FACTORS)
     if high - low < 0.05 * low:
-        return (expected_sync_rate(cap),), f"{trigger}, for any RMMC"
+        return (expected_sync_rate(cap, overlap=overlap),), f"{trigger}, for any RMMC"
     return (low, high), f"{trigger}, with RMMC as small and as large as in any job measured so far; or give --sync-rate"
 
 
