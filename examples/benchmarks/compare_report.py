@@ -57,9 +57,24 @@ def mean_loss(rows: list[Row], digits: int = 4) -> str:
 
 def gap(rows: list[Row], goal: list[Row]) -> float:
     """Percent by which the loss is above the goal's, over the seeds that both have."""
-    goals = {row.run.seed: row.outcome.val_loss for row in goal}
-    pairs = [(row.outcome.val_loss, goals[row.run.seed]) for row in rows if row.run.seed in goals]
+    pairs = pairs_of(rows, goal)
     return 100 * (sum(loss for loss, _ in pairs) / sum(goal for _, goal in pairs) - 1) if pairs else float("nan")
+
+
+def gap_cell(rows: list[Row], goal: list[Row], digits: int = 2) -> str:
+    """The gap and, from five seeds on, its standard error."""
+    pairs = pairs_of(rows, goal)
+    shown = f"{gap(rows, goal):+.{digits}f}"
+    if len(pairs) >= 5 and rows != goal:
+        error = statistics.stdev(loss - goal for loss, goal in pairs) / len(pairs) ** 0.5
+        shown += f" ± {100 * error / statistics.mean(goal for _, goal in pairs):.{digits}f}"
+    return f"{shown} %"
+
+
+def pairs_of(rows: list[Row], goal: list[Row]) -> list[tuple[float, float]]:
+    """Losses beside the goal's, for the seeds that both have."""
+    goals = {row.run.seed: row.outcome.val_loss for row in goal}
+    return [(row.outcome.val_loss, goals[row.run.seed]) for row in rows if row.run.seed in goals]
 
 
 def points(row: Row) -> list[tuple[int, float, int, float, int]]:
@@ -137,12 +152,11 @@ def choice_table(rows: list[Row], steps: int = STEPS) -> None:
     header("What a user would pick", "method", "loss (seeds)", f"above {CHOICES[USUAL]}", "of DDP's bytes", speed)
     for method, name in CHOICES.items():
         if mine := rows_at(rows, method=method, steps=steps):
-            above = gap(mine, usual)
             last = pace([row for row in rows if row.run.stop], method, RATES[-1])
             line(
                 name,
                 mean_loss(mine, digits=3),
-                f"{above:+.1f} %" if method != USUAL else "-",
+                gap_cell(mine, usual, digits=1) if method != USUAL else "-",
                 f"{statistics.mean(kernel_share(row, dense) for row in mine):.1f} %",
                 f"{last:.1f}" if last else "-",
             )
@@ -186,7 +200,7 @@ def method_table(rows: list[Row], replicas: int, steps: int) -> None:
         line(
             method,
             mean_loss(mine),
-            f"{gap(mine, goal):+.2f} %",
+            gap_cell(mine, goal),
             f"{statistics.mean(100 * row.outcome.sync_steps / steps for row in mine):.1f} %",
             f"{statistics.mean(row.outcome.kernel_total for row in mine) / 1e6:.2f}",
             f"{statistics.mean(kernel_share(row, dense) for row in mine):.2f} %",
@@ -219,7 +233,7 @@ def elsewhere_table(rows: list[Row]) -> None:
                     sent = statistics.mean(kernel_share(row, goal) for row in mine)
                     cells = (
                         mean_loss(mine),
-                        f"{gap(mine, goal):+.2f} %",
+                        gap_cell(mine, goal),
                         f"{100 * syncs / steps:.1f} %",
                         f"{sent:.2f} %",
                     )
@@ -234,7 +248,7 @@ def batch_table(rows: list[Row]) -> None:
         for batch in BATCHES:
             mine = rows_at(rows, method=method, sequences=batch)[:1]
             goal = rows_at(rows, method=USUAL, sequences=batch)[:1]
-            cells.append(f"{mean_loss(mine)} ({gap(mine, goal):+.2f} %)" if mine and goal else "not run")
+            cells.append(f"{mean_loss(mine)} ({gap_cell(mine, goal)})" if mine and goal else "not run")
         if cells.count("not run") < len(cells) - 1:
             line(method, *cells)
 
@@ -258,7 +272,7 @@ def length_table(rows: list[Row]) -> None:
         line(
             f"{method}, {length} steps",
             mean_loss(mine),
-            f"{gap(mine, goal):+.2f} %",
+            gap_cell(mine, goal),
             f"{statistics.mean(kernel_share(row, dense) * length / STEPS for row in mine):.2f} %",
             f"{seconds:.0f}" if seconds else "not timed",
             f"{100 * seconds * slow / STEPS:.1f} %" if seconds and slow else "-",

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from examples.benchmarks import compare
-from examples.benchmarks.compare_plan import BASE, STAGES, SWEEPS, best_rates, plan, read, with_rates
+from examples.benchmarks.compare_plan import BASE, STAGES, SWEEPS, Row, best_rates, plan, read, with_rates
 from examples.benchmarks.compare_replica import Outcome, append
-from examples.benchmarks.compare_report import gap, kernel_share, pace, points, reached, rows_at
+from examples.benchmarks.compare_report import gap, gap_cell, kernel_share, pace, points, reached, rows_at
 from examples.benchmarks.methods import DEFAULT, METHODS
 from examples.benchmarks.netlab import missing
 
@@ -88,6 +88,11 @@ def test_figures_of_the_tables(tmp_path):
     assert pace(rows, "DDP, Dion", "20mbit") == 15
     assert gap(mine[1:], mine) == 0
     assert gap(mine[:1], [replace(mine[0], outcome=replace(OUTCOME, val_loss=1.6))]) == pytest.approx(25)
+    goal = [Row(replace(run, seed=seed), replace(OUTCOME, val_loss=2.0), "") for seed in range(5)]
+    losses = [2.0, 2.1, 2.2, 2.3, 2.4]
+    above = [replace(row, outcome=replace(OUTCOME, val_loss=x)) for row, x in zip(goal, losses, strict=True)]
+    # The standard deviation is 0.158.
+    assert gap_cell(above, goal) == "+10.00 ± 3.54 %" and gap_cell(above[:4], goal) == "+7.50 %"
     half = replace(mine[0], outcome=replace(OUTCOME, kernel_total=300))
     assert kernel_share(half, mine[:1]) == pytest.approx(50)
 
