@@ -18,7 +18,7 @@ replicas share the loopback interface, without a count and without slow links. T
 - ``momenta``: what a sync step does to the momentum
 - ``sweep of four``, ``four``, ``sweep of eight``, ``eight``: more replicas
 - ``overlap``: agreements read late, and means taken over late
-- ``many seeds``: ten seeds of what ends close together
+- ``many seeds``: eight seeds of what ends close together
 - ``elsewhere``: another text, and a model of a million parameters
 - ``links``: time at three link speeds; leave the machine idle
 - ``distant``: time on links with latency; leave the machine idle
