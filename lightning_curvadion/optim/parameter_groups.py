@@ -92,8 +92,8 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
     # Of a DTensor, of which this room knows no more.
     if hasattr(parameter, "placements"):
         raise ValueError(
-            f"{name} is a DTensor, laid out as {parameter.placements}: every replica needs its whole parameters, so make"
-            " the optimizer of a model without fully_shard and tensor parallelism"
+            f"{name} is a DTensor, laid out as {parameter.placements}: every replica needs its whole parameters, so"
+            " make the optimizer of a model without fully_shard and tensor parallelism"
         )
     if not parameter.is_floating_point():
         raise ValueError(

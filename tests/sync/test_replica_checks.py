@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 from models import exact_sync
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from lightning_curvadion import CurvaDion, EveryNSteps, split_parameters
 
@@ -134,8 +132,11 @@ def test_a_backend_that_cannot_carry_a_format(replicas):
 
 
 def sharded(rank, world):
+    # Seconds to import.
+    from torch.distributed.fsdp import fully_shard
+
     model = nn.Linear(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
     with pytest.raises(
         ValueError, match=r"is a DTensor, laid out as \(Shard\(dim=0\),\): every replica needs its whole"
     ):
