@@ -126,6 +126,8 @@ def _serve(connection: Connection) -> None:
                 world_size=world,
                 timeout=datetime.timedelta(seconds=30),
             )
+            # Or a job that ends at once would leave the group while another rank still connects to it.
+            dist.barrier()
             torch.manual_seed(0)
             answer = (True, function(rank, world, *args))
         except BaseException:
