@@ -17,7 +17,7 @@ def digest(tensor: Tensor) -> Tensor:
         tensor: Of any dtype, shape and layout of strides.
 
     Returns:
-        int64, shape (), on the tensor's device.
+        int64, shape (), on the tensor's device. A tensor on the meta device has no bits, and costs nothing.
 
     Example:
         >>> a, b = torch.tensor([2, 0]), torch.tensor([0, 2])
@@ -25,6 +25,8 @@ def digest(tensor: Tensor) -> Tensor:
         (False, True)
     """
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    if tensor.is_meta:
+        return total
     flat = tensor.detach().reshape(-1)
     for number, part in enumerate(flat.split(_AT_A_TIME) if flat.numel() else ()):
         words = torch.zeros(-(-part.nbytes // 8), dtype=torch.int64, device=part.device)

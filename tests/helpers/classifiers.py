@@ -1,12 +1,17 @@
 """Small classifiers of noisy digits, and how they are trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import mean
 
 import pytest
 import torch
+from replicas import Replicas
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from lightning_curvadion import CurvaDion, split_parameters
 
 STEPS, WARMUP, BATCH, TRAIN = 200, 20, 32, 1000
 SEEDS = (0, 1)
@@ -56,12 +61,29 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
-def trained(model: Callable[[], nn.Module], optimizer: Callable[[nn.Module], torch.optim.Optimizer], digits) -> float:
-    """Loss on noisy images that the model has not seen, a mean over the seeds."""
-    return mean(trained_from(seed, model, optimizer, *digits) for seed in SEEDS)
+def adamw(module: nn.Module, lr: float) -> Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=lr)
 
 
-def trained_from(seed, model, optimizer, images, targets) -> float:
+def curvadion(module: nn.Module, lr: float) -> Optimizer:
+    return CurvaDion(split_parameters(module), lr=lr, lr_scale="match_rms_adamw")
+
+
+def trained(
+    model: Callable[[], nn.Module],
+    optimizers: Sequence[partial[Optimizer]],
+    digits: tuple[Tensor, Tensor],
+    replicas: Replicas,
+) -> list[float]:
+    """Losses on noisy images that the model has not seen, one for each optimizer; means over the seeds."""
+    jobs = [(seed, model, optimizer, *digits) for optimizer in optimizers for seed in SEEDS]
+    losses = replicas.map(trained_from, jobs)
+    return [mean(losses[first : first + len(SEEDS)]) for first in range(0, len(losses), len(SEEDS))]
+
+
+def trained_from(
+    seed: int, model: Callable[[], nn.Module], optimizer: partial[Optimizer], images: Tensor, targets: Tensor
+) -> float:
     torch.manual_seed(seed)
     net, generator = model(), torch.Generator().manual_seed(seed)
     steps = optimizer(net)

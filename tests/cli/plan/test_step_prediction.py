@@ -138,12 +138,12 @@ def test_steps_on_a_slow_link_take_as_long_as_predicted(measured, replicas):
 @needs_network
 def test_steps_of_distant_replicas_take_as_long_as_predicted(tmp_path):
     """Steps in a row, as in training, within 20 %: each row in one of the tries."""
-    off = None
+    off, delays = None, DISTANT
     for attempt in range(TRIES + 1):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        with Lab(max(DISTANT), FAST, latency=LATENCY) as lab:
-            measured = run_replicas(lab, "latency_replica.py", folder, json.dumps(DISTANT))
+        with Lab(max(delays), FAST, latency=LATENCY) as lab:
+            measured = run_replicas(lab, "latency_replica.py", folder, json.dumps(delays))
         rows = [row for replicas, by_kind in measured.items() for row in compare_distant(by_kind, replicas)]
         for kind, replicas, took, predicted in rows:
             print(f"\n{replicas} replicas  {kind:<26}{took:>9.3f}s{predicted:>10.3f}s{predicted / took:>8.2f}", end="")
@@ -151,6 +151,8 @@ def test_steps_of_distant_replicas_take_as_long_as_predicted(tmp_path):
         off = off_now if off is None else off & off_now
         if not off:
             break
+        # So many replicas as have a row that was never held.
+        delays = {replicas: pairs for replicas, pairs in DISTANT.items() if any(row[1] == replicas for row in off)}
     assert not off
 
 
