@@ -58,6 +58,7 @@ SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
 MOMENTA = tuple(name for name in METHODS if name.startswith("ours: ") and "momentum" in name)
 # Who waits for whom.
 OVERLAPS = tuple(name for name in METHODS if name.startswith("ours: lag"))
+OVERLAPS_OF_FOUR = ("ours: lag 1, overlap 1", "ours: lag 5, overlap 5")
 # What ends so close that it takes many seeds to tell.
 CLOSE = (
     USUAL,
@@ -88,8 +89,13 @@ ELSEWHERE = (("headers", "131k", STEPS), ("python", "1m", 600))
 FEW, MANY, IN_TURN = 40, 250, 200
 # A round trip of 50 ms, and a slow link.
 DELAYED = ("100mbit+25ms", "12mbit")
-_WAITING = [f"ours: lag {lag}, overlap {overlap}" for lag, overlap in ((0, 0), (1, 0), (1, 2), (6, 8))]
-WAITERS = ("no communication, Muon", *_WAITING)
+MUON_ALONE = "no communication, Muon"
+_WAITING = {delays: f"ours: lag {delays[0]}, overlap {delays[1]}" for delays in ((0, 0), (1, 0), (1, 1), (5, 5))}
+# By the number of replicas. On the distant link everything takes several steps.
+WAITERS = {
+    2: ("DDP, AdamW", MUON_ALONE, *_WAITING.values()),
+    4: (MUON_ALONE, _WAITING[1, 0], _WAITING[5, 5]),
+}
 
 
 @dataclass(frozen=True)
@@ -166,10 +172,11 @@ def distant(rows: list[Row]) -> list[Run]:
 def delays(rows: list[Row]) -> list[Run]:
     """Timed runs with and without delays, in turn: another seed is another measurement."""
     return [
-        replace(run, stop=IN_TURN)
+        replace(run, stop=FEW if METHODS[run.method].ddp else IN_TURN)
+        for replicas, methods in WAITERS.items()
         for rate in DELAYED
         for seed in SEEDS
-        for run in tuned(WAITERS, rows, rate=rate, seed=seed)
+        for run in tuned(methods, rows, rate=rate, seed=seed, replicas=replicas)
     ]
 
 
@@ -223,7 +230,7 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
         dict.fromkeys(over_seeds([USUAL, *TRIGGERS], rows, replicas=4) + tuned(QUOTED, rows, replicas=4))
     ),
     "momenta": lambda rows: over_seeds(MOMENTA, rows),
-    "overlap": lambda rows: [run for n in (2, 4) for run in over_seeds(OVERLAPS, rows, replicas=n)],
+    "overlap": lambda rows: over_seeds(OVERLAPS, rows) + over_seeds(OVERLAPS_OF_FOUR, rows, replicas=4),
     "many seeds": lambda rows: over_seeds(CLOSE, rows, MANY_SEEDS),
     "sweep of eight": lambda rows: sweep(8),
     "eight": lambda rows: over_seeds([USUAL, DEFAULT], rows, replicas=8),

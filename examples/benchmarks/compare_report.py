@@ -339,11 +339,12 @@ def delays_table(rows: list[Row]) -> None:
     """Steps per second with and without delays, beside the same steps without communication: medians."""
     timed_runs = set(plan("delays", rows))
     mine = [row for row in rows if row.run in timed_runs]
-    links = [cell for rate in DELAYED for cell in (rate, "of the first")]
-    header("Delays, 2 replicas, steps a second", "method", *links)
-    for method in WAITERS:
-        cells = []
-        for rate in DELAYED:
-            value, most = pace(mine, method, rate), pace(mine, WAITERS[0], rate)
-            cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["not timed", "-"]
-        line(method, *cells)
+    links = [cell for rate in DELAYED for cell in (rate, f"of none, {rate}")]
+    header("Delays, steps a second", "replicas", "method", *links)
+    for replicas, methods in WAITERS.items():
+        for method in methods:
+            cells = []
+            for rate in DELAYED:
+                value, most = (pace(mine, name, rate, replicas) for name in (method, ALONE))
+                cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["not timed", "-"]
+            line(replicas, method, *cells)
