@@ -58,7 +58,7 @@ SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
 MOMENTA = tuple(name for name in METHODS if name.startswith("ours: ") and "momentum" in name)
 # Who waits for whom.
 OVERLAPS = tuple(name for name in METHODS if name.startswith("ours: lag"))
-OVERLAPS_OF_FOUR = ("ours: lag 1, overlap 1", "ours: lag 5, overlap 5")
+OVERLAPS_OF_FOUR = (DEFAULT, "ours: lag 1, overlap 1", "ours: lag 5, overlap 5")
 # What ends so close that it takes many seeds to tell.
 CLOSE = (
     USUAL,
