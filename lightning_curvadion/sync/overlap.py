@@ -6,7 +6,8 @@ at, it ends the flight by
 .. math:: x_i \leftarrow (x_i - s_i) + a ,
 
 so that its own progress meanwhile, :math:`x_i - s_i`, stays, and is its displacement from then on. Streaming DiLoCo
-(arXiv:2501.18512) found such a delay to be free in loss. Here it cost 1 % (``examples/benchmarks/README.md``).
+(arXiv:2501.18512) found such a delay to be free in loss. Here a step or two are, and many are not
+(``examples/benchmarks/README.md``).
 
 A flight ends a fixed number of steps after it began, and not when its bytes have arrived: all replicas take over the
 mean in the same step, and wait only if it is late. A sync that comes due meanwhile begins when the flight ends. A
