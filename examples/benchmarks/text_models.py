@@ -236,6 +236,8 @@ class LoRA(LanguageModel):
         if not cls.base(steps).exists():
             python = CORPORA["python"](context=CONTEXT, batch_size=2 * cls.batch_size)
             python.prepare_data()
+            # Every method and every machine starts from the same GPT.
+            pl.seed_everything(0, verbose=False)
             module = ByteGPT(layers=LAYERS, width=WIDTH, heads=HEADS, context=CONTEXT)
             pl.Trainer(**QUIET, max_steps=5 * steps // 2).fit(module, python.train_dataloader())
             torch.save(module.gpt.state_dict(), cls.base(steps))
