@@ -15,13 +15,13 @@ from .anchors import Anchors
 from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
-from .payloads import DisplacementPayload, Payload, TensorPayload
+from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
 from .settings import SyncSettings, has_small_groups
-from .sparse_rows import SparseRowsPayload, has_sparse_rows, moved_rows
+from .sparse_rows import SparseRowsPayload, row_distances
 
-SetAnywhere = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+RowsToSend = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 StandIns = Mapping[Tensor, Tensor]
 
 
@@ -153,18 +153,18 @@ class ParameterPayloads:
         return DueParameters(dense, sparse, resting)
 
     def of_sync_step(
-        self, optimizer: CurvaDion, set_anywhere: SetAnywhere, leave_out: Collection[Tensor] = ()
+        self, optimizer: CurvaDion, rows_to_send: RowsToSend, leave_out: Collection[Tensor] = ()
     ) -> list[Payload]:
         """The payloads of a sync step, in the wire formats.
 
         Args:
             optimizer: It steps now.
-            set_anywhere: ``Collectives.set_anywhere``, called where rows may be at rest.
+            rows_to_send: ``Collectives.rows_to_send``, called where rows may be at rest.
             leave_out: Parameters that are synchronised otherwise.
         """
         due = self.due(optimizer, leave_out)
         dense = self.of(optimizer, due.dense, correct=True)
-        rows = set_anywhere(self.moved_rows(optimizer, due.sparse)) if due.sparse else []
+        rows = rows_to_send(self.row_distances(optimizer, due.sparse)) if due.sparse else []
         return [*dense, *self.of_rows(optimizer, due.sparse, rows), *self.of_resting(optimizer, due.resting)]
 
     def _wire_formats(self, optimizer: CurvaDion) -> dict[Tensor, str]:
@@ -180,10 +180,10 @@ class ParameterPayloads:
         # An outer step moves all rows. At full width there is no residual that could take up what the others moved.
         return has_sparse_rows(parameter) and wire_format in BLOCK_FORMATS and not self._settings.has_outer_step
 
-    def moved_rows(
+    def row_distances(
         self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], stand_ins: StandIns | None = None
     ) -> list[Tensor]:
-        """Which rows of parameters have moved on this replica. Their displacements start anew.
+        """How far the rows of parameters have moved on this replica. Their displacements start anew.
 
         Args:
             optimizer: Of the parameters.
@@ -194,7 +194,7 @@ class ParameterPayloads:
             self.meter.start()
         self._restart(parameters.values())
         return [
-            moved_rows((stand_ins or {}).get(p, p), self.anchors.to_move(p), self._residual(optimizer.state[p], p))
+            row_distances((stand_ins or {}).get(p, p), self.anchors.to_move(p), self._residual(optimizer.state[p], p))
             for p in parameters.values()
         ]
 

@@ -16,39 +16,36 @@ from torch import Tensor
 
 from ..optim.matrix_stacks import STACK_ELEMENTS
 from .drift import DriftMeter
-from .payloads import Payload, displacement_of
+from .payloads import Payload, displacement_of, share_of
 
-# With fewer rows, nearly all are looked up between two sync steps.
-FEWEST_ROWS = 1024
 # A row has moved from this share of the farthest row's displacement on, chosen by loss and bytes
 # (examples/benchmarks/vocabulary.py).
 SHARE_OF_FARTHEST = 0.03
 
 
-def has_sparse_rows(parameter: Tensor) -> bool:
-    """Whether few rows of a parameter may move between two sync steps, judged by its shape alone."""
-    return parameter.dim() == 2 and parameter.shape[0] >= FEWEST_ROWS
-
-
-def moved_rows(parameter: Tensor, anchor: Tensor, residual: Tensor) -> Tensor:
-    """Which rows have moved on this replica: bool, shape (rows,). A row with NaN has.
+def row_distances(parameter: Tensor, anchor: Tensor, residual: Tensor) -> Tensor:
+    """How far each row has moved on this replica, with what is left to send: shape (rows,).
 
     Args:
         parameter: Shape (rows, columns).
         anchor: Its value at the last consensus.
         residual: Its error-feedback residual.
-
-    Example:
-        >>> parameter = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.01, 0.0]])
-        >>> moved_rows(parameter, anchor=torch.zeros(3, 2), residual=torch.zeros(3, 2))
-        tensor([ True, False, False])
     """
-    distances = torch.cat(
+    return torch.cat(
         [
             torch.linalg.vector_norm(displacement_of(own, start).add_(left), dim=1)
             for own, start, left in zip(*map(_in_parts, (parameter.detach(), anchor, residual)), strict=True)
         ]
     )
+
+
+def far_rows(distances: Tensor) -> Tensor:
+    """Which rows have moved, given how far: bool. A row with NaN has.
+
+    Example:
+        >>> far_rows(torch.tensor([3.0, 0.0, 0.01]))
+        tensor([ True, False, False])
+    """
     # A comparison with NaN is false, so that what diverged is sent, and refused by name.
     return (distances < SHARE_OF_FARTHEST * distances.max()).logical_not_() & (distances != 0)
 
@@ -90,6 +87,11 @@ class SparseRowsPayload(Payload):
         rows, part = self._part(start, stop)
         displacement = displacement_of(self._parameter[rows], self._anchor[rows]).add_(self._residual[rows])
         return displacement.view(-1)[part]
+
+    def share(self, process: int, processes: int) -> tuple[int, int]:  # noqa: D102
+        bounds = torch.tensor(share_of(self._parameter.shape[0], process, processes), device=self._rows.device)
+        start, stop = torch.searchsorted(self._rows, bounds).tolist()
+        return start * self._columns, stop * self._columns
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         rows, part = self._part(start, stop)
