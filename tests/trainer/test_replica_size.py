@@ -116,19 +116,20 @@ def test_by_name_a_node_is_a_replica():
     assert trainer.strategy.replica_size == 2 and trainer.world_size == 6
 
 
-class NotesItsBatchNorm(Module):
-    def on_train_start(self):
-        self.spanned = torch.distributed.get_process_group_ranks(self.net.batch_norm.process_group)
+class NotesBatchNorm(CurvaDionStrategy):
+    """Which ranks a synchronised batch norm spans, before DistributedDataParallel takes the module."""
+
+    def _setup_model(self, model):
+        self.spanned = torch.distributed.get_process_group_ranks(model.net.batch_norm.process_group)
+        return super()._setup_model(model)
 
 
 def spanned_by_batch_norm(rank, world):
-    """The ranks that a synchronised batch norm spans; torch has its forward pass on GPUs only."""
-    module = NotesItsBatchNorm()
+    strategy = NotesBatchNorm(replica_size=2)
+    # torch has it on GPUs only.
     with pytest.raises(ValueError, match="SyncBatchNorm"):
-        trainer_for(rank, world, CurvaDionStrategy(replica_size=2), sync_batchnorm=True, num_sanity_val_steps=0).fit(
-            module
-        )
-    return module.spanned
+        trainer_for(rank, world, strategy, sync_batchnorm=True).fit(Module())
+    return strategy.spanned
 
 
 def test_synchronised_batch_norm_spans_a_replica(replicas):
