@@ -136,7 +136,7 @@ def counted_bytes(rank, world, size):
     return counts
 
 
-@pytest.mark.parametrize("world", [4, 6])
+@pytest.mark.parametrize("world", [6])
 def test_every_process_counts_what_the_processes_of_its_replica_send_together(replicas, world):
     everyone = replicas.run(world, counted_bytes, 2)
     for of_replica, own in zip(everyone[0], zip(*everyone[:2], strict=True), strict=True):
