@@ -51,7 +51,7 @@ def measure(rank: int, model_name: str, hook: dict) -> dict[str, tuple[int, int,
     if processes > 1:
         torch.manual_seed(0)
         (model, optimizer), train = (
-            attach(rank, dist.get_world_size(), processes, Net(24), hook, trigger=trigger),
+            attach(dist.get_world_size(), processes, Net(24), hook, trigger=trigger),
             train_step,
         )
     elif model_name == "gpt":

@@ -45,7 +45,7 @@ def bits_over_a_run(rank, world, size, hooks):
     runs = []
     for hook in hooks:
         torch.manual_seed(0)
-        module, optimizer = attach(rank, world, size, Net(), hook, trigger=EveryNSteps(3))
+        module, optimizer = attach(world, size, Net(), hook, trigger=EveryNSteps(3))
         bits = []
         for step in range(7):
             train_step(module, optimizer, step, rank)
@@ -72,7 +72,7 @@ def rows_over_a_run(rank, world, size, overlap):
     model = nn.ParameterList(parameters)
     groups = [{"params": [parameters[2]]}, {"params": [parameters[i] for i in (0, 1, 3)], "algorithm": "adamw"}]
     optimizer = CurvaDion(groups, lr=0.02, weight_decay=0.0, trigger=EveryNSteps(2))
-    group, inner = groups_of(rank, world, size)
+    group, inner = groups_of(world, size)
     optimizer.register_sync_hook(ProcessGroupSync(group, inner_group=inner, overlap=overlap))
     generator = torch.Generator().manual_seed(rank // size)
     bits = []
@@ -101,7 +101,7 @@ def two_replicas_of_48_samples(rank, world, hook):
         module, optimizer = model, CurvaDion(split_parameters(model), lr=0.02, trigger=EveryNSteps(3))
         optimizer.register_sync_hook(ProcessGroupSync(**{**EXACT, **hook}))
     else:
-        module, optimizer = attach(rank, world, size, model, hook, trigger=EveryNSteps(3))
+        module, optimizer = attach(world, size, model, hook, trigger=EveryNSteps(3))
     before = optimizer.sync_hook.bytes_sent
     for step in range(10):
         shards = (2 * rank, 2 * rank + 1) if size == 1 else (rank,)
@@ -125,7 +125,7 @@ def test_two_by_two_processes_learn_what_two_replicas_with_twice_the_batch_do(re
 
 
 def counted_bytes(rank, world, size):
-    module, optimizer = attach(rank, world, size, Net(), QUANTIZED, trigger=EveryNSteps(2))
+    module, optimizer = attach(world, size, Net(), QUANTIZED, trigger=EveryNSteps(2))
     sync = optimizer.sync_hook
     own = sync._collectives._outer
     counts = []
@@ -148,7 +148,7 @@ def test_every_process_counts_what_the_processes_of_its_replica_send_together(re
 
 
 def one_process_breaks(rank, world, what):
-    module, optimizer = attach(rank, world, 2, Net(), QUANTIZED, trigger=EveryNSteps(2))
+    module, optimizer = attach(world, 2, Net(), QUANTIZED, trigger=EveryNSteps(2))
     train_step(module, optimizer, 0, rank)
     if what == "stop" and rank == 3:
         optimizer.sync_hook.agreement.stop_request = 0.5
@@ -180,7 +180,7 @@ def test_a_stop_request_of_any_process_reaches_all(replicas):
 
 
 def one_process_loads_other_values(rank, world, hook):
-    module, optimizer = attach(rank, world, 2, Net(), hook, trigger=EveryNSteps(2))
+    module, optimizer = attach(world, 2, Net(), hook, trigger=EveryNSteps(2))
     for step in range(7):
         if step == 3 and rank == 3:
             module.module.load_state_dict({name: value + 0.1 for name, value in module.module.state_dict().items()})
@@ -198,7 +198,7 @@ def test_a_process_that_alone_loads_other_values_comes_back_to_the_others(replic
 
 
 def refused(rank, world, what):
-    group, inner = groups_of(rank, world, 2)
+    group, inner = groups_of(world, 2)
     model = Net()
     if what == "no group":
         with pytest.raises(ValueError, match="give group as well as inner_group"):

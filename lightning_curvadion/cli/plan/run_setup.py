@@ -88,8 +88,8 @@ def read_run_setup(args: Sequence[str]) -> RunSetup:
     replicas, processes = _replicas(trainer_config)
     if processes > 1:
         notes.append(
-            f"A replica has {processes} processes, which share its link and send what one would. So do DDP's here, as if"
-            " they reduced inside of it first."
+            f"A replica has {processes} processes, which share its link and send what one would. So do DDP's here, as"
+            " if they reduced inside of it first."
         )
     return RunSetup(model, optimizer, settings, replicas, processes, backend, schedule, tuple(notes))
 
