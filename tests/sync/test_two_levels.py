@@ -1,8 +1,11 @@
 """Two levels: several processes form a replica, hold the same bits, and send what one process would."""
 
+import copy
+
 import pytest
 import torch
 from models import EXACT, Net, parameters_of, state_of, train_step
+from moves import recorded_moves
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import fingerprint
@@ -75,23 +78,28 @@ def rows_over_a_run(rank, world, size, overlap):
     group, inner = groups_of(world, size)
     optimizer.register_sync_hook(ProcessGroupSync(group, inner_group=inner, overlap=overlap))
     generator = torch.Generator().manual_seed(rank // size)
-    bits = []
-    for _ in range(7):
-        # One gradient for all processes of a replica, as DistributedDataParallel leaves it.
-        for parameter in model:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        parameters[1].grad[torch.randperm(len(parameters[1]), generator=generator)[40:]] = 0.0
-        optimizer.step()
-        bits.append(shared_bits(optimizer))
+    starts, bits = [parameter.detach().double() for parameter in parameters], []
+    with recorded_moves(parameters) as moves:
+        for _ in range(7):
+            # One gradient for all processes of a replica, as DistributedDataParallel leaves it.
+            for parameter in model:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameters[1].grad[torch.randperm(len(parameters[1]), generator=generator)[40:]] = 0.0
+            moves.start()
+            optimizer.step()
+            bits.append(shared_bits(optimizer))
     optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
-    return bits, shared_bits(optimizer)
+    ends = [p.detach().double() - start for p, start in zip(parameters, starts, strict=True)]
+    return bits, shared_bits(optimizer), ends, moves.totals
 
 
 @pytest.mark.parametrize("overlap", [0, 2])
-def test_moved_rows_and_parameters_of_one_number_keep_a_replica_equal(replicas, overlap):
-    everyone = replicas.run(4, rows_over_a_run, 2, overlap)
-    assert everyone[0] == everyone[1] and everyone[2] == everyone[3]
-    assert everyone[0][0] != everyone[2][0] and everyone[0][1] == everyone[2][1]
+def test_of_moved_rows_and_parameters_of_one_number_nothing_is_lost(replicas, overlap):
+    first, second, third, fourth = replicas.run(4, rows_over_a_run, 2, overlap)
+    assert first[:2] == second[:2] and third[:2] == fourth[:2]
+    assert first[0] != third[0] and first[1] == third[1]
+    for end, own, other in zip(first[2], first[3], third[3], strict=True):
+        assert (end - (own + other) / 2).abs().max() < 1e-5
 
 
 def two_replicas_of_48_samples(rank, world, hook):
@@ -142,6 +150,31 @@ def test_every_process_counts_what_the_processes_of_its_replica_send_together(re
     for of_replica, own in zip(everyone[0], zip(*everyone[:2], strict=True), strict=True):
         assert {count for count, _ in own} == {of_replica[0]} == {sum(sent for _, sent in own)}
     assert everyone[0][0][0] == 16, "a local step sends what one process would"
+
+
+def continued_and_resumed(rank, world, hook):
+    """Bits after steps 5 to 8, of the run that saved before them and of one that starts from what it saved."""
+    module, optimizer = attach(world, 2, Net(), hook, trigger=EveryNSteps(3))
+    for step in range(5):
+        train_step(module, optimizer, step, rank)
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    ends = []
+    for resumed in (False, True):
+        if resumed:
+            module, optimizer = attach(world, 2, Net(), hook, trigger=EveryNSteps(3))
+            module.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        for step in range(5, 9):
+            train_step(module, optimizer, step, rank)
+        ends.append(shared_bits(optimizer) + fingerprint(module.buffers()))
+    return ends
+
+
+@pytest.mark.parametrize("hook", [DELAYED])
+def test_a_run_resumes_bit_for_bit(replicas, hook):
+    for continued, resumed in replicas.run(4, continued_and_resumed, hook):
+        assert continued == resumed
 
 
 # -- one process alone ------------------------------------------------------------------------------------------------
