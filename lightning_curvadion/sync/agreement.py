@@ -221,7 +221,8 @@ class Agreement:
         position = "takes step {}" if stepping else "ended after {} steps"
         if self._lag > 1:
             # Ranks that step have started agreements since, which nothing but an agreement would match.
-            positions = [f"rank {self._collectives.rank} {position.format(self._steps)}, and another rank does not"]
+            place = self._collectives.places[self._collectives.rank]
+            positions = [f"{place} {position.format(self._steps)}, and another rank does not"]
         else:
             ranks = self._collectives.all_gather_object(position.format(self._steps))
             positions = [f"rank {rank} {own}" for rank, own in enumerate(ranks)]

@@ -1,12 +1,14 @@
 """Replicas of several processes under a Trainer: each is one model, whatever a process of it does."""
 
+import logging
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from training import Module, fingerprint, trainer_for
+from training import Member, Module, fingerprint, trainer_for
 
 from lightning_curvadion import CommunicationMonitor, CurvaDionStrategy
 
@@ -114,6 +116,31 @@ def test_by_name_a_node_is_a_replica():
     assert "curvadion_node" in StrategyRegistry
     trainer = pl.Trainer(accelerator="cpu", devices=2, num_nodes=3, strategy="curvadion_node", logger=False)
     assert trainer.strategy.replica_size == 2 and trainer.world_size == 6
+
+
+class OfTwoNodes(Member):
+    def local_rank(self):
+        return self.global_rank() % 2
+
+
+def hint_on_two_nodes(rank, world, options):
+    """What the strategy logs where it joins the process group, on two nodes of two processes."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    strategy, plugins = CurvaDionStrategy(**options), [OfTwoNodes(rank, world)]
+    pl.Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=strategy, plugins=plugins, logger=False)
+    logger.addHandler(handler)
+    strategy.setup_environment()
+    logger.removeHandler(handler)
+    return [text for text in records if "replica_size='node'" in text]
+
+
+def test_the_processes_of_a_node_that_are_replicas_of_their_own_get_a_hint(replicas):
+    (hint,), *others = replicas.run(4, hint_on_two_nodes, {})
+    assert "each of the 2 processes of a node is a replica" in hint and others == [[], [], []]
+    assert replicas.run(4, hint_on_two_nodes, {"replica_size": "node"}) == [[]] * 4
 
 
 class NotesBatchNorm(CurvaDionStrategy):

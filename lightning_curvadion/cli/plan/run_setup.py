@@ -14,7 +14,7 @@ from ...optim.curvadion import CurvaDion
 from ...optim.split_parameters import split_parameters
 from ...sync.settings import SyncSettings
 from ...trainer.lightning_internals import configured_optimizers, detach_trainer
-from ...trainer.replica_processes import check_replica_size, processes_per_replica
+from ...trainer.replica_processes import ReplicaSize, check_replica_size, processes_per_replica
 from ...trainer.strategy import CurvaDionStrategy
 from ..errors import PlanError
 from .config_cli import ConfigCLI, config_errors_as_plan_errors, one_line
@@ -145,7 +145,7 @@ def _replicas(trainer_config: dict[str, Any]) -> tuple[int | None, int]:
     devices, nodes = _num_devices(trainer_config), int(trainer_config.get("num_nodes") or 1)
     strategy = trainer_config.get("strategy")
     options = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
-    replica_size = "node" if strategy == "curvadion_node" else options.get("replica_size", 1)
+    replica_size: ReplicaSize = "node" if strategy == "curvadion_node" else options.get("replica_size", 1)
     if devices is None:
         if replica_size == "node":
             raise PlanError('replica_size="node" needs the number of devices of a node: set trainer.devices')
