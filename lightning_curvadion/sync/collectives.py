@@ -221,6 +221,11 @@ class Collectives:
         """The indices at which a mask is set on any replica, for each of some flat masks. A flag travels as one bit."""
         return indices_set_anywhere(self.all_gather(packed_flags(masks)), masks)
 
+    @property
+    def place_inside(self) -> tuple[int, int]:
+        """This process among those of its replica, and their number."""
+        return 0, 1
+
     def anywhere_inside(self, flag: bool) -> bool:
         """Whether a flag is set on any process of this replica."""
         return flag

@@ -15,7 +15,7 @@ from .anchors import Anchors
 from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
-from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows
+from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows, share_of_parameter
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
 from .settings import SyncSettings, has_small_groups
@@ -45,14 +45,17 @@ class ParameterPayloads:
 
     Args:
         settings: Of the hook.
+        process: This process, among those of its replica.
+        processes: Of a replica.
 
     Attributes:
         anchors: The last consensus, where the settings or a trigger need it.
         meter: Measures the drift; ``None`` until it is asked for.
     """
 
-    def __init__(self, settings: SyncSettings) -> None:
+    def __init__(self, settings: SyncSettings, process: int = 0, processes: int = 1) -> None:
         self._settings = settings
+        self._process, self._processes = process, processes
         self.anchors = Anchors()
         self.meter: DriftMeter | None = None
         # Parameters that have stepped since their last sync step.
@@ -194,7 +197,12 @@ class ParameterPayloads:
             self.meter.start()
         self._restart(parameters.values())
         return [
-            row_distances((stand_ins or {}).get(p, p), self.anchors.to_move(p), self._residual(optimizer.state[p], p))
+            row_distances(
+                (stand_ins or {}).get(p, p),
+                self.anchors.to_move(p),
+                self._residual(optimizer.state[p], p),
+                self._first(p) // p.shape[1],
+            )
             for p in parameters.values()
         ]
 
@@ -220,7 +228,10 @@ class ParameterPayloads:
         for (name, p), travelling in zip(parameters.items(), rows, strict=True):
             values, residual = (stand_ins or {}).get(p, p), self._residual(optimizer.state[p], p)
             anchor = self.anchors.to_move(p)
-            payloads.append(SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter))
+            first = self._first(p) // p.shape[1]
+            payloads.append(
+                SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first)
+            )
         return payloads
 
     def of_resting(
@@ -297,16 +308,28 @@ class ParameterPayloads:
             correction = self._correction(group, state, parameter, own_format) if correct else None
             values = stand_ins.get(parameter, parameter)
             payloads.append(
-                DisplacementPayload(name, values, anchor, own_format, residual, step, self.meter, correction)
+                DisplacementPayload(
+                    name, values, anchor, own_format, residual, step, self.meter, correction, self._first(parameter)
+                )
             )
         self._restart(parameters.values())
         return payloads
 
+    def _first(self, parameter: Tensor) -> int:
+        """The flat element that this process's residual of a parameter begins with."""
+        return share_of_parameter(parameter, self._process, self._processes)[0]
+
     def _residual(self, state: dict[str, Any], parameter: Tensor) -> Tensor:
-        """The error-feedback residual of a parameter, zero at first."""
-        if "residual" not in state:
+        """The error-feedback residual of a parameter, zero at first: of what this process sends of it."""
+        shape = parameter.shape
+        if self._processes > 1:
+            start, stop = share_of_parameter(parameter, self._process, self._processes)
+            shape = torch.Size([stop - start])
+            if has_sparse_rows(parameter):
+                shape = torch.Size([(stop - start) // parameter.shape[1], parameter.shape[1]])
+        if "residual" not in state or state["residual"].shape != shape:
             dtype = self._settings.dtype_of_residuals
-            state["residual"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state["residual"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return cast(Tensor, state["residual"])
 
     def _correction(

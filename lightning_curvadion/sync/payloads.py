@@ -149,6 +149,7 @@ class DisplacementPayload(Payload):
         meter: Measures the drift of the parameter.
         correct_momentum: Receives the mean displacement less this replica's own, of the parameter's shape; ``None`` to
             leave the momentum alone.
+        first: The flat element that the residual begins with, where this process sends a share alone.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class DisplacementPayload(Payload):
         outer_step: Callable[[Tensor, int, int], Tensor] | None,
         meter: DriftMeter | None = None,
         correct_momentum: Callable[[Tensor], None] | None = None,
+        first: int = 0,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
         super().__init__(f"displacement of {name}", parameter.numel(), wire_format)
@@ -168,6 +170,7 @@ class DisplacementPayload(Payload):
         self._flat = self._parameter.reshape(-1)
         self._anchor = anchor.view(-1)
         self._residual = residual.view(-1) if residual is not None else None
+        self._first = first
         self._outer_step = outer_step
         self._meter = meter
         self._correct_momentum = correct_momentum
@@ -178,22 +181,20 @@ class DisplacementPayload(Payload):
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         displacement = self._displacement(start, stop)
-        return displacement if self._residual is None else displacement.add_(self._residual[start:stop])
+        return displacement if self._residual is None else displacement.add_(self._residual[self._owned(start, stop)])
+
+    def _owned(self, start: int, stop: int) -> slice:
+        return slice(start - self._first, stop - self._first)
 
     def share(self, process: int, processes: int) -> tuple[int, int]:  # noqa: D102
-        if not has_sparse_rows(self._parameter):
-            return super().share(process, processes)
-        # Whole rows, as where only those travel that have moved: they share a residual.
-        rows, columns = self._parameter.shape
-        start, stop = share_of(rows, process, processes)
-        return start * columns, stop * columns
+        return share_of_parameter(self._parameter, process, processes)
 
     def _displacement(self, start: int, stop: int) -> Tensor:
         return displacement_of(self._flat[start:stop], self._anchor[start:stop])
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
-            self._residual[start:stop].copy_(error)
+            self._residual[self._owned(start, stop)].copy_(error)
         difference = mean - self._displacement(start, stop) if self._correct_momentum is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
@@ -217,6 +218,16 @@ def share_of(count: int, process: int, processes: int) -> tuple[int, int]:
         ((0, 2), (2, 5))
     """
     return count * process // processes, count * (process + 1) // processes
+
+
+def share_of_parameter(parameter: Tensor, process: int, processes: int) -> tuple[int, int]:
+    """Start and end of the flat elements of a parameter that one process of a replica sends."""
+    if not has_sparse_rows(parameter):
+        return share_of(parameter.numel(), process, processes)
+    # Whole rows, as where only those travel that have moved: they share a residual.
+    rows, columns = parameter.shape
+    start, stop = share_of(rows, process, processes)
+    return start * columns, stop * columns
 
 
 def has_sparse_rows(parameter: Tensor) -> bool:

@@ -99,8 +99,8 @@ class ProcessGroupSync:
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
     ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. During a sync step the
-    factors and about ``5 * chunk`` numbers, less for a smaller model.
+    under way with ``overlap``. With an ``inner_group`` a process has the residuals of what it sends alone. During a sync
+    step the factors and about ``5 * chunk`` numbers, less for a smaller model.
 
     Attributes:
         settings: The checked arguments.
@@ -174,7 +174,7 @@ class ProcessGroupSync:
         self._sync_rank_fraction = settings.sync_rank_fraction
         self._averages_vector_gradients = settings.consensus == "none"
         self._lag = settings.lag
-        self._parameters = ParameterPayloads(settings)
+        self._parameters = ParameterPayloads(settings, *self._collectives.place_inside)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
         self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
         self._overlap = Overlap(settings.overlap, self._parameters, self._sync_step)

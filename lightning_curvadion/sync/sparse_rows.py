@@ -23,20 +23,23 @@ from .payloads import Payload, displacement_of, share_of
 SHARE_OF_FARTHEST = 0.03
 
 
-def row_distances(parameter: Tensor, anchor: Tensor, residual: Tensor) -> Tensor:
+def row_distances(parameter: Tensor, anchor: Tensor, residual: Tensor, first: int = 0) -> Tensor:
     """How far each row has moved on this replica, with what is left to send: shape (rows,).
 
     Args:
         parameter: Shape (rows, columns).
         anchor: Its value at the last consensus.
         residual: Its error-feedback residual.
+        first: The row that the residual begins with, where this process sends a share alone. The distance of any other
+            row is 0.
     """
-    return torch.cat(
-        [
-            torch.linalg.vector_norm(displacement_of(own, start).add_(left), dim=1)
-            for own, start, left in zip(*map(_in_parts, (parameter.detach(), anchor, residual)), strict=True)
-        ]
-    )
+    stop = first + len(residual)
+    parts = map(_in_parts, (parameter.detach()[first:stop], anchor[first:stop], residual))
+    distances = [
+        torch.linalg.vector_norm(displacement_of(own, start).add_(left), dim=1)
+        for own, start, left in zip(*parts, strict=True)
+    ]
+    return torch.nn.functional.pad(torch.cat(distances), (first, len(parameter) - stop))
 
 
 def far_rows(distances: Tensor) -> Tensor:
@@ -62,6 +65,7 @@ class SparseRowsPayload(Payload):
         rows: Indices of the rows that travel, the same on all replicas.
         wire_format: A quantized format.
         meter: Measures the drift of the rows that travel.
+        first: The row that the residual begins with, where this process sends a share alone.
     """
 
     def __init__(
@@ -73,11 +77,12 @@ class SparseRowsPayload(Payload):
         rows: Tensor,
         wire_format: str,
         meter: DriftMeter | None = None,
+        first: int = 0,
     ) -> None:
         super().__init__(f"displacement of {name}", rows.numel() * parameter.shape[1], wire_format)
         self._rows, self._columns = rows, parameter.shape[1]
         self._parameter, self._anchor, self._residual = parameter.detach(), anchor, residual
-        self._meter = meter
+        self._meter, self._first = meter, first
 
     @property
     def sources(self) -> Sequence[Tensor]:  # noqa: D102
@@ -85,7 +90,8 @@ class SparseRowsPayload(Payload):
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         rows, part = self._part(start, stop)
-        displacement = displacement_of(self._parameter[rows], self._anchor[rows]).add_(self._residual[rows])
+        displacement = displacement_of(self._parameter[rows], self._anchor[rows])
+        displacement.add_(self._residual[rows - self._first])
         return displacement.view(-1)[part]
 
     def share(self, process: int, processes: int) -> tuple[int, int]:  # noqa: D102
@@ -95,20 +101,25 @@ class SparseRowsPayload(Payload):
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         rows, part = self._part(start, stop)
-        own, anchor, residual = self._parameter[rows], self._anchor[rows], self._residual[rows]
+        own, anchor = self._parameter[rows], self._anchor[rows]
         anchor.view(-1)[part].add_(mean)
         if error is not None:
+            residual = self._residual[rows - self._first]
             residual.view(-1)[part].copy_(error)
+            self._residual[rows - self._first] = residual
         if self._meter is not None:
             self._meter.observe(own.view(-1)[part], anchor.view(-1)[part])
         own.view(-1)[part].copy_(anchor.view(-1)[part])
-        self._parameter[rows], self._anchor[rows], self._residual[rows] = own, anchor, residual
+        self._parameter[rows], self._anchor[rows] = own, anchor
 
     def finish(self) -> None:  # noqa: D102
         # The rows that travelled are where their anchors are, and add nothing.
-        for own, anchor, residual in zip(*map(_in_parts, (self._parameter, self._anchor, self._residual)), strict=True):
+        rows = slice(self._first, self._first + len(self._residual))
+        for own, anchor, residual in zip(
+            *map(_in_parts, (self._parameter[rows], self._anchor[rows], self._residual)), strict=True
+        ):
             residual.add_(displacement_of(own, anchor))
-            own.copy_(anchor)
+        self._parameter.copy_(self._anchor)
 
     def _part(self, start: int, stop: int) -> tuple[Tensor, slice]:
         """The rows that elements from ``start`` to ``stop`` lie in, and where in these rows they lie."""

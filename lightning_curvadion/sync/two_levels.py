@@ -29,7 +29,7 @@ from .chunks import PayloadSlice, split_slices
 from .collectives import Collectives, is_wide, quantized_of
 from .errors import lost_replica
 from .payload_checks import PayloadCheck
-from .payloads import Payload, share_of
+from .payloads import Payload
 from .pending_numbers import PendingNumbers
 from .sparse_rows import far_rows
 from .transfers import SentBytes, Transfer, differing_in
@@ -256,6 +256,11 @@ class TwoLevelCollectives(Collectives):
         self._inner.collectives.broadcast(tensors)
         self._sent.total += sum(tensor.nbytes for tensor in tensors) if self.rank == 0 else 0
 
+    @property
+    @override
+    def place_inside(self) -> tuple[int, int]:
+        return self._inner.rank, self._inner.size
+
     @override
     def anywhere_inside(self, flag: bool) -> bool:
         flags = torch.tensor([float(flag)])
@@ -266,12 +271,10 @@ class TwoLevelCollectives(Collectives):
 
     @override
     def moved_rows(self, distances: Sequence[Tensor]) -> list[Tensor]:
-        """As among processes. Each process knows the residuals of its part of the rows alone."""
+        """As among processes. Each process knows how far its share of the rows has moved, and 0 of the others."""
         for own in distances:
-            start, stop = share_of(len(own), self._inner.rank, self._inner.size)
             # A maximum may lose a NaN.
             own.nan_to_num_(nan=torch.inf)
-            own[:start] = own[stop:] = 0
             self._inner.collectives.maximum_(own, "the rows that have moved")
         return [far_rows(own) for own in distances]
 

@@ -141,12 +141,14 @@ def counted_bytes(rank, world, size):
         before = sync.bytes_sent, own.bytes_sent
         train_step(module, optimizer, step, rank)
         counts.append((sync.bytes_sent - before[0], own.bytes_sent - before[1]))
-    return counts
+    residuals = sum(optimizer.state[parameter]["residual"].numel() for parameter in module.parameters())
+    return counts, residuals, sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("world", [6])
 def test_every_process_counts_what_the_processes_of_its_replica_send_together(replicas, world):
-    everyone = replicas.run(world, counted_bytes, 2)
+    everyone, residuals, numbers = zip(*replicas.run(world, counted_bytes, 2), strict=True)
+    assert residuals[0] + residuals[1] == numbers[0] < 2.1 * residuals[0], "each stores those of what it sends"
     for of_replica, own in zip(everyone[0], zip(*everyone[:2], strict=True), strict=True):
         assert {count for count, _ in own} == {of_replica[0]} == {sum(sent for _, sent in own)}
     assert everyone[0][0][0] == 16, "a local step sends what one process would"
