@@ -99,8 +99,8 @@ class ProcessGroupSync:
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
     ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. With an ``inner_group`` a process has the residuals of what it sends, and no others. During
-    a sync step the factors and about ``5 * chunk`` numbers, less for a smaller model.
+    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a smaller
+    model. With an ``inner_group`` a process stores the residuals of what it sends, and no others.
 
     Attributes:
         settings: The checked arguments.
