@@ -110,17 +110,26 @@ class ToldTransfer(Transfer):
         transfer: Of the first process.
         result: Of the shape and dtype of the result, on the others.
         inner: The processes of the replica.
+        compared: Tensors whose comparison it is. Those that differ anywhere become the first process's.
     """
 
-    def __init__(self, transfer: Transfer | None, result: Tensor, inner: InnerProcesses) -> None:
+    def __init__(
+        self,
+        transfer: Transfer | None,
+        result: Tensor,
+        inner: InnerProcesses,
+        compared: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.result = result if transfer is None else transfer.result
-        self._transfer, self._inner = transfer, inner
+        self._transfer, self._inner, self._compared = transfer, inner, compared
 
     @override
     def wait(self) -> Tensor:
         if self._transfer is not None:
             self._transfer.wait()
         self._inner.collectives.broadcast([self.result])
+        if self._compared is not None:
+            self._inner.collectives.broadcast(list(differing_in(self.result, self._compared).values()))
         return self.result
 
 
@@ -221,14 +230,12 @@ class TwoLevelCollectives(Collectives):
 
     @override
     def start_comparison(self, tensors: Mapping[str, Tensor], digests: Sequence[Tensor]) -> Transfer:
-        """As among processes. What differs inside of this replica becomes its first process's now."""
+        """As among processes. What differs inside of one replica differs, for all of them."""
         extremes = self.extremes_of(digests)
         self._sent.total += extremes.nbytes
         self._inner.collectives.maximum_(extremes, "the comparison of digests")
-        self._inner.collectives.broadcast(list(differing_in(extremes, tensors).values()))
-        # The maximum inside goes on: what differs in one replica differs, for all of them.
         started = self._outer.start_maximum_of_digests(extremes) if self._inner.is_first else None
-        return ToldTransfer(started, extremes, self._inner)
+        return ToldTransfer(started, extremes, self._inner, tensors)
 
     @override
     def start_all_gather(self, own: Tensor) -> Transfer:
