@@ -181,6 +181,28 @@ def kill_once(folder: Path, world: int, victim: int, step: int, where: str, dela
     return max(end.seconds for end in result)
 
 
+def kill_in_replica(folder: Path, victim: int, where: str = "forward") -> float:
+    """``kill -9`` on a process of one of two replicas; the seconds until all processes of both have ended.
+
+    Each says which one is lost. Those of the victim's replica notice it inside of the replica, the others in the next
+    agreement or mean.
+    """
+    job = Job(
+        str(folder), steps=10**6, devices=4, replica_size=2, victim=victim, step=5, what="kill", where=where, save=False
+    )
+    result = ends(job, start(job), within=30)
+    for rank, end in enumerate(result):
+        if rank != victim:
+            assert end.status > 0 and end.report["how"] == "ReplicaLostError", (rank, end)
+            silent = re.findall(r"No report came from (.*), as where", end.output)
+            tells = [str(victim) in re.findall(r"\d+", ranks) for ranks in silent]
+            assert tells == [True] or (rank != 0 and "store does not answer either" in end.output), end.output[-3000:]
+    (other,) = {rank for rank in range(4) if rank // 2 == victim // 2} - {victim}
+    assert f"No report came from rank {victim}, as" in result[other].output, result[other].output[-3000:]
+    assert not processes_in(folder)
+    return max(end.seconds for end in result)
+
+
 def kills(folder: Path, count: int = 20, seed: int = 0) -> list[float]:
     """Kills at random: ranks, steps, and places."""
     choose = random.Random(seed)

@@ -202,6 +202,8 @@ class Meter(pl.Callback):
         dist.barrier()
         self.seconds += time.perf_counter() - self._start
         self.kernel += kernel_sent() - self._kernel
+        # Another process of this host must have read its count before this one sends more.
+        dist.barrier()
         self.loss, self.spread = consensus_loss(module, self.validation)
         self.curve.append(f"{step}:{self.loss:.5f}:{self.kernel}:{self.seconds:.3f}:{self.sync_steps}")
 
@@ -232,26 +234,32 @@ def validation_windows(run: Run, path: Path, count: int) -> Dataset[Tensor]:
     return Reversed(windows) if run.disturbance == "data" else windows
 
 
-def build_trainer(run: Run, meter: Meter) -> pl.Trainer:
+def build_trainer(run: Run, meter: Meter, **launch: Any) -> pl.Trainer:
     """A Trainer for one replica of the run."""
     method = METHODS[run.method]
+    options = {"num_nodes": run.replicas, "strategy": method.strategy(), **launch}
     return pl.Trainer(
-        **QUIET,
-        num_nodes=run.replicas,
-        strategy=method.strategy(),
+        **{**QUIET, **options},
         max_steps=run.stop or run.steps,
         callbacks=[*method.callbacks(), Disturbance(run.disturbance, run.steps), meter],
     )
 
 
-def train(run: Run, evaluations: int, val_sequences: int) -> Outcome:
-    """Train one run. Every replica calls it."""
+def train(run: Run, evaluations: int, val_sequences: int, **launch: Any) -> Outcome:
+    """Train one run. Every process calls it.
+
+    Args:
+        run: Its settings.
+        evaluations: How often it is evaluated.
+        val_sequences: With how many windows.
+        **launch: Arguments of the Trainer, where a host has several processes.
+    """
     pl.seed_everything(run.seed, verbose=False)
     memory_before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     data = CORPORA[run.corpus](context=CONTEXT, batch_size=run.sequences)
     meter = Meter(run, evaluations, validation_windows(run, data.cache / "val.bin", val_sequences))
-    trainer = build_trainer(run, meter)
+    trainer = build_trainer(run, meter, **launch)
     optimizer = partial(METHODS[run.method].optimizer, lr=run.lr, vector_lr=run.vector_lr)
     module = ByteGPT(optimizer, *SIZES[run.model], CONTEXT, run.vector_lr)
     trainer.fit(module, data.train_dataloader())

@@ -32,9 +32,10 @@ from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.chunks import PayloadSlice
-from lightning_curvadion.sync.collectives import Collectives, complete
+from lightning_curvadion.sync.collectives import Collectives
 from lightning_curvadion.sync.payload_checks import PayloadCheck
 from lightning_curvadion.sync.payloads import TensorPayload
+from lightning_curvadion.sync.transfers import complete
 
 
 def median_seconds(functions: list[Callable[[], object]], rounds: int) -> list[float]:

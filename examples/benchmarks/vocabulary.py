@@ -24,6 +24,7 @@ from examples.benchmarks.replica_training import CONTEXT, COOLDOWN, SEQUENCES, W
 from examples.byte_gpt import GPT, WHOLE, StandardLibrary
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import sparse_rows
+from lightning_curvadion.sync.payloads import FEWEST_ROWS
 
 WORD = re.compile(rb"\w+|\s+|[^\w\s]")
 PERIOD = 6
@@ -99,7 +100,7 @@ def train_all(args: argparse.Namespace) -> None:
         train_words, most_common = words(str(cache / "train.bin"), vocabulary)
         val_words, _ = words(str(cache / "val.bin"), vocabulary, most_common)
         for seed in args.seeds:
-            for share in args.shares if vocabulary >= sparse_rows.FEWEST_ROWS else args.shares[:1]:
+            for share in args.shares if vocabulary >= FEWEST_ROWS else args.shares[:1]:
                 train(train_words, val_words, vocabulary, share, args.steps, seed)
 
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps of small vocabularies")
     args = parser.parse_args()
     if args.smoke:
-        args.vocabularies, args.steps = [256, sparse_rows.FEWEST_ROWS], 2 * PERIOD
+        args.vocabularies, args.steps = [256, FEWEST_ROWS], 2 * PERIOD
     StandardLibrary().prepare_data()
     print("| words | share | looked up between syncs | a sync | of DDP's bytes | loss | time |")
     print("|" + " --- |" * 7, flush=True)

@@ -318,7 +318,8 @@ class CurvaDion(StackedOptimizer):
     def _raise_if_unusable(self, code: float) -> None:
         if code >= 1:
             names = [name for name, _ in self.named_parameters()]
-            raise gradient_checks.UnusableGradientError(gradient_checks.describe(int(code), names))
+            places = self._hook._places if self._hook is not None else ["rank 0"]
+            raise gradient_checks.UnusableGradientError(gradient_checks.describe(int(code), names, places))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

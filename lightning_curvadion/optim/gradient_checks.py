@@ -44,8 +44,8 @@ def encode(kind: int, number: int, count: int, rank: int) -> int:
     return (rank * count + number) * len(_REMEDIES) + kind + 1
 
 
-def describe(code: int, names: Sequence[str]) -> str:
-    """The error message of a code, given the names of all parameters."""
+def describe(code: int, names: Sequence[str], places: Sequence[str]) -> str:
+    """The error message of a code, given the names of all parameters and of all replicas."""
     place, kind = divmod(code - 1, len(_REMEDIES))
     rank, number = divmod(place, len(names))
-    return f"rank {rank}: {names[number]} {_REMEDIES[kind]}. No parameter has changed by it."
+    return f"{places[rank]}: {names[number]} {_REMEDIES[kind]}. No parameter has changed by it."

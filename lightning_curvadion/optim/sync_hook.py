@@ -38,6 +38,10 @@ class SyncHook(Protocol):
     @property
     def bytes_sent(self) -> int: ...  # noqa: D102
 
+    @property
+    def _places(self) -> Sequence[str]:
+        """What errors call the replicas."""
+
     def _attach(self, optimizer: Any) -> None:
         """Verify that all replicas hold the same parameters, and start them from the same values."""
 

@@ -157,7 +157,7 @@ class Agreement:
         return max((one.code for one in agreed), default=0.0)
 
     def read(self, optimizer: CurvaDion) -> list[Agreed]:
-        """Wait for all that is under way. It communicates nothing: any rank may call it alone.
+        """Wait for all that is under way. It communicates nothing between replicas: any may call it alone.
 
         Returns:
             What the next steps will act on, oldest first.
@@ -167,6 +167,10 @@ class Agreement:
         """
         while self._pending.get(optimizer):
             self._read_oldest(optimizer)
+        return self.arrived(optimizer)
+
+    def arrived(self, optimizer: CurvaDion) -> list[Agreed]:
+        """Of what the next steps will act on, what this replica has read already, oldest first."""
         return list(self._arrived.get(optimizer, ()))
 
     def abandon(self) -> None:
@@ -217,7 +221,8 @@ class Agreement:
         position = "takes step {}" if stepping else "ended after {} steps"
         if self._lag > 1:
             # Ranks that step have started agreements since, which nothing but an agreement would match.
-            positions = [f"rank {self._collectives.rank} {position.format(self._steps)}, and another rank does not"]
+            place = self._collectives.places[self._collectives.rank]
+            positions = [f"{place} {position.format(self._steps)}, and another rank does not"]
         else:
             ranks = self._collectives.all_gather_object(position.format(self._steps))
             positions = [f"rank {rank} {own}" for rank, own in enumerate(ranks)]

@@ -112,12 +112,16 @@ def buckets_of(slices: Sequence[PayloadSlice], shards: int) -> list[Bucket]:
 
 def split_into_chunks(payloads: Sequence[Payload], chunk: int) -> Iterator[list[PayloadSlice]]:
     """Cut payloads into runs of slices with at most ``chunk`` elements together."""
+    return split_slices([PayloadSlice(payload, 0, payload.numel) for payload in payloads], chunk)
+
+
+def split_slices(parts: Iterable[PayloadSlice], chunk: int) -> Iterator[list[PayloadSlice]]:
+    """Cut slices of payloads into runs of smaller ones with at most ``chunk`` elements together."""
     slices: list[PayloadSlice] = []
     room = chunk
-    for payload in payloads:
-        start = 0
-        while start < payload.numel:
-            stop = min(payload.numel, start + room)
+    for payload, start, end in parts:
+        while start < end:
+            stop = min(end, start + room)
             slices.append(PayloadSlice(payload, start, stop))
             room -= stop - start
             start = stop

@@ -22,6 +22,7 @@ Between the two, a caller may let other work run (``overlap.py``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,39 +38,10 @@ from .errors import explain_failure
 from .payload_checks import PayloadCheck
 from .payloads import Payload
 from .pending_numbers import PendingNumbers
+from .row_flags import indices_set_anywhere, packed_flags
 from .settings import CHUNK
-
-
-class SentBytes:
-    """A count that process groups of the same ranks share."""
-
-    def __init__(self) -> None:
-        self.total = 0
-
-
-class Transfer:
-    """A collective under way.
-
-    Args:
-        work: The collective.
-        result: The tensor that it writes.
-        purpose: What it is for, in an error.
-    """
-
-    def __init__(self, work: dist.Work, result: Tensor, purpose: str) -> None:
-        self.result = result
-        self._work = work
-        self._purpose = purpose
-
-    def wait(self) -> Tensor:
-        """The result, once all that this device computes after it comes after the collective.
-
-        Raises:
-            ReplicaLostError: Another rank has ended, or does not arrive.
-        """
-        with record_function("curvadion::collective"), explain_failure(self._purpose):
-            self._work.wait()
-        return self.result
+from .sparse_rows import far_rows
+from .transfers import SentBytes, Transfer, complete, differing_in
 
 
 class Collectives:
@@ -84,6 +56,7 @@ class Collectives:
         rank: This replica.
         world_size: Number of replicas.
         device: Where collectives take place; ``None`` for where their tensors are.
+        places: What errors call the replicas.
     """
 
     def __init__(self, group: ProcessGroup | None = None, chunk: int = CHUNK, sent: SentBytes | None = None) -> None:
@@ -92,6 +65,9 @@ class Collectives:
         self.world_size = 1
         # NCCL carries tensors of the GPU only, and a module may keep a buffer on the CPU.
         self.device: torch.device | None = None
+        self.places = ["rank 0"]
+        # Of a group that is not the default one.
+        self._ranks: list[int] = []
         self._group = group
         self._chunk = chunk
 
@@ -103,6 +79,9 @@ class Collectives:
         """
         self.device = device
         self.rank, self.world_size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        self.places = [f"rank {rank}" for rank in range(self.world_size)]
+        if self._group is not None:
+            self._ranks = dist.get_process_group_ranks(self._group)
 
     @property
     def bytes_sent(self) -> int:
@@ -114,8 +93,17 @@ class Collectives:
         """
         return self._sent.total
 
-    def in_group_of_its_own(self) -> "Collectives":
-        """Collectives of the same ranks in another process group, for those that run beside others."""
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group; ``None`` is the default group."""
+        return self._group
+
+    def in_group_of_its_own(self, backend: str | None = None) -> "Collectives":
+        """Collectives of the same ranks in another process group, for those that run beside others.
+
+        Args:
+            backend: Of the group; ``None`` for the backend of this one.
+        """
         present = self._group or dist.group.WORLD
         assert present is not None, "joined"
         options = present._get_backend(present._device_types[0]).options
@@ -123,7 +111,7 @@ class Collectives:
             dist.get_process_group_ranks(present),
             # A backend without options has its default.
             timeout=options._timeout if options is not None else None,
-            backend=self.backend,
+            backend=backend or self.backend,
             # Ranks outside of a subgroup do not call this. torch then names the new group by how many groups a rank
             # has made, so the ranks of a subgroup must have made as many.
             use_local_synchronization=self._group is not None,
@@ -137,6 +125,9 @@ class Collectives:
         """Name of the process group's backend, such as ``"gloo"``."""
         return dist.get_backend(self._group)
 
+    def _explained(self, purpose: str) -> AbstractContextManager[None]:
+        return explain_failure(purpose, self._ranks)
+
     # -- single tensors ---------------------------------------------------------------------------------------------
 
     def start_all_reduce_max(self, message: Tensor, purpose: str) -> PendingNumbers:
@@ -147,9 +138,15 @@ class Collectives:
             purpose: What the collective is for, in an error.
         """
         self._sent.total += message.nbytes
-        with explain_failure(purpose):
+        with self._explained(purpose):
             work = dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return PendingNumbers(work, message, purpose)
+        return PendingNumbers(work, message, purpose, self._ranks)
+
+    def maximum_(self, message: Tensor, purpose: str) -> None:
+        """Replace some numbers by their element-wise maximum. On a GPU the host does not wait for it."""
+        self._sent.total += message.nbytes
+        with self._explained(purpose):
+            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group)
 
     def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the tensors whose bits are not the same on all replicas. Sends 16 bytes a tensor.
@@ -163,52 +160,80 @@ class Collectives:
         """Those of the tensors whose digests, taken before, are not the same on all replicas."""
         if not tensors or self.world_size == 1:
             return {}
-        return differing_in(self.start_comparison(digests).wait(), tensors)
+        return differing_in(self.start_comparison(tensors, digests).wait(), tensors)
 
-    def start_comparison(self, digests: Sequence[Tensor]) -> Transfer:
-        """Start to compare digests, for :func:`differing_in`."""
+    def start_comparison(self, tensors: Mapping[str, Tensor], digests: Sequence[Tensor]) -> Transfer:
+        """Start to compare the digests of tensors, for :func:`~lightning_curvadion.sync.transfers.differing_in`."""
+        return self.start_maximum_of_digests(self.extremes_of(digests))
+
+    def extremes_of(self, digests: Sequence[Tensor]) -> Tensor:
+        """Digests and their complements, shape (2, tensors): the maximum of the latter is that of the minimum."""
         own = torch.stack([digest.to(device=self.device) for digest in digests])
-        # The maximum of the complement is the complement of the minimum.
-        extremes = torch.stack([own, ~own])
+        return torch.stack([own, ~own])
+
+    def start_maximum_of_digests(self, extremes: Tensor) -> Transfer:
+        """Start the maximum of :meth:`extremes_of` over the replicas."""
         self._sent.total += extremes.nbytes
-        with explain_failure("the comparison of digests"):
+        with self._explained("the comparison of digests"):
             work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return Transfer(work, extremes, "the comparison of digests")
+        return Transfer(work, extremes, "the comparison of digests", self._ranks)
 
     def start_all_reduce_sum(self, flat: Tensor) -> Transfer:
         """Start to replace ``flat`` by its sum over the replicas."""
         self._sent.total += flat.nbytes
-        with explain_failure("an all-reduce"):
-            return Transfer(dist.all_reduce(flat, group=self._group, async_op=True), flat, "an all-reduce")
+        with self._explained("an all-reduce"):
+            work = dist.all_reduce(flat, group=self._group, async_op=True)
+        return Transfer(work, flat, "an all-reduce", self._ranks)
 
     def start_all_to_all(self, outgoing: Tensor) -> Transfer:
         """Row k of replica i becomes row i of replica k; shape (replicas, elements)."""
         incoming = torch.empty_like(outgoing)
         self._sent.total += outgoing.nbytes // self.world_size * (self.world_size - 1)
-        with explain_failure("an all-to-all"):
+        with self._explained("an all-to-all"):
             work = dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group, async_op=True)
-        return Transfer(work, incoming, "an all-to-all")
+        return Transfer(work, incoming, "an all-to-all", self._ranks)
 
     def start_all_gather(self, own: Tensor) -> Transfer:
         """The flat tensor of every replica, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
         self._sent.total += own.nbytes
-        with explain_failure("an all-gather"):
+        with self._explained("an all-gather"):
             work = dist.all_gather(list(gathered), own, group=self._group, async_op=True)
-        return Transfer(work, gathered, "an all-gather")
+        return Transfer(work, gathered, "an all-gather", self._ranks)
 
     def all_gather(self, own: Tensor) -> Tensor:
         """The flat tensor of every replica, shape (replicas, elements)."""
         return self.start_all_gather(own).wait()
 
+    def all_processes(self, own: Tensor) -> Tensor:
+        """The flat tensor of every process, shape (processes, elements)."""
+        return self.all_gather(own)
+
+    def moved_rows(self, distances: Sequence[Tensor]) -> list[Tensor]:
+        """Masks of the rows that have moved on this replica, by how far: see ``sparse_rows.py``."""
+        return [far_rows(own) for own in distances]
+
+    def rows_to_send(self, distances: Sequence[Tensor]) -> list[Tensor]:
+        """The indices of the rows that have moved on any replica, given how far each has on this one."""
+        return self.set_anywhere(self.moved_rows(distances))
+
     def set_anywhere(self, masks: Sequence[Tensor]) -> list[Tensor]:
         """The indices at which a mask is set on any replica, for each of some flat masks. A flag travels as one bit."""
         return indices_set_anywhere(self.all_gather(packed_flags(masks)), masks)
 
+    @property
+    def place_inside(self) -> tuple[int, int]:
+        """This process among those of its replica, and their number."""
+        return 0, 1
+
+    def anywhere_inside(self, flag: bool) -> bool:
+        """Whether a flag is set on any process of this replica."""
+        return flag
+
     def all_gather_object(self, own: Any) -> list[Any]:
-        """The object of every replica, by rank. For errors: its bytes are not counted."""
+        """The object of every process, by rank. For errors: its bytes are not counted."""
         gathered: list[Any] = [None] * self.world_size
-        with explain_failure("the comparison of the replicas' models"):
+        with self._explained("the comparison of the replicas' models"):
             dist.all_gather_object(gathered, own, group=self._group)
         return gathered
 
@@ -230,7 +255,7 @@ class Collectives:
         """Replace a flat tensor of bytes by rank 0's."""
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         self._sent.total += flat.nbytes if self.rank == 0 else 0
-        with record_function("curvadion::collective"), explain_failure("the broadcast of rank 0's values"):
+        with record_function("curvadion::collective"), self._explained("the broadcast of rank 0's values"):
             dist.broadcast(flat, src=source, group=self._group)
 
     # -- means of payloads ------------------------------------------------------------------------------------------
@@ -251,7 +276,7 @@ class Collectives:
 
     def rounds(self, payloads: Sequence[Payload]) -> int:
         """How many collectives the mean of a chunk takes, one after the other."""
-        return 2 if self.world_size > 2 and _quantized(payloads) else 1
+        return 2 if self.world_size > 2 and quantized_of(payloads) else 1
 
     def means(self, payloads: Sequence[Payload], later: bool = False) -> Iterator[Iterator[Transfer]]:
         """The mean of each chunk, which goes on from a collective once its caller has waited for it.
@@ -262,21 +287,47 @@ class Collectives:
             payloads: They become their means.
             later: Whether other work runs meanwhile. What can be read again from the payloads is not kept then.
         """
-        quantized = _quantized(payloads)
+        quantized = quantized_of(payloads)
         check = PayloadCheck(quantized) if quantized else None
         for slices in split_into_chunks(payloads, self._chunk):
-            if check is None:
-                yield self.mean_by_all_reduce(slices)
-            elif self.world_size <= 2:
-                yield self.mean_by_all_gather(slices, check, later)
-            else:
-                yield self.mean_by_all_to_all(slices, check, later)
+            yield self.mean_of_chunk(slices, check, later)
+
+    def mean_of_chunk(
+        self, slices: Sequence[PayloadSlice], check: PayloadCheck | None, later: bool
+    ) -> Iterator[Transfer]:
+        """The mean of one chunk.
+
+        Args:
+            slices: Of the chunk.
+            check: Of all quantized payloads of the mean; ``None`` where there are none.
+            later: As for :meth:`means`.
+        """
+        if check is None:
+            return self.mean_by_all_reduce(slices)
+        if self.world_size <= 2:
+            return self.mean_by_all_gather(slices, check, later)
+        return self.mean_by_all_to_all(slices, check, later)
+
+    def bytes_of_chunk(self, slices: Sequence[PayloadSlice], check: PayloadCheck | None, flag: int) -> int:
+        """What :meth:`mean_of_chunk` counts as sent, known before it is.
+
+        Args:
+            slices: Of the chunk.
+            check: As there.
+            flag: Bytes of the check that travel with the chunk.
+        """
+        if check is None:
+            width = torch.float64.itemsize if is_wide(slices) else torch.float32.itemsize
+            return width * sum(stop - start for _, start, stop in slices)
+        several = self.world_size > 2
+        buckets = buckets_of(slices, shards=self.world_size if several else 1)
+        shard = sum(bucket.width for bucket in buckets) + flag
+        return shard * (self.world_size - 1) + sum(bucket.mean_width for bucket in buckets) if several else shard
 
     @torch.no_grad()
     def mean_by_all_reduce(self, slices: Sequence[PayloadSlice]) -> Iterator[Transfer]:
         """At full width: one all-reduce."""
-        wide = any(part.payload.wire_format == "float64" for part in slices)
-        flat = flatten(slices, torch.float64 if wide else torch.float32, device=self.device)
+        flat = flatten(slices, torch.float64 if is_wide(slices) else torch.float32, device=self.device)
         # Divided first: the sum cannot overflow, and equal numbers on 2 or 4 replicas keep their exact value.
         flat.div_(self.world_size)
         yield self.start_all_reduce_sum(flat)
@@ -320,7 +371,9 @@ class Collectives:
         with record_function("curvadion::dequantize"):
             means = [bucket.mean(packed, self.rank) for bucket, packed in zip(buckets, incoming, strict=True)]
         with record_function("curvadion::quantize"):
-            own = torch.cat([b.quantize_mean(mean, self.rank) for b, mean in zip(buckets, means, strict=True)])
+            quantized = (b.quantize_mean(mean, self.rank) for b, mean in zip(buckets, means, strict=True))
+            # Nothing, where a chunk consists of the flag alone.
+            own = torch.cat([*quantized, flags.new_empty(0)])
         transfer = self.start_all_gather(own)
         yield transfer
         gathered = transfer.result.split([bucket.mean_width for bucket in buckets], dim=1)
@@ -336,58 +389,19 @@ class Collectives:
         """Raise on all replicas where one of them has flagged its payloads."""
         if flags.numel() and bool(flags.any()):
             names = self.all_gather_object(check.first_unusable())
-            rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
-            raise ValueError(quantization.not_quantizable(f"rank {rank}: {name}"))
+            found = ((self.places[rank], name) for rank, name in enumerate(names) if name is not None)
+            place, name = next(found, ("another process", "a parameter's error-feedback residual"))
+            raise ValueError(quantization.not_quantizable(f"{place}: {name}"))
 
 
-def _quantized(payloads: Sequence[Payload]) -> list[Payload]:
+def is_wide(slices: Sequence[PayloadSlice]) -> bool:
+    """Whether any of the slices must not be rounded to float32."""
+    return any(part.payload.wire_format == "float64" for part in slices)
+
+
+def quantized_of(payloads: Sequence[Payload]) -> list[Payload]:
+    """The payloads that are quantized."""
     return [payload for payload in payloads if payload.numel and payload.wire_format not in FULL_WIDTH]
-
-
-def complete(mean: Iterator[Transfer]) -> None:
-    """Let the mean of a chunk go on to its end."""
-    for transfer in mean:
-        transfer.wait()
-
-
-def differing_in(extremes: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of some tensors whose digests are not the same on all replicas.
-
-    Args:
-        extremes: Of the digests, as they come out of their comparison; shape (2, tensors).
-        tensors: By name.
-    """
-    differ = (extremes[0] != ~extremes[1]).tolist()
-    return {name: tensor for (name, tensor), differs in zip(tensors.items(), differ, strict=True) if differs}
-
-
-def packed_flags(masks: Sequence[Tensor]) -> Tensor:
-    """Some flat masks as bytes of eight flags each.
-
-    Example:
-        >>> packed_flags([torch.tensor([True, False, True]), torch.tensor([True])])
-        tensor([13], dtype=torch.uint8)
-    """
-    flags = torch.cat(list(masks))
-    bits = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
-    # A sum of bytes would be an int64.
-    return (bits * _weights(flags.device)).sum(dim=1, dtype=torch.uint8)
-
-
-def indices_set_anywhere(gathered: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
-    """The indices at which each mask is set on any replica.
-
-    Args:
-        gathered: :func:`packed_flags` of every replica, shape (replicas, bytes).
-        masks: This replica's.
-    """
-    sizes = [mask.numel() for mask in masks]
-    anywhere = (gathered.unsqueeze(-1) & _weights(gathered.device)).ne(0).any(dim=0).view(-1)[: sum(sizes)]
-    return [mask.nonzero().view(-1) for mask in anywhere.split(sizes)]
-
-
-def _weights(device: torch.device) -> Tensor:
-    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

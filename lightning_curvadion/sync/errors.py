@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -36,11 +37,12 @@ class UnevenBatchesError(RuntimeError):
 
 
 @contextmanager
-def explain_failure(collective: str) -> Iterator[None]:
+def explain_failure(collective: str, ranks: Sequence[int] = ()) -> Iterator[None]:
     """Turn the backend's error of a lost or stalled rank into one that says what to do.
 
     Args:
         collective: Which collective the block runs, for the error: ``"the RMMC all-reduce"``.
+        ranks: Of its process group; none for all.
 
     Raises:
         ReplicaLostError: In place of the backend's error, where that is about another rank.
@@ -58,9 +60,22 @@ def explain_failure(collective: str) -> Iterator[None]:
         report_failure()
         rank = dist.get_rank() if dist.is_initialized() else 0
         others = read_reports() if dist.is_initialized() else None
+        if others is not None and (missing := [silent for silent in others.silent if silent in ranks]):
+            # Ranks outside of the group may go on, for a while.
+            others = replace(others, silent=missing)
         explain = _explain_timeout if late else _explain_loss
         # Not as the cause: the reason is in the message, and gloo's holds more than that.
         raise ReplicaLostError(f"{explain(rank, collective, others)} ({_reason(reason)})") from None
+
+
+def lost_replica(collective: str) -> ReplicaLostError:
+    """The error of a process whose replica has lost another one, as another process of it has found out.
+
+    Args:
+        collective: Which collective failed there.
+    """
+    report_failure()
+    return ReplicaLostError(_explain_loss(dist.get_rank(), collective, read_reports()))
 
 
 def _explain_timeout(rank: int, collective: str, others: OtherRanks | None) -> str:

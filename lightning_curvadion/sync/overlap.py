@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..optim.curvadion import CurvaDion
-from .collectives import Collectives, Transfer, complete, differing_in, indices_set_anywhere, packed_flags
+from .collectives import Collectives
 from .digests import digest
 from .parameter_payloads import ParameterPayloads
 from .payloads import Payload, full_width_payloads, is_averaged
+from .row_flags import indices_set_anywhere, packed_flags
 from .sync_step import SyncStep
+from .transfers import Transfer, complete, differing_in
 
 
 class Flight:
@@ -103,11 +105,12 @@ class Flight:
         rows: list[Tensor] = []
         payloads, from_rank_0 = self._dense, list[Tensor]()
         if self._asks_first:
-            masks = self._parameters.moved_rows(self._optimizer, self._due.sparse, self._sent)
+            distances = self._parameters.row_distances(self._optimizer, self._due.sparse, self._sent)
+            masks = self._collectives.moved_rows(distances)
             questions = [self._collectives.start_all_gather(packed_flags(masks))] if masks else []
             if self._untrained:
                 digests = [digest(tensor) for tensor in self._untrained.values()]
-                questions.append(self._collectives.start_comparison(digests))
+                questions.append(self._collectives.start_comparison(self._untrained, digests))
             yield questions
             if masks:
                 rows = indices_set_anywhere(questions[0].result, masks)
@@ -130,7 +133,7 @@ class Flight:
             with record_function("curvadion::send"):
                 under_way = [next(mean) for mean in means]
             yield under_way
-        if self._discarded:
+        if self._collectives.anywhere_inside(self._discarded):
             return
         with record_function("curvadion::merge"), torch.no_grad():
             self._parameters.anchors.moves += 1

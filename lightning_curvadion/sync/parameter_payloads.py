@@ -15,13 +15,13 @@ from .anchors import Anchors
 from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
-from .payloads import DisplacementPayload, Payload, TensorPayload
+from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows, share_of_parameter
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
 from .settings import SyncSettings, has_small_groups
-from .sparse_rows import SparseRowsPayload, has_sparse_rows, moved_rows
+from .sparse_rows import SparseRowsPayload, row_distances
 
-SetAnywhere = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+RowsToSend = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 StandIns = Mapping[Tensor, Tensor]
 
 
@@ -45,14 +45,17 @@ class ParameterPayloads:
 
     Args:
         settings: Of the hook.
+        process: This process, among those of its replica.
+        processes: Of a replica.
 
     Attributes:
         anchors: The last consensus, where the settings or a trigger need it.
         meter: Measures the drift; ``None`` until it is asked for.
     """
 
-    def __init__(self, settings: SyncSettings) -> None:
+    def __init__(self, settings: SyncSettings, process: int = 0, processes: int = 1) -> None:
         self._settings = settings
+        self._process, self._processes = process, processes
         self.anchors = Anchors()
         self.meter: DriftMeter | None = None
         # Parameters that have stepped since their last sync step.
@@ -153,18 +156,18 @@ class ParameterPayloads:
         return DueParameters(dense, sparse, resting)
 
     def of_sync_step(
-        self, optimizer: CurvaDion, set_anywhere: SetAnywhere, leave_out: Collection[Tensor] = ()
+        self, optimizer: CurvaDion, rows_to_send: RowsToSend, leave_out: Collection[Tensor] = ()
     ) -> list[Payload]:
         """The payloads of a sync step, in the wire formats.
 
         Args:
             optimizer: It steps now.
-            set_anywhere: ``Collectives.set_anywhere``, called where rows may be at rest.
+            rows_to_send: ``Collectives.rows_to_send``, called where rows may be at rest.
             leave_out: Parameters that are synchronised otherwise.
         """
         due = self.due(optimizer, leave_out)
         dense = self.of(optimizer, due.dense, correct=True)
-        rows = set_anywhere(self.moved_rows(optimizer, due.sparse)) if due.sparse else []
+        rows = rows_to_send(self.row_distances(optimizer, due.sparse)) if due.sparse else []
         return [*dense, *self.of_rows(optimizer, due.sparse, rows), *self.of_resting(optimizer, due.resting)]
 
     def _wire_formats(self, optimizer: CurvaDion) -> dict[Tensor, str]:
@@ -180,10 +183,10 @@ class ParameterPayloads:
         # An outer step moves all rows. At full width there is no residual that could take up what the others moved.
         return has_sparse_rows(parameter) and wire_format in BLOCK_FORMATS and not self._settings.has_outer_step
 
-    def moved_rows(
+    def row_distances(
         self, optimizer: CurvaDion, parameters: Mapping[str, Tensor], stand_ins: StandIns | None = None
     ) -> list[Tensor]:
-        """Which rows of parameters have moved on this replica. Their displacements start anew.
+        """How far the rows of parameters have moved on this replica. Their displacements start anew.
 
         Args:
             optimizer: Of the parameters.
@@ -194,7 +197,12 @@ class ParameterPayloads:
             self.meter.start()
         self._restart(parameters.values())
         return [
-            moved_rows((stand_ins or {}).get(p, p), self.anchors.to_move(p), self._residual(optimizer.state[p], p))
+            row_distances(
+                (stand_ins or {}).get(p, p),
+                self.anchors.to_move(p),
+                self._residual(optimizer.state[p], p),
+                self._first(p) // p.shape[1],
+            )
             for p in parameters.values()
         ]
 
@@ -220,7 +228,10 @@ class ParameterPayloads:
         for (name, p), travelling in zip(parameters.items(), rows, strict=True):
             values, residual = (stand_ins or {}).get(p, p), self._residual(optimizer.state[p], p)
             anchor = self.anchors.to_move(p)
-            payloads.append(SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter))
+            first = self._first(p) // p.shape[1]
+            payloads.append(
+                SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first)
+            )
         return payloads
 
     def of_resting(
@@ -297,16 +308,28 @@ class ParameterPayloads:
             correction = self._correction(group, state, parameter, own_format) if correct else None
             values = stand_ins.get(parameter, parameter)
             payloads.append(
-                DisplacementPayload(name, values, anchor, own_format, residual, step, self.meter, correction)
+                DisplacementPayload(
+                    name, values, anchor, own_format, residual, step, self.meter, correction, self._first(parameter)
+                )
             )
         self._restart(parameters.values())
         return payloads
 
+    def _first(self, parameter: Tensor) -> int:
+        """The flat element that this process's residual of a parameter begins with."""
+        return share_of_parameter(parameter, self._process, self._processes)[0]
+
     def _residual(self, state: dict[str, Any], parameter: Tensor) -> Tensor:
-        """The error-feedback residual of a parameter, zero at first."""
-        if "residual" not in state:
+        """The error-feedback residual of a parameter, zero at first: of what this process sends of it."""
+        shape = parameter.shape
+        if self._processes > 1:
+            start, stop = share_of_parameter(parameter, self._process, self._processes)
+            shape = torch.Size([stop - start])
+            if has_sparse_rows(parameter):
+                shape = torch.Size([(stop - start) // parameter.shape[1], parameter.shape[1]])
+        if "residual" not in state or state["residual"].shape != shape:
             dtype = self._settings.dtype_of_residuals
-            state["residual"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state["residual"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return cast(Tensor, state["residual"])
 
     def _correction(

@@ -1,6 +1,6 @@
 """Whether all that a mean is about to quantize can be quantized, known to all replicas before any of them writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class PayloadCheck:
     def __init__(self, payloads: Sequence[Payload]) -> None:
         self._payloads = payloads
         self._flag = _flag(payloads)
+
+    def agree(self, maximum_: Callable[[Tensor], None]) -> None:
+        """Let the flag be that of several processes, given what replaces a tensor by its maximum over them."""
+        maximum_(self._flag)
 
     def take_flag(self) -> Tensor:
         """One byte, 1 if a number cannot be quantized; nothing, shape (0,), from the second time on."""

@@ -15,6 +15,8 @@ from .drift import DriftMeter
 
 # Dtypes of which a mean can be formed.
 _AVERAGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# With fewer rows, nearly all of an embedding are looked up between two sync steps.
+FEWEST_ROWS = 1024
 
 
 class Payload:
@@ -24,7 +26,12 @@ class Payload:
         name: The tensor's name in errors.
         numel: Number of its elements.
         wire_format: Format of its elements on the wire.
+
+    Attributes:
+        needs_own_error: Whether all processes of a replica need its quantization error, and not only those that send.
     """
+
+    needs_own_error = False
 
     def __init__(self, name: str, numel: int, wire_format: str) -> None:
         self.name = name
@@ -40,6 +47,13 @@ class Payload:
         """The flat elements from ``start`` to ``stop``, to send."""
         raise NotImplementedError
 
+    def share(self, process: int, processes: int) -> tuple[int, int]:
+        """Start and end of the flat elements that one process of a replica sends.
+
+        An element of a parameter has the same sender at every sync step, which stores its error-feedback residual.
+        """
+        return share_of(self.numel, process, processes)
+
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:
         """Take over the mean over the replicas.
 
@@ -47,7 +61,8 @@ class Payload:
             start: First of the flat elements.
             stop: End of the flat elements.
             mean: Mean of these elements.
-            error: Quantization error of this replica: its values less what it sent; ``None`` at full width.
+            error: Quantization error of this replica: its values less what it sent; ``None`` at full width, and where
+                another process of the replica has sent them.
         """
         raise NotImplementedError
 
@@ -96,6 +111,7 @@ class FactorPayload(Payload):
         self._columns = factor.mT.clone(memory_format=torch.contiguous_format)
         self._flat = self._columns.view(-1)
         self._error = torch.zeros_like(self._columns) if self.wire_format == wire_format != "float32" else None
+        self.needs_own_error = self._error is not None
 
     @property
     def mean(self) -> Tensor:
@@ -133,6 +149,7 @@ class DisplacementPayload(Payload):
         meter: Measures the drift of the parameter.
         correct_momentum: Receives the mean displacement less this replica's own, of the parameter's shape; ``None`` to
             leave the momentum alone.
+        first: The flat element that the residual begins with, where this process sends a share alone.
     """
 
     def __init__(
@@ -145,6 +162,7 @@ class DisplacementPayload(Payload):
         outer_step: Callable[[Tensor, int, int], Tensor] | None,
         meter: DriftMeter | None = None,
         correct_momentum: Callable[[Tensor], None] | None = None,
+        first: int = 0,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
         super().__init__(f"displacement of {name}", parameter.numel(), wire_format)
@@ -152,6 +170,7 @@ class DisplacementPayload(Payload):
         self._flat = self._parameter.reshape(-1)
         self._anchor = anchor.view(-1)
         self._residual = residual.view(-1) if residual is not None else None
+        self._first = first
         self._outer_step = outer_step
         self._meter = meter
         self._correct_momentum = correct_momentum
@@ -162,14 +181,20 @@ class DisplacementPayload(Payload):
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         displacement = self._displacement(start, stop)
-        return displacement if self._residual is None else displacement.add_(self._residual[start:stop])
+        return displacement if self._residual is None else displacement.add_(self._residual[self._owned(start, stop)])
+
+    def _owned(self, start: int, stop: int) -> slice:
+        return slice(start - self._first, stop - self._first)
+
+    def share(self, process: int, processes: int) -> tuple[int, int]:  # noqa: D102
+        return share_of_parameter(self._parameter, process, processes)
 
     def _displacement(self, start: int, stop: int) -> Tensor:
         return displacement_of(self._flat[start:stop], self._anchor[start:stop])
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
-            self._residual[start:stop].copy_(error)
+            self._residual[self._owned(start, stop)].copy_(error)
         difference = mean - self._displacement(start, stop) if self._correct_momentum is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
@@ -183,6 +208,31 @@ class DisplacementPayload(Payload):
         if self._correct_momentum is not None:
             self._correct_momentum(self._flat.view(self._parameter.shape))
         self._parameter.copy_(self._anchor.view(self._parameter.shape))
+
+
+def share_of(count: int, process: int, processes: int) -> tuple[int, int]:
+    """Start and end of the part of some elements that falls to one of several processes.
+
+    Example:
+        >>> share_of(5, 0, 2), share_of(5, 1, 2)
+        ((0, 2), (2, 5))
+    """
+    return count * process // processes, count * (process + 1) // processes
+
+
+def share_of_parameter(parameter: Tensor, process: int, processes: int) -> tuple[int, int]:
+    """Start and end of the flat elements of a parameter that one process of a replica sends."""
+    if not has_sparse_rows(parameter):
+        return share_of(parameter.numel(), process, processes)
+    # Whole rows, as where only those travel that have moved: they share a residual.
+    rows, columns = parameter.shape
+    start, stop = share_of(rows, process, processes)
+    return start * columns, stop * columns
+
+
+def has_sparse_rows(parameter: Tensor) -> bool:
+    """Whether few rows of a parameter may move between two sync steps, judged by its shape alone."""
+    return parameter.dim() == 2 and parameter.shape[0] >= FEWEST_ROWS
 
 
 def displacement_of(own: Tensor, anchor: Tensor) -> Tensor:

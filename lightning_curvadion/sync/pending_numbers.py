@@ -1,5 +1,6 @@
 """PendingNumbers: a few numbers that a collective is still computing, on their way to the host."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,14 +23,16 @@ class PendingNumbers:
         work: The collective.
         numbers: What it writes; nobody else may use the tensor.
         purpose: What the collective is for, in an error.
+        ranks: Of its process group; none for all.
     """
 
-    def __init__(self, work: dist.Work, numbers: Tensor, purpose: str) -> None:
+    def __init__(self, work: dist.Work, numbers: Tensor, purpose: str, ranks: Sequence[int] = ()) -> None:
         self._work, self._numbers, self._purpose = work, numbers, purpose
+        self._ranks = ranks
         self._copied: torch.cuda.Event | None = None
         # Where tensors are traced they may be on a GPU that is not there.
         if numbers.device.type == "cuda" and torch.cuda.is_available():
-            with explain_failure(purpose), torch.cuda.stream(_stream_of(numbers.device)):
+            with explain_failure(purpose, ranks), torch.cuda.stream(_stream_of(numbers.device)):
                 work.wait()
                 self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
                 self._numbers.copy_(numbers, non_blocking=True)
@@ -44,7 +47,7 @@ class PendingNumbers:
         Raises:
             ReplicaLostError: Another rank has ended, or does not arrive.
         """
-        with explain_failure(self._purpose):
+        with explain_failure(self._purpose, self._ranks):
             if self._copied is not None:
                 self._copied.synchronize()
             else:

@@ -26,14 +26,15 @@ from .load_notice import notify_of_loads
 from .overlap import Overlap
 from .parameter_payloads import ParameterPayloads
 from .replica_checks import (
+    check_data_parallel,
     describe_module,
     describe_optimizer,
-    refuse_data_parallel,
     verify_same_across_replicas,
     verify_wire_formats,
 )
 from .settings import CHUNK, SyncSettings, resolve_settings
 from .sync_step import SyncStep
+from .two_levels import InnerProcesses, TwoLevelCollectives
 from .untrained_tensors import UntrainedTensors
 
 
@@ -90,12 +91,16 @@ class ProcessGroupSync:
             :math:`x \\leftarrow x + (\text{new anchor} - \text{what was sent from})`. So they are equal after a
             consensus outside of a step only. A sync that comes due meanwhile begins when the mean is taken over. For
             ``consensus="average"`` with a ``momentum`` that sends nothing. ``None`` is 0.
+        inner_group: The processes that form this replica, where it has several. They train a module in
+            ``DistributedDataParallel(module, process_group=inner_group)``. ``group`` then holds process i of every
+            replica, for this process the i-th of its own (``sync/two_levels.py``). With a ``DeviceMesh``:
+            ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
     ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. During a sync step the
-    factors and about ``5 * chunk`` numbers, less for a smaller model.
+    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a smaller
+    model. With an ``inner_group`` a process stores the residuals of what it sends, and no others.
 
     Attributes:
         settings: The checked arguments.
@@ -134,6 +139,7 @@ class ProcessGroupSync:
         chunk: int = CHUNK,
         lag: int = 1,
         overlap: int | None = None,
+        inner_group: ProcessGroup | None = None,
     ) -> None:
         self._arguments: dict[str, Any] = {
             "consensus": consensus,
@@ -150,6 +156,7 @@ class ProcessGroupSync:
             "lag": lag,
             "overlap": overlap,
         }
+        self._inner_group = inner_group
         self._collectives = self._make_collectives(group, chunk)
         # Of the means that run in the background.
         self._background: Collectives | None = None
@@ -167,7 +174,7 @@ class ProcessGroupSync:
         self._sync_rank_fraction = settings.sync_rank_fraction
         self._averages_vector_gradients = settings.consensus == "none"
         self._lag = settings.lag
-        self._parameters = ParameterPayloads(settings)
+        self._parameters = ParameterPayloads(settings, *self._collectives.place_inside)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
         self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
         self._overlap = Overlap(settings.overlap, self._parameters, self._sync_step)
@@ -179,7 +186,14 @@ class ProcessGroupSync:
         return resolve_settings(**self._arguments, quantizable=False)
 
     def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
-        return Collectives(group, chunk)
+        if self._inner_group is None:
+            return Collectives(group, chunk)
+        if group is None:
+            raise ValueError(
+                "give group as well as inner_group: inner_group holds the processes of this replica, group this process"
+                " and its counterparts in the other replicas"
+            )
+        return TwoLevelCollectives(group, InnerProcesses(self._inner_group, chunk), chunk)
 
     @property
     def rank(self) -> int:
@@ -193,8 +207,16 @@ class ProcessGroupSync:
 
     @property
     def bytes_sent(self) -> int:
-        """Payload of this replica's collectives so far; a mean of n bytes, quantized or not, counts n."""
+        """Payload of this replica's collectives so far; a mean of n bytes, quantized or not, counts n.
+
+        Where a replica has several processes, each of them counts what they send together to other replicas.
+        """
         return self._collectives.bytes_sent
+
+    @property
+    def _places(self) -> Sequence[str]:
+        """What errors call the replicas."""
+        return self._collectives.places
 
     @property
     def anchor_bytes(self) -> int:
@@ -285,9 +307,10 @@ class ProcessGroupSync:
         after the hooks are attached; it sets parameters outside and buffers to rank 0's values.
 
         Raises:
-            ValueError: The module is or holds a ``DistributedDataParallel``, or differs between replicas.
+            ValueError: The module is or holds a ``DistributedDataParallel``, or differs between replicas. With an
+                ``inner_group``: it is none, or one of another group.
         """
-        refuse_data_parallel(module)
+        check_data_parallel(module, self._inner_group)
         self._untrained.include(module)
         # Before the broadcast: a rank with nothing to send would not join the ranks that have something.
         verify_same_across_replicas(self._collectives, describe_module(module), next(module.parameters()).device)
@@ -370,7 +393,9 @@ class ProcessGroupSync:
 
     def _agreed_so_far(self, optimizer: CurvaDion) -> list[tuple[float, float]]:
         """RMMC and drift that the next steps act on, with a lag: of the last ones."""
-        return [(agreed.rmmc, agreed.drift) for agreed in self.agreement.read(optimizer)]
+        # One process of several may ask alone, and could read no more than it has. A consensus before has read all.
+        read = self.agreement.read if self._inner_group is None else self.agreement.arrived
+        return [(agreed.rmmc, agreed.drift) for agreed in read(optimizer)]
 
     def _resume(self, optimizer: CurvaDion, agreed: Sequence[tuple[float, float]]) -> None:
         """Let the next steps act on the agreements of a loaded state."""

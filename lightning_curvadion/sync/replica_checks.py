@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim.curvadion import CurvaDion
@@ -32,17 +33,36 @@ def describe_optimizer(optimizer: CurvaDion) -> list[str]:
     return lines
 
 
-def refuse_data_parallel(module: nn.Module) -> None:
-    """Check that no part of a module averages its gradients at every step.
+def check_data_parallel(module: nn.Module, inner_group: ProcessGroup | None) -> None:
+    """Check that gradients are averaged at every step inside of a replica, and nowhere else.
+
+    Args:
+        module: What is trained.
+        inner_group: The processes of this replica; ``None`` where it is one process.
 
     Raises:
-        ValueError: One is wrapped in ``DistributedDataParallel``.
+        ValueError: A part of it is wrapped in ``DistributedDataParallel`` where a replica is one process. Otherwise:
+            the module is not, or in one of another group.
     """
+    if inner_group is not None:
+        if not isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                "wrap the module in DistributedDataParallel(module, process_group=inner_group) and include that: the"
+                f" gradients of the {inner_group.size()} processes of a replica must be averaged at every step"
+            )
+        if set(get_process_group_ranks(module.process_group)) != set(get_process_group_ranks(inner_group)):
+            raise ValueError(
+                f"give DistributedDataParallel process_group=inner_group: it averages the gradients of ranks"
+                f" {get_process_group_ranks(module.process_group)}, but a replica consists of ranks"
+                f" {get_process_group_ranks(inner_group)}"
+            )
+        return
     for name, part in module.named_modules():
         if isinstance(part, DistributedDataParallel):
             raise ValueError(
                 f"leave DistributedDataParallel out: {name or 'the module'} is wrapped in it and would send all its"
-                " gradients at every step, beside what the sync hook sends"
+                " gradients at every step, beside what the sync hook sends. For replicas of several processes give the"
+                " hook their inner_group"
             )
 
 
@@ -60,7 +80,7 @@ def verify_same_across_replicas(collectives: Collectives, description: list[str]
     """
     digest = hashlib.sha256("\n".join(description).encode()).digest()
     own = torch.tensor(list(digest), dtype=torch.uint8, device=device)
-    if not all(torch.equal(other, own) for other in collectives.all_gather(own)):
+    if not all(torch.equal(other, own) for other in collectives.all_processes(own)):
         raise ValueError(_first_difference(collectives.all_gather_object(description)))
 
 

@@ -16,39 +16,39 @@ from torch import Tensor
 
 from ..optim.matrix_stacks import STACK_ELEMENTS
 from .drift import DriftMeter
-from .payloads import Payload, displacement_of
+from .payloads import Payload, displacement_of, share_of
 
-# With fewer rows, nearly all are looked up between two sync steps.
-FEWEST_ROWS = 1024
 # A row has moved from this share of the farthest row's displacement on, chosen by loss and bytes
 # (examples/benchmarks/vocabulary.py).
 SHARE_OF_FARTHEST = 0.03
 
 
-def has_sparse_rows(parameter: Tensor) -> bool:
-    """Whether few rows of a parameter may move between two sync steps, judged by its shape alone."""
-    return parameter.dim() == 2 and parameter.shape[0] >= FEWEST_ROWS
-
-
-def moved_rows(parameter: Tensor, anchor: Tensor, residual: Tensor) -> Tensor:
-    """Which rows have moved on this replica: bool, shape (rows,). A row with NaN has.
+def row_distances(parameter: Tensor, anchor: Tensor, residual: Tensor, first: int = 0) -> Tensor:
+    """How far each row has moved on this replica, with what is left to send: shape (rows,).
 
     Args:
         parameter: Shape (rows, columns).
         anchor: Its value at the last consensus.
         residual: Its error-feedback residual.
+        first: The row that the residual begins with, where this process sends a share alone. The distance of any other
+            row is 0.
+    """
+    stop = first + len(residual)
+    parts = map(_in_parts, (parameter.detach()[first:stop], anchor[first:stop], residual))
+    distances = [
+        torch.linalg.vector_norm(displacement_of(own, start).add_(left), dim=1)
+        for own, start, left in zip(*parts, strict=True)
+    ]
+    return torch.nn.functional.pad(torch.cat(distances), (first, len(parameter) - stop))
+
+
+def far_rows(distances: Tensor) -> Tensor:
+    """Which rows have moved, given how far: bool. A row with NaN has.
 
     Example:
-        >>> parameter = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.01, 0.0]])
-        >>> moved_rows(parameter, anchor=torch.zeros(3, 2), residual=torch.zeros(3, 2))
+        >>> far_rows(torch.tensor([3.0, 0.0, 0.01]))
         tensor([ True, False, False])
     """
-    distances = torch.cat(
-        [
-            torch.linalg.vector_norm(displacement_of(own, start).add_(left), dim=1)
-            for own, start, left in zip(*map(_in_parts, (parameter.detach(), anchor, residual)), strict=True)
-        ]
-    )
     # A comparison with NaN is false, so that what diverged is sent, and refused by name.
     return (distances < SHARE_OF_FARTHEST * distances.max()).logical_not_() & (distances != 0)
 
@@ -65,6 +65,7 @@ class SparseRowsPayload(Payload):
         rows: Indices of the rows that travel, the same on all replicas.
         wire_format: A quantized format.
         meter: Measures the drift of the rows that travel.
+        first: The row that the residual begins with, where this process sends a share alone.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class SparseRowsPayload(Payload):
         rows: Tensor,
         wire_format: str,
         meter: DriftMeter | None = None,
+        first: int = 0,
     ) -> None:
         super().__init__(f"displacement of {name}", rows.numel() * parameter.shape[1], wire_format)
         self._rows, self._columns = rows, parameter.shape[1]
         self._parameter, self._anchor, self._residual = parameter.detach(), anchor, residual
-        self._meter = meter
+        self._meter, self._first = meter, first
 
     @property
     def sources(self) -> Sequence[Tensor]:  # noqa: D102
@@ -88,25 +90,36 @@ class SparseRowsPayload(Payload):
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         rows, part = self._part(start, stop)
-        displacement = displacement_of(self._parameter[rows], self._anchor[rows]).add_(self._residual[rows])
+        displacement = displacement_of(self._parameter[rows], self._anchor[rows])
+        displacement.add_(self._residual[rows - self._first])
         return displacement.view(-1)[part]
+
+    def share(self, process: int, processes: int) -> tuple[int, int]:  # noqa: D102
+        bounds = torch.tensor(share_of(self._parameter.shape[0], process, processes), device=self._rows.device)
+        start, stop = torch.searchsorted(self._rows, bounds).tolist()
+        return start * self._columns, stop * self._columns
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         rows, part = self._part(start, stop)
-        own, anchor, residual = self._parameter[rows], self._anchor[rows], self._residual[rows]
+        own, anchor = self._parameter[rows], self._anchor[rows]
         anchor.view(-1)[part].add_(mean)
         if error is not None:
+            residual = self._residual[rows - self._first]
             residual.view(-1)[part].copy_(error)
+            self._residual[rows - self._first] = residual
         if self._meter is not None:
             self._meter.observe(own.view(-1)[part], anchor.view(-1)[part])
         own.view(-1)[part].copy_(anchor.view(-1)[part])
-        self._parameter[rows], self._anchor[rows], self._residual[rows] = own, anchor, residual
+        self._parameter[rows], self._anchor[rows] = own, anchor
 
     def finish(self) -> None:  # noqa: D102
         # The rows that travelled are where their anchors are, and add nothing.
-        for own, anchor, residual in zip(*map(_in_parts, (self._parameter, self._anchor, self._residual)), strict=True):
+        rows = slice(self._first, self._first + len(self._residual))
+        for own, anchor, residual in zip(
+            *map(_in_parts, (self._parameter[rows], self._anchor[rows], self._residual)), strict=True
+        ):
             residual.add_(displacement_of(own, anchor))
-            own.copy_(anchor)
+        self._parameter.copy_(self._anchor)
 
     def _part(self, start: int, stop: int) -> tuple[Tensor, slice]:
         """The rows that elements from ``start`` to ``stop`` lie in, and where in these rows they lie."""

@@ -123,7 +123,7 @@ class SyncStep:
             return []
         stacks = optimizer.matrix_stacks() if self._settings.consensus == "factors" else []
         factored = {parameter for stack in stacks for parameter in stack.parameters}
-        return self._parameters.of_sync_step(optimizer, self._collectives.set_anywhere, leave_out=factored)
+        return self._parameters.of_sync_step(optimizer, self._collectives.rows_to_send, leave_out=factored)
 
     def untrained(self, optimizer: CurvaDion) -> dict[str, Tensor]:
         """Untrained tensors that may differ between the replicas, where there is a consensus.

@@ -81,5 +81,6 @@ def refuse_arguments(arguments: Iterable[str], known: Iterable[str]) -> None:
     if arguments:
         raise MisconfigurationException(
             f"{', '.join(arguments)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel, whose"
-            " arguments and communication hooks have no meaning here; leave it out, or use strategy='ddp'"
+            " arguments and communication hooks have no meaning here; leave it out, or use strategy='ddp'. Inside of a"
+            " replica of several processes (replica_size) it does, and takes all but its communication hooks"
         )

@@ -51,8 +51,9 @@ class CommunicationMonitor(Callback):
     where drift grows; where one embedding dominates what is sent; where validations and checkpoints send more than the
     steps. The callback itself sends nothing.
 
-    Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n). What DDP would send
-    is the size of all gradients times the number of optimizer steps.
+    Bytes are the payload of one replica's collectives (an all-reduce of n bytes counts n), of all its processes
+    together where it has several; what they send inside of it is left out. What DDP would send is the size of all
+    gradients times the number of optimizer steps.
 
     Attributes:
         metrics: The metrics behind the values, by name; each is an attribute too. Yours are among them after
@@ -117,7 +118,7 @@ class CommunicationMonitor(Callback):
         )
         self._log_settings(trainer)
         self._count_between_steps("ends")
-        if self._several_replicas(trainer):
+        if self._several_replicas():
             self._advice_on_model = dict(advice_on_model(pl_module))
             self._give_advice(trainer, self._advice_on_model)
 
@@ -141,7 +142,8 @@ class CommunicationMonitor(Callback):
             self._synced_in_last_step = hook.drift is not None
             if synced:
                 self._note_sync(trainer, drift, local_steps=float(self._metric(StepsSinceSync).steps))
-        self._observe(Event("steps", sent, ddp, optimizer, synced, drift, trainer.world_size))
+        replicas = hook.world_size if isinstance(hook, ProcessGroupSync) else trainer.world_size
+        self._observe(Event("steps", sent, ddp, optimizer, synced, drift, replicas))
 
     def _note_sync(self, trainer: "pl.Trainer", drift: float | None, **more: float) -> None:
         if drift is not None:
@@ -204,13 +206,14 @@ class CommunicationMonitor(Callback):
         if is_logging_step(trainer):
             pl_module.log_dict(self._tagged(dict(self._values())))
             self._log_syncs(trainer)
-            if self._several_replicas(trainer):
+            if self._several_replicas():
                 self._give_advice(trainer, self._advice_on_run())
 
     def _log_settings(self, trainer: "pl.Trainer") -> None:
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, CurvaDion) and isinstance(optimizer.sync_hook, ProcessGroupSync):
-                settings = communication_settings(optimizer.sync_hook.settings, optimizer, trainer.world_size)
+                hook = optimizer.sync_hook
+                settings = communication_settings(hook.settings, optimizer, hook.world_size)
                 for logger in trainer.loggers:
                     logger.log_hyperparams({"curvadion": settings})
                     if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
@@ -234,8 +237,8 @@ class CommunicationMonitor(Callback):
 
     # -- advice ------------------------------------------------------------------------------------------------------
 
-    def _several_replicas(self, trainer: "pl.Trainer") -> bool:
-        return bool(self._hooks) and trainer.world_size > 1
+    def _several_replicas(self) -> bool:
+        return any(hook.world_size > 1 for hook in self._hooks)
 
     def _advice_on_run(self) -> dict[str, str]:
         rate, sent, drifts = self._metric(SyncRate), self._metric(BytesSent).by_cause, self._metric(Drift).history
@@ -294,5 +297,5 @@ class CommunicationMonitor(Callback):
         body = [f"  {name:<{width}}  {value}" for name, value in rows.items()]
         part = f"this part of the run, resumed after step {self._resumed_at}" if self._resumed_at else "this run"
         heading = f"\nCommunication of {part} ({type(trainer.strategy).__name__})"
-        advice = {**self._advice_on_model, **(self._advice_on_run() if self._several_replicas(trainer) else {})}
+        advice = {**self._advice_on_model, **(self._advice_on_run() if self._several_replicas() else {})}
         return "\n".join([heading, *body, *(f"\n{sentence}" for sentence in advice.values())])

@@ -34,7 +34,7 @@ class StopRequests:
     def __init__(self, trainer: "pl.Trainer", sync: ProcessGroupSync) -> None:
         self.stopping = False
         self._trainer = trainer
-        self._rank = sync.rank
+        self._rank = trainer.global_rank
         self._agreement = sync.agreement
         self._requeue_signal = 0
         self._received_sigterm = False

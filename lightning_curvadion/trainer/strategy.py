@@ -3,6 +3,7 @@
 import atexit
 import inspect
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -14,7 +15,10 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
@@ -30,6 +34,14 @@ from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, re
 from .consensus_callback import ConsensusCallback, moving_averages
 from .lightning_internals import StrategyRegistryType, WrappingCheckpointIO, trainer_of
 from .mixed_precision import share_gradient_scaler
+from .replica_processes import (
+    DDP_ARGUMENTS,
+    ReplicaSize,
+    check_replica_size,
+    make_replica_groups,
+    processes_per_replica,
+    synchronize_batch_norm_inside,
+)
 from .signals import StopRequests
 
 log = logging.getLogger(__name__)
@@ -39,12 +51,14 @@ class CurvaDionStrategy(DDPStrategy):
     """Data-parallel training without gradient all-reduces: replicas step alone until their optimizer's trigger fires.
 
     Launching, devices, samplers and checkpoints are those of Lightning's ``DDPStrategy``. The module is not wrapped in
-    ``DistributedDataParallel``: there is no reducer and there are no gradient buckets. What communicates is a
+    ``DistributedDataParallel`` where a replica is one process: there is no reducer and there are no gradient buckets.
+    With ``replica_size`` it is, inside of each replica. What communicates between replicas is a
     :class:`~lightning_curvadion.ProcessGroupSync` hook on every :class:`~lightning_curvadion.CurvaDion` optimizer.
     Before validation, before a checkpoint is written (there with the optimizers' state) and at the end of fit, the
     replicas reach consensus whatever the triggers say, so that what is validated, saved and returned is one model.
 
-    Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``.
+    Names: ``Trainer(strategy="curvadion")``, ``"curvadion_spawn"``, ``"curvadion_fork"``, ``"curvadion_notebook"``, and
+    ``"curvadion_node"`` with ``replica_size="node"``.
     They are known once ``lightning_curvadion`` is imported, as it is where ``configure_optimizers`` returns its
     optimizer. Lightning looks a name up before it loads any entry point, so installing could not make it known.
 
@@ -62,6 +76,9 @@ class CurvaDionStrategy(DDPStrategy):
         chunk: Numbers that are quantized and sent at a time; fewer need less memory.
         lag: How many steps after it was sent an agreement is read, 0 or 1.
         overlap: How many steps the mean of a sync step may take while the replicas train on.
+        replica_size: Number of consecutive processes that form a replica; ``"node"`` for those of a node. Inside of it
+            gradients are averaged at every step, as under ``"ddp"``, and its processes hold the same bits. So a node
+            sends what one process would, and fewer replicas lose less against DDP (``sync/two_levels.py``).
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
         cluster_environment: What launches the processes.
@@ -72,7 +89,8 @@ class CurvaDionStrategy(DDPStrategy):
             minutes with NCCL and 30 with gloo. The replicas agree at every step, so a rank waits no longer than the
             slowest batch, validation or checkpoint of another takes.
         start_method: How processes are started.
-        **unsupported: Refused: arguments of ``DistributedDataParallel``, and unknown ones with the nearest name.
+        **ddp_arguments: Of ``DistributedDataParallel`` inside of a replica, such as ``find_unused_parameters``. Refused
+            where a replica is one process, as unknown ones are, with the nearest name.
 
     The defaults are those of :class:`~lightning_curvadion.ProcessGroupSync`, chosen by
     ``examples/benchmarks/compare.py``; ``examples/benchmarks/README.md`` has its tables.
@@ -84,7 +102,8 @@ class CurvaDionStrategy(DDPStrategy):
     starts no collective that the others would not join.
 
     Raises:
-        MisconfigurationException: On a bad argument, on optimizers other than CurvaDion, on a module that differs
+        MisconfigurationException: On a bad argument, on a number of processes that ``replica_size`` does not divide, on
+            optimizers other than CurvaDion, on a module that differs
             between ranks, and on sparse embeddings.
 
     Example:
@@ -109,6 +128,7 @@ class CurvaDionStrategy(DDPStrategy):
         chunk: int = CHUNK,
         lag: int = 1,
         overlap: int | None = None,
+        replica_size: ReplicaSize = 1,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -117,10 +137,13 @@ class CurvaDionStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-        **unsupported: Any,
+        **ddp_arguments: Any,
     ) -> None:
+        check_replica_size(replica_size)
         # Named one by one above: a command line that reads signatures must not offer DistributedDataParallel's.
-        refuse_arguments(unsupported, inspect.signature(CurvaDionStrategy).parameters)
+        accepted = DDP_ARGUMENTS if replica_size != 1 else set()
+        refused = [name for name in ddp_arguments if name not in accepted]
+        refuse_arguments(refused, {*inspect.signature(CurvaDionStrategy).parameters, *accepted})
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -146,6 +169,10 @@ class CurvaDionStrategy(DDPStrategy):
             "lag": lag,
             "overlap": overlap,
         }
+        self._replica_size, self._ddp_arguments = replica_size, ddp_arguments
+        # This process's counterparts in the other replicas, and the processes of its own, where it has several.
+        self._group: ProcessGroup | None = None
+        self._inner_group: ProcessGroup | None = None
         self.sync = self.make_sync_hook()
         self._callbacks: list[pl.Callback] = []
         self._stop_requests: StopRequests | None = None
@@ -159,21 +186,63 @@ class CurvaDionStrategy(DDPStrategy):
             MisconfigurationException: On a bad setting.
         """
         try:
-            return ProcessGroupSync(**self._sync_settings)
+            return ProcessGroupSync(**self._sync_settings, group=self._group, inner_group=self._inner_group)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+
+    @property
+    def replica_size(self) -> int:
+        """Number of processes of a replica."""
+        return processes_per_replica(self._replica_size, self.num_processes, self.world_size)
+
+    @override
+    def set_world_ranks(self) -> None:
+        super().set_world_ranks()
+        # An error before processes are started.
+        processes_per_replica(self._replica_size, self.num_processes, self.world_size)
 
     @override
     def setup_distributed(self) -> None:
         super().setup_distributed()
+        if self.replica_size > 1 and self._inner_group is None:
+            self._group, self._inner_group = make_replica_groups(self.replica_size, self._timeout)
+        if self.replica_size == 1 and min(self.num_nodes, self.num_processes) > 1:
+            rank_zero_info(
+                f"{self.__class__.__name__}: each of the {self.num_processes} processes of a node is a replica, and"
+                " sends to other nodes. With replica_size='node' they are one replica, and send as much as one of them."
+            )
         # Lightning does it for NCCL alone. A process that ends with gloo's threads alive aborts now and then.
         atexit.unregister(_leave_process_group)
         atexit.register(_leave_process_group)
 
     @override
     def configure_ddp(self) -> None:
-        """Wrap nothing: without a reducer, backward communicates nothing."""
-        log.debug(f"{self.__class__.__name__}: leaving the module unwrapped")
+        """Wrap nothing where a replica is one process: without a reducer, backward communicates nothing."""
+        if self._inner_group is None:
+            log.debug(f"{self.__class__.__name__}: leaving the module unwrapped")
+            return
+        assert self.model is not None
+        synchronize_batch_norm_inside(self.model, self._inner_group)
+        self._ddp_kwargs = {**self._ddp_arguments, "process_group": self._inner_group}
+        super().configure_ddp()
+
+    @override
+    def training_step(self, *args: Any, **options: Any) -> STEP_OUTPUT:
+        with self._explained("the buffers of a replica"):
+            return super().training_step(*args, **options)
+
+    @override
+    def backward(self, *args: Any, **options: Any) -> Tensor:
+        with self._explained("the gradients of a replica"):
+            return super().backward(*args, **options)
+
+    def _explained(self, what: str) -> AbstractContextManager[None]:
+        """Where DistributedDataParallel sends something inside of a replica, let an error say what is lost."""
+        if self._inner_group is None:
+            return nullcontext()
+        return explain_failure(
+            f"the all-reduce of {what}", torch.distributed.get_process_group_ranks(self._inner_group)
+        )
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -188,7 +257,9 @@ class CurvaDionStrategy(DDPStrategy):
         try:
             for optimizer in optimizers:
                 optimizer.register_sync_hook(self.sync)
-            self.sync.include_module(self.lightning_module)
+            trained = self.lightning_module if self._inner_group is None else self.model
+            assert trained is not None
+            self.sync.include_module(trained)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self._stop_requests = StopRequests(trainer, self.sync)
@@ -340,6 +411,14 @@ class CurvaDionStrategy(DDPStrategy):
                 override=True,
                 start_method=start_method,
             )
+        strategy_registry.register(
+            "curvadion_node",
+            cls,
+            description="CurvaDion strategy whose replicas are nodes",
+            override=True,
+            start_method="popen",
+            replica_size="node",
+        )
 
 
 def _leave_process_group() -> None:

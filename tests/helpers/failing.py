@@ -34,7 +34,7 @@ class Job:
     Attributes:
         folder: Where everything is written.
         steps: Optimizer steps.
-        devices: Replicas on this node.
+        devices: Processes on this node.
         timeout: Timeout of the process group, seconds.
         victim: Rank that is hit; -1 for none.
         step: First step at which it is hit.
@@ -48,6 +48,7 @@ class Job:
         watch: Steps from one reading of memory and open files to the next; 0 for none.
         accelerator: ``"cpu"`` or ``"gpu"``.
         delays: The strategy's lag and overlap; empty for its defaults.
+        replica_size: Processes of a replica.
     """
 
     folder: str
@@ -64,6 +65,7 @@ class Job:
     watch: int = 0
     accelerator: str = "cpu"
     delays: tuple[int, ...] = ()
+    replica_size: int = 1
 
 
 class Module(pl.LightningModule):
@@ -162,7 +164,9 @@ def main() -> None:
         accelerator=job.accelerator,
         devices=job.devices,
         strategy=CurvaDionStrategy(
-            timeout=timedelta(seconds=job.timeout), **dict(zip(("lag", "overlap"), job.delays, strict=False))
+            timeout=timedelta(seconds=job.timeout),
+            replica_size=job.replica_size,
+            **dict(zip(("lag", "overlap"), job.delays, strict=False)),
         ),
         max_steps=job.steps,
         default_root_dir=job.folder,

@@ -1,17 +1,21 @@
 """One replica of ``test_network.py``, on its own host of the lab. Measures the kernel's bytes beside ``bytes_sent``.
 
+Where a host has several processes, they are one replica.
+
 python network_replica.py FOLDER SETTINGS_BY_MODEL_JSON
 """
 
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import build, exact_sync, train_step
+from models import Net, build, exact_sync, train_step
 from torch import nn
+from two_levels import attach
 
 from examples.benchmarks.compare_replica import kernel_sent
 from examples.byte_gpt import GPT, WHOLE
@@ -42,7 +46,15 @@ def measure(rank: int, model_name: str, hook: dict) -> dict[str, tuple[int, int,
     """(kernel bytes, payload, steps) of each phase."""
     period = PERIODS[model_name]
     trigger = EveryNSteps(period)
-    if model_name == "gpt":
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    model: nn.Module
+    if processes > 1:
+        torch.manual_seed(0)
+        (model, optimizer), train = (
+            attach(dist.get_world_size(), processes, Net(24), hook, trigger=trigger),
+            train_step,
+        )
+    elif model_name == "gpt":
         (model, optimizer), train = build_gpt(hook, trigger), train_gpt
     else:
         (model, optimizer), train = build(layers=24, hook=hook, trigger=trigger), train_step

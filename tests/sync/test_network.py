@@ -24,17 +24,19 @@ MOST = {"int8": 1 / 3.7, "int4": 1 / 7, "int2": 1 / 13, "sign": 1 / 25}
 GPT = [LOCAL, {}, *[{**LOCAL, "wire_format": wire_format} for wire_format in MOST], {"wire_format": "int2"}]
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """By model: for each of its settings and each replica, (kernel bytes, payload, steps) of each phase."""
-    folder = tmp_path_factory.mktemp("measured")
+def measure(folder, settings, processes=1):
+    """By model: for each of its settings and each process, (kernel bytes of its host, payload, steps) of each phase."""
     script = ROOT / "tests/helpers/network_replica.py"
     environment = {"PYTHONPATH": python_path(ROOT)}
     with Lab(hosts=2) as lab:
-        settings = json.dumps({"small": SMALL, "gpt": GPT})
-        lab.run([str(script), str(folder), settings], environment=environment, timeout=200)
-    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    return {model: list(zip(*[rank[model] for rank in ranks], strict=True)) for model in ("small", "gpt")}
+        lab.run([str(script), str(folder), json.dumps(settings)], processes, environment, timeout=200)
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2 * processes)]
+    return {model: list(zip(*[rank[model] for rank in ranks], strict=True)) for model in settings}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return measure(tmp_path_factory.mktemp("measured"), {"small": SMALL, "gpt": GPT})
 
 
 def test_bytes_sent_is_what_the_kernel_counts(measured):
@@ -56,3 +58,15 @@ def test_a_quantized_sync_step_sends_a_fraction_of_one_in_float32(measured):
         assert step <= bound * steps[0]
     print(f"momentum=factors, int2 and int4: {steps[-1]} bytes, 1/{steps[1] / steps[-1]:.1f} of {steps[1]} in float32")
     assert steps[-1] <= steps[1] / 8
+
+
+def test_two_hosts_of_two_processes_send_what_two_hosts_of_one_do(measured, tmp_path):
+    of_two = measure(tmp_path, {"small": SMALL[1:2]}, processes=2)["small"][0]
+    of_one = measured["small"][1]
+    for host in (0, 1):
+        for phase, (kernel, payload, steps) in of_one[host].items():
+            by_two, payload_of_two, _ = of_two[2 * host][phase]
+            # Inside of a sync step each process has collectives of its own, and so has each of the two barriers.
+            more = (2 if phase.startswith("sync") else 0) + 2
+            print(f"{phase}, host {host}: {by_two} bytes of two processes, {kernel} of one, in {steps} steps")
+            assert by_two <= kernel + ALLOWANCE * more and payload_of_two == pytest.approx(payload, rel=0.01)

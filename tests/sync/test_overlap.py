@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from models import build, equal, parameters_of, state_of, train_step
+from moves import recorded_moves
 from replicas import counted_collectives
 from torch import nn
 
@@ -18,7 +19,6 @@ from lightning_curvadion import (
     ProcessGroupSync,
     split_parameters,
 )
-from lightning_curvadion.optim import local_step
 
 # python -m pytest tests/sync/test_overlap.py with SCHEDULES=500 in the environment takes some minutes.
 SCHEDULES = int(os.environ.get("SCHEDULES", "15"))
@@ -41,28 +41,16 @@ def schedule(rank, world, seed):
             overlap=choice.choice([1, 2, 3, 6]),
         )
     )
-    moved = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-    own_step = local_step.step_vector_groups
-
-    # The last part of a replica's own step, before any mean.
-    def watched(*args, **kwargs):
-        own_step(*args, **kwargs)
-        for total, parameter, before in zip(moved, parameters, starts, strict=True):
-            total += (parameter.detach() - before).double()
-
-    local_step.step_vector_groups = watched
-    try:
+    with recorded_moves(parameters) as moves:
         for _ in range(choice.randrange(5, 25)):
             for parameter in parameters:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-            starts = parameters_of(nn.ParameterList(parameters))
+            moves.start()
             optimizer.step()
             if choice.random() < 0.1:
                 optimizer.sync_hook.reach_consensus(optimizer, include_state=choice.random() < 0.5)
-    finally:
-        local_step.step_vector_groups = own_step
     optimizer.sync_hook.reach_consensus(optimizer)
-    return [parameter.detach().double() for parameter in parameters], moved
+    return [parameter.detach().double() for parameter in parameters], moves.totals
 
 
 def schedules(rank, world, seeds):

@@ -9,8 +9,9 @@ from replicas import counted_collectives
 from torch import nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps
+from lightning_curvadion.sync.payloads import FEWEST_ROWS
 from lightning_curvadion.sync.quantization import WIRE_FORMATS, mean_format_of, quantized_bytes
-from lightning_curvadion.sync.sparse_rows import FEWEST_ROWS, moved_rows
+from lightning_curvadion.sync.sparse_rows import far_rows, row_distances
 
 ROWS, COLUMNS = FEWEST_ROWS + 7, 20
 QUANTIZED = [name for name in WIRE_FORMATS if name not in ("float32", "bfloat16")]
@@ -139,8 +140,10 @@ def test_a_row_that_diverged_is_an_error_on_all_replicas(replicas):
 def test_a_row_has_moved_where_it_or_its_residual_is_not_small_beside_the_farthest(dtype):
     anchor = torch.zeros(5, 3)
     parameter, residual = anchor.clone().to(dtype), anchor.clone()
-    assert not moved_rows(parameter, anchor, residual).any(), "nothing has moved"
+    assert not far_rows(row_distances(parameter, anchor, residual)).any(), "nothing has moved"
     parameter[0, 0], parameter[1, 1], residual[2, 2], parameter[3, 0] = 1.0, 0.01, -0.5, math.nan
-    assert moved_rows(parameter, anchor, residual).tolist() == [True, True, True, True, False], "NaN may be far"
+    assert far_rows(row_distances(parameter, anchor, residual)).tolist() == [True, True, True, True, False], (
+        "NaN may be far"
+    )
     parameter[3, 0] = 0.0
-    assert moved_rows(parameter, anchor, residual).tolist() == [True, False, True, False, False]
+    assert far_rows(row_distances(parameter, anchor, residual)).tolist() == [True, False, True, False, False]

@@ -19,6 +19,10 @@ def test_survivors_of_a_kill_end_with_an_error_that_names_the_loss(tmp_path, wor
     assert breaking.kill_once(tmp_path, world, victim=world - 1, step=5, where=where, delays=delays) < 30
 
 
+def test_a_killed_process_ends_its_replica_and_the_others_say_so(tmp_path):
+    assert breaking.kill_in_replica(tmp_path, victim=3) < 30
+
+
 def test_torchrun_restarts_a_killed_run_from_its_newest_checkpoint(tmp_path):
     breaking.restart(tmp_path)
 

@@ -13,7 +13,7 @@ from .collective_costs import Link
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "": 1.0}
-_OPTIONS = ("--link", "--latency", "--replicas", "--step-time", "--sync-rate", "--coding-speed")
+_OPTIONS = ("--link", "--inner-link", "--latency", "--replicas", "--step-time", "--sync-rate", "--coding-speed")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class PlanArguments:
         sync_rate: Share of the steps that synchronise, or ``None`` to estimate it.
         quantization_speed: In GB/s of float32, or ``None`` to measure it.
         run: Logs to take the sync rate from.
+        inner_link: Speed of the link between the processes of a replica, or ``None`` if the time of a step has it.
         fit_args: All other arguments: those of ``fit``.
     """
 
@@ -36,10 +37,11 @@ class PlanArguments:
     sync_rate: float | None
     quantization_speed: float | None
     run: Path | None
+    inner_link: Link | None
     fit_args: Sequence[str]
 
 
-def parse_bit_rate(text: str) -> float:
+def parse_bit_rate(text: str, option: str = "--link") -> float:
     """Bits per second of a link speed such as ``200Mbit``.
 
     Raises:
@@ -53,9 +55,9 @@ def parse_bit_rate(text: str) -> float:
     if match is None or match[3] == "B":
         in_bytes = " (B counts bytes)" if match else ""
         raise PlanError(
-            f"--link is a speed in bits per second such as 200Mbit, 25Gbit or 500kbit, not {text!r}{in_bytes}"
+            f"{option} is a speed in bits per second such as 200Mbit, 25Gbit or 500kbit, not {text!r}{in_bytes}"
         )
-    return _positive(float(match[1]), "--link", text) * _PREFIXES[match[2].lower()]
+    return _positive(float(match[1]), option, text) * _PREFIXES[match[2].lower()]
 
 
 def parse_duration(text: str, option: str = "a time") -> float:
@@ -126,7 +128,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--link", required=True, help="speed of one replica's link, such as 200Mbit or 10Gbps")
     parser.add_argument("--latency", required=True, help="of one message, one way (half a ping), such as 20ms")
-    parser.add_argument("--replicas", help="default: devices times num_nodes of the config")
+    parser.add_argument(
+        "--replicas", help="default: devices times num_nodes of the config, over the strategy's replica_size"
+    )
+    parser.add_argument(
+        "--inner-link", help="speed of the link between the processes of a replica; default: --step-time has it"
+    )
     parser.add_argument("--step-time", help="of a step without communication, such as 0.8s; default: measured here")
     parser.add_argument(
         "--sync-rate", help="share of the steps that synchronise, such as 0.2 or 20%%; default: a range"
@@ -165,6 +172,7 @@ def parse_arguments(args: Sequence[str]) -> PlanArguments:
         parse_share(options.sync_rate, "--sync-rate") if options.sync_rate is not None else None,
         _parse_speed(options.coding_speed) if options.coding_speed is not None else None,
         options.run,
+        Link(parse_bit_rate(options.inner_link, "--inner-link"), 0.0) if options.inner_link is not None else None,
         fit_args,
     )
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ...sync.chunks import flatten, split_into_chunks, write_back
-from ...sync.collectives import Collectives, Transfer
+from ...sync.collectives import Collectives
 from ...sync.payloads import DisplacementPayload, TensorPayload
+from ...sync.transfers import Transfer
 from ..errors import PlanError
 from .config_cli import ConfigCLI, config_errors_as_plan_errors, one_line, silent_trainer
 from .dry_run import Arrived

@@ -17,12 +17,13 @@ from ...optim.optimizer_state import state_tensors
 from ...optim.triggers import EveryNSteps, LocalStepCap
 from ...sync.agreement import Agreed
 from ...sync.chunks import FULL_WIDTH
-from ...sync.collectives import Collectives, Transfer
+from ...sync.collectives import Collectives
 from ...sync.payload_checks import PayloadCheck
 from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.replica_checks import verify_wire_formats
 from ...sync.settings import SyncSettings
+from ...sync.transfers import Transfer
 from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, Collective
 from .launch_counter import LaunchCounter
 

@@ -12,7 +12,7 @@ from .collective_costs import Network
 from .footprint import dion_step_traffic, measure_footprint
 from .run_setup import RunSetup, read_run_setup
 from .run_traffic import ConsensusPayload, measure_consensus
-from .step_prediction import StepPrediction
+from .step_prediction import StepPrediction, ddp_step_seconds
 from .sync_rate import choose_sync_rates
 
 
@@ -62,6 +62,12 @@ def make_plan(arguments: PlanArguments) -> Plan:
     formats = {*footprint.sync.numbers, *dion_traffic.numbers}
     quantization, quantization_source = _quantization_times(formats, arguments.quantization_speed)
     compute, compute_source = _compute_time(arguments.step_seconds, arguments.fit_args)
+    if arguments.inner_link is not None:
+        if setup.processes == 1:
+            raise PlanError("--inner-link is of replicas of several processes: leave it out, or set replica_size")
+        inside = Network(arguments.inner_link, setup.processes, setup.backend)
+        compute = ddp_step_seconds(compute, footprint.buckets, inside)
+        compute_source += ", with the all-reduce of gradients at --inner-link"
     network = Network(arguments.link, replicas, setup.backend)
     steps = [StepPrediction(footprint, dion_traffic, compute, quantization, network, rate, *delays) for rate in rates]
     return Plan(setup, steps, consensus, rate_source, compute_source, quantization_source)

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -13,6 +14,7 @@ from ...optim.curvadion import CurvaDion
 from ...optim.split_parameters import split_parameters
 from ...sync.settings import SyncSettings
 from ...trainer.lightning_internals import configured_optimizers, detach_trainer
+from ...trainer.replica_processes import ReplicaSize, check_replica_size, processes_per_replica
 from ...trainer.strategy import CurvaDionStrategy
 from ..errors import PlanError
 from .config_cli import ConfigCLI, config_errors_as_plan_errors, one_line
@@ -30,6 +32,7 @@ class RunSetup:
         optimizer: Of the model's parameters.
         settings: Of the sync hook.
         replicas: Their number in the config, ``None`` if the config leaves it to the machine.
+        processes: Of each replica.
         backend: Of ``torch.distributed``.
         schedule: How often it steps, validates and saves.
         notes: A sentence for each choice made in place of the config.
@@ -39,6 +42,7 @@ class RunSetup:
     optimizer: CurvaDion
     settings: SyncSettings
     replicas: int | None
+    processes: int
     backend: str
     schedule: Schedule
     notes: tuple[str, ...]
@@ -81,7 +85,13 @@ def read_run_setup(args: Sequence[str]) -> RunSetup:
     detach_trainer(model)
     backend = _backend(trainer_config, notes)
     schedule = read_schedule(trainer_config)
-    return RunSetup(model, optimizer, settings, _num_replicas(trainer_config), backend, schedule, tuple(notes))
+    replicas, processes = _replicas(trainer_config)
+    if processes > 1:
+        notes.append(
+            f"A replica has {processes} processes, which share its link and send what one would. So do DDP's here, as"
+            " if they reduced inside of it first."
+        )
+    return RunSetup(model, optimizer, settings, replicas, processes, backend, schedule, tuple(notes))
 
 
 def _configure_optimizer(model: pl.LightningModule, notes: list[str]) -> CurvaDion:
@@ -130,12 +140,30 @@ def _backend(trainer_config: dict[str, Any], notes: list[str]) -> str:
     return "gloo" if accelerator in ("cpu", "mps") else "nccl"
 
 
-def _num_replicas(trainer_config: dict[str, Any]) -> int | None:
-    devices, nodes = trainer_config.get("devices"), int(trainer_config.get("num_nodes") or 1)
+def _replicas(trainer_config: dict[str, Any]) -> tuple[int | None, int]:
+    """Their number, if the config has it, and the processes of each."""
+    devices, nodes = _num_devices(trainer_config), int(trainer_config.get("num_nodes") or 1)
+    strategy = trainer_config.get("strategy")
+    options = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    replica_size: ReplicaSize = "node" if strategy == "curvadion_node" else options.get("replica_size", 1)
+    if devices is None:
+        if replica_size == "node":
+            raise PlanError('replica_size="node" needs the number of devices of a node: set trainer.devices')
+        return None, replica_size
+    try:
+        check_replica_size(replica_size)
+        processes = processes_per_replica(replica_size, devices, devices * nodes)
+    except MisconfigurationException as error:
+        raise PlanError(str(error)) from error
+    return devices * nodes // processes, processes
+
+
+def _num_devices(trainer_config: dict[str, Any]) -> int | None:
+    devices = trainer_config.get("devices")
     if isinstance(devices, str):
         devices = [part for part in devices.split(",") if part.strip()] if "," in devices else devices
         if isinstance(devices, str) and devices.isdigit():
             devices = int(devices)
     if isinstance(devices, list):
         devices = len(devices)
-    return devices * nodes if isinstance(devices, int) and devices > 0 else None
+    return devices if isinstance(devices, int) and devices > 0 else None

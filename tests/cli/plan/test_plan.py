@@ -84,6 +84,19 @@ def test_a_config_for_a_cluster_is_planned_on_this_machine(capsys):
     assert "strategy is 'ddp'" in text and "AdamW" in text
 
 
+REPLICAS_OF_8 = ["--trainer.devices=8", "--trainer.num_nodes=4", "--trainer.accelerator=gpu"]
+NODES = [*REPLICAS_OF_8, "--trainer.strategy=CurvaDionStrategy", "--trainer.strategy.replica_size=node"]
+
+
+def test_the_processes_of_a_replica_share_its_link(capsys):
+    by_name = run_plan(capsys, "--link", "25Gbit", *REPLICAS_OF_8, "--trainer.strategy=curvadion_node")
+    assert "on 4 replicas" in by_name and "A replica has 8 processes" in by_name
+    # What backward does not hide: the last bucket.
+    inside = run_plan(capsys, "--link", "25Gbit", *NODES, "--inner-link", "1Gbit")
+    (seconds,) = re.findall(r"compute (\d+\.\d) ms .* at --inner-link", inside)
+    assert 500.0 < float(seconds) < 520.0
+
+
 def test_billions_of_parameters_take_no_memory(capsys):
     sizes = ["--model=examples.byte_gpt.ByteGPT", "--model.layers=6", "--model.width=8192", "--model.heads=64"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -125,6 +138,9 @@ def test_the_sync_rate_comes_from_the_logs_of_a_run(capsys, tmp_path):
         (["--link", "1Gbit", "--run", "nowhere"], "nowhere"),
         (["--link", "1Gbit", *DRIFT], "--sync-rate"),
         (["--link", "1Gbit", *DRIFT, "--trainer.strategy=CurvaDionStrategy", *NONE], 'use consensus="average"'),
+        (["--link", "1Gbit", "--inner-link", "fast"], "--inner-link is a speed"),
+        (["--link", "1Gbit", "--inner-link", "1Gbit"], "set replica_size"),
+        (["--link", "1Gbit", *NODES, "--trainer.strategy.replica_size=3"], "choose one of 1, 2, 4, 8, 16, 32"),
         ([], "--link"),
     ],
 )
