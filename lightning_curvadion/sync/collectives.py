@@ -107,18 +107,26 @@ class Collectives:
         present = self._group or dist.group.WORLD
         assert present is not None, "joined"
         options = present._get_backend(present._device_types[0]).options
+        if self._group is not None:
+            self._make_as_many_groups()
         group = dist.new_group(
             dist.get_process_group_ranks(present),
             # A backend without options has its default.
             timeout=options._timeout if options is not None else None,
             backend=backend or self.backend,
-            # Ranks outside of a subgroup do not call this. torch then names the new group by how many groups a rank
-            # has made, so the ranks of a subgroup must have made as many.
+            # Ranks outside of a subgroup do not call this.
             use_local_synchronization=self._group is not None,
         )
         collectives = Collectives(group, self._chunk, self._sent)
         collectives.join(self.device)
         return collectives
+
+    def _make_as_many_groups(self) -> None:
+        """Let all ranks have made as many process groups: by their number torch names the next one of a subgroup."""
+        made = len(dist.distributed_c10d._world.pg_names)
+        most = int(self.all_gather(torch.tensor([made], device=self.device)).max())
+        for _ in range(most - made):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     @property
     def backend(self) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import build, exact_sync, parameters_of, train_step
 from replicas import counted_collectives
 
@@ -101,3 +102,23 @@ def attached_late(rank, world):
 
 def test_a_hook_that_attaches_late_starts_from_rank_zeros_steps_and_no_residuals(replicas):
     assert replicas.run(2, attached_late) == [({1}, False)] * 2
+
+
+def in_a_subgroup(rank, world):
+    if rank == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        return None
+    hook = ProcessGroupSync(group, lag=3, overlap=2, momentum="local")
+    model, optimizer = build(trigger=EveryNSteps(2))
+    optimizer.register_sync_hook(hook)
+    for step in range(6):
+        train_step(model, optimizer, step, shard=rank)
+    hook.reach_consensus(optimizer)
+    return parameters_of(model)
+
+
+def test_ranks_of_a_subgroup_may_have_made_different_numbers_of_groups(replicas):
+    first, second, third = replicas.run(3, in_a_subgroup)
+    assert third is None and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
