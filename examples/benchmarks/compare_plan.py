@@ -90,7 +90,9 @@ FEW, MANY, IN_TURN = 40, 250, 200
 # A round trip of 50 ms, and a slow link.
 DELAYED = ("100mbit+25ms", "12mbit")
 MUON_ALONE = "no communication, Muon"
-_WAITING = {delays: f"ours: lag {delays[0]}, overlap {delays[1]}" for delays in ((0, 0), (1, 0), (1, 1), (5, 5))}
+_WAITING = {
+    delays: f"ours: lag {delays[0]}, overlap {delays[1]}" for delays in ((0, 0), (1, 0), (1, 1), (5, 5), (6, 8))
+}
 # By the number of replicas. On the distant link everything takes several steps.
 WAITERS = {
     2: ("DDP, AdamW", MUON_ALONE, *_WAITING.values()),

@@ -13,6 +13,7 @@ from examples.benchmarks.compare_plan import (
     DELAYED,
     DISTANT,
     ELSEWHERE,
+    MUON_ALONE,
     QUOTED,
     RATES,
     STEPS,
@@ -345,6 +346,6 @@ def delays_table(rows: list[Row]) -> None:
         for method in methods:
             cells = []
             for rate in DELAYED:
-                value, most = (pace(mine, name, rate, replicas) for name in (method, ALONE))
+                value, most = (pace(mine, name, rate, replicas) for name in (method, MUON_ALONE))
                 cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["not timed", "-"]
             line(replicas, method, *cells)
