@@ -75,7 +75,7 @@ LIVES = [
     (2, {"consensus": "none"}, {"rank_fraction": 0.5}, torch.bfloat16),
     (2, {}, {"trigger": DriftThreshold(1.0), "max_local_steps": 1}, torch.float32),
     (2, {"lag": 1, "overlap": 1}, {}, torch.float32),
-    (4, {"lag": 2, "overlap": 3, "spread": 2, "outer_momentum": 0.5}, {}, torch.bfloat16),
+    (4, {"lag": 2, "overlap": 2, "spread": 2, "outer_momentum": 0.5}, {}, torch.bfloat16),
     (4, {"lag": 1, "wire_format": "float32", "momentum": "factors"}, {"rank_fraction": 0.5}, torch.float16),
 ]
 
