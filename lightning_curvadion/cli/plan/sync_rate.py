@@ -16,7 +16,7 @@ from ..report.log_readers import read_run
 LOG_RMMC_MEAN, LOG_RMMC_STD = -2.54, 0.48
 # RMMC of that size times these has the simulated defaults synchronise as rarely and as often as any measured job with
 # them, which trainer/advice.py has.
-RMMC_FACTORS = (0.54, 4.38)
+RMMC_FACTORS = (0.54, 6.2)
 _SIMULATED_STEPS = 20_000
 
 
@@ -72,7 +72,7 @@ def choose_sync_rates(
         ((0.25,), 'EveryNSteps, for any RMMC')
         >>> rates, _ = choose_sync_rates(LocalStepCap(IntegratedRMMC(0.45), max_local_steps=50), given=None, run=None)
         >>> [round(rate, 2) for rate in rates]
-        [0.1, 0.56]
+        [0.1, 0.69]
     """
     if given is not None:
         return (given,), "from --sync-rate"

@@ -178,8 +178,8 @@ def test_a_bad_config_gets_the_message_of_fit(capsys, monkeypatch, config, optio
 
 def test_without_a_sync_rate_both_ends_of_what_was_measured_are_planned(capsys):
     text = run_plan(capsys, "--link", "10Mbit")
-    assert "sync rate 10.0 to 55.9 %" in text
-    low, high = (re.search(rf"mean step, {rate} % sync +(\S+) ms", text)[1] for rate in ("10.0", "55.9"))
+    assert "sync rate 10.0 to 69.3 %" in text
+    low, high = (re.search(rf"mean step, {rate} % sync +(\S+) ms", text)[1] for rate in ("10.0", "69.3"))
     fastest, slowest = re.search(r"10 Mbit/s .*? ms +(\S+) to (\S+)\n", text).groups()
     assert 500 < float(low) < float(high) and 1 < float(fastest) < float(slowest)
     parts = dict(re.findall(r"^  (steps|validation|checkpoints) +\d+ +(\S.*)$", text, flags=re.M))
