@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmarks import compare_report, quantization_training, scaling
-from examples.benchmarks.compare_plan import RATES, RESULTS, read
+from examples.benchmarks import compare_report, models, quantization_training, scaling, two_levels
+from examples.benchmarks.compare_plan import RATES, RESULTS, STEPS, read
 from examples.benchmarks.compare_report import DENSE, USUAL, gap, kernel_share, pace, rows_at
 from examples.benchmarks.methods import DEFAULT
+from examples.benchmarks.model_replica import finished
 from lightning_curvadion import CurvaDion, ProcessGroupSync
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ README, GUIDE, BENCHMARKS = (
     ROOT / name for name in ("README.md", "examples/guide.md", "examples/benchmarks/README.md")
 )
 PAGES = (README, GUIDE, BENCHMARKS, ROOT / "examples/README.md")
+ONE_SEED = [two_levels.Job(layout, STEPS, "", 0, seed=0) for layout in two_levels.LAYOUTS]
 COMMANDS = ("fit", "validate", "test", "predict", "plan", "report")
 
 
@@ -119,8 +121,13 @@ def test_the_table_of_the_readme_is_the_first_that_the_comparison_prints(capsys)
 
 @pytest.mark.parametrize(
     ("part", "printer", "least"),
-    [("Comparison", lambda: compare_report.tables(RESULTS), 50), ("Wire formats", quantization_training.tables, 14)],
-    ids=["compare.py", "quantization.py"],
+    [
+        ("Comparison", lambda: compare_report.tables(RESULTS), 50),
+        ("Wire formats", quantization_training.tables, 14),
+        ("Two levels", lambda: print(two_levels.table(ONE_SEED, two_levels.RESULTS)), 4),
+        ("Other models", lambda: models.tables(finished(models.RESULTS)), 30),
+    ],
+    ids=["compare.py", "quantization.py", "two_levels.py", "models.py"],
 )
 def test_the_tables_of_the_benchmarks_are_rows_of_what_is_printed(capsys, part, printer, least):
     printer()
