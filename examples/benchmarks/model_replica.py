@@ -47,6 +47,12 @@ PARTS = {
     "int8 for the rest": Method("muon", hook={"vector_format": "int8"}),
     "every step": Method("muon", trigger=EveryNSteps(1)),
     "every step, float32": Method("muon", trigger=EveryNSteps(1), hook={"wire_format": "float32"}),
+    # What is left is the difference between the mean of the replicas' steps and the step of a mean.
+    "every step, momenta averaged": Method(
+        "muon",
+        trigger=EveryNSteps(1),
+        hook={"wire_format": "float32", "momentum": "average", "factor_format": "float32"},
+    ),
 }
 TABLE_METHODS = {
     ADAMW: METHODS[ADAMW],
