@@ -42,6 +42,7 @@ ADAMW, MUON, OURS, CARRIED = "DDP, AdamW", "DDP, Muon", "ours", "ours, match_rms
 PARTS = {
     "budget 0.2": Method("muon", trigger=IntegratedRMMC(0.2)),
     "momentum local": METHODS["ours: momentum local"],
+    "momentum average in int8": METHODS["ours: momentum average in int8"],
     "float32": METHODS["ours: float32"],
     "one bit for biases": Method("muon", hook={"vector_format": "sign"}),
     "int8 for the rest": Method("muon", hook={"vector_format": "int8"}),
