@@ -299,12 +299,15 @@ class CurvaDion(StackedOptimizer):
             if steps:
                 for stack, norm in zip(stacks, signal.norms, strict=True):
                     stack.norm.copy_(norm)
+            keep_roots = sync_hook is not None and sync_hook._corrects_momenta(self, synced)
             if synced and sync_hook is not None:
                 with record_function("curvadion::sync_step"):
-                    self._replicas_share_Q = sync_step(self, stacks, sync_hook, self._replicas_share_Q, steps)
+                    self._replicas_share_Q = sync_step(
+                        self, stacks, sync_hook, self._replicas_share_Q, steps, keep_roots
+                    )
             elif steps:
                 with record_function("curvadion::local_step"):
-                    changed_Q = local_step(self, stacks, at_sync=synced)
+                    changed_Q = local_step(self, stacks, synced, keep_roots)
                     self._replicas_share_Q = self._replicas_share_Q and not changed_Q
             if sync_hook is not None:
                 sync_hook._proceed(self)

@@ -10,13 +10,16 @@ from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
 
 
-def local_step(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], at_sync: bool = False) -> bool:
+def local_step(
+    optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], at_sync: bool = False, keep_roots: bool = False
+) -> bool:
     """Step every parameter of one replica.
 
     Args:
         optimizer: Holds the groups and their state.
         stacks: Its matrices.
         at_sync: Whether this is a sync step, which takes Dion's step also where ``local_update="sgd"``.
+        keep_roots: Whether a correction of the momenta follows; see ``MatrixStack.roots``.
 
     Returns:
         Whether a right factor Q has changed, which then differs between replicas.
@@ -27,16 +30,16 @@ def local_step(optimizer: StackedOptimizer, stacks: Sequence[MatrixStack], at_sy
         if stack.group["local_update"] == "sgd" and not at_sync:
             sgd_step(stack)
         else:
-            full_step(stack)
+            full_step(stack, keep_roots)
             changed_Q |= not stack.steps_whole
     step_vector_groups(optimizer)
     return changed_Q
 
 
-def full_step(stack: MatrixStack) -> None:
+def full_step(stack: MatrixStack, keep_roots: bool = False) -> None:
     """Muon's update or Dion's, as the group says, from this replica's B."""
     if stack.steps_whole:
-        stack.descend_whole(stack.nesterov())
+        stack.descend_whole(stack.nesterov(), keep_roots)
     else:
         dion_step(stack)
 

@@ -1,6 +1,6 @@
 """Matrices of one shape, stacked in memory so that one call serves them all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ class MatrixStack:
         momenta: The momentum matrices one by one.
         Q: Right factors, shape (k, min(m, n), r).
         norm: ``||B||_F`` of the step before, float32, shape (k,).
+        roots: What a correction of the momenta needs of the last step (``momentum_correction.py``): shape (k, s, s)
+            with s the smaller side. ``None`` where no correction follows, and after Dion's step.
     """
 
     def __init__(self, group: Group, parameters: Sequence[Tensor], states: Sequence[State]) -> None:
@@ -57,6 +59,7 @@ class MatrixStack:
         self.norm = stacked[2].view(-1)
         self.momenta = self.momentum.unbind()
         self._per_parameter = len(self.momenta) // len(self.parameters)
+        self.roots: Tensor | None = None
 
     @property
     def owners(self) -> list[Tensor]:
@@ -140,15 +143,17 @@ class MatrixStack:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
         return lookahead
 
-    def descend_whole(self, nesterov: Tensor) -> None:
+    def descend_whole(self, nesterov: Tensor, keep_roots: bool = False) -> None:
         """Take Muon's step along Nesterov's momentum, and let the momentum decay.
 
         Args:
             nesterov: Of this replica, or a mean over replicas.
+            keep_roots: Whether a correction of the momenta follows in this step. It would orthonormalise them again.
         """
         group = self.group
         update = muon.newton_schulz(nesterov, group["eps"])
         self.momentum.mul_(group["mu"])
+        self.roots = muon.root_of_polar(update, self.momentum) if keep_roots else None
         scale = step_scale(group, self.shape, rank=min(self.shape))
         with self._writable_matrices() as matrices:
             muon.descend_(matrices, update, group["lr"], scale, group["weight_decay"])
@@ -184,7 +189,7 @@ def new_matrix_state(parameter: Tensor, group: Group, seed: int) -> State:
     }
 
 
-def batches(group: Group, parameters: Sequence[Tensor], state: dict[Tensor, State]) -> Iterator[list[Tensor]]:
+def batches(group: Group, parameters: Sequence[Tensor], state: Mapping[Tensor, State]) -> Iterator[list[Tensor]]:
     """Split parameters of a group into runs that can be stacked: equal shape, rank, dtype and device, of bounded size.
 
     A parameter whose matrices are blocks of columns is alone: the momentum keeps its shape, and the blocks of several

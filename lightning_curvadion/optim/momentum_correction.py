@@ -12,12 +12,14 @@ so the difference of the mean displacement from its own is a difference of mean 
 
 .. math:: M_i \leftarrow M_i - \alpha\, \frac{\bar d - d_i}{\sqrt{m / n} \sum_t \eta_t}\, H_i .
 
-The factor :math:`\sqrt{m / n}` stands for that of ``lr_scale.py``. AdamW's step is the first moment over the root of
-the second, which takes the place of :math:`H_i`. Nothing is sent for it: the replicas have the mean displacement
-anyway. The share :math:`\alpha` is below one where the mean is quantized, since its error would enter the momentum.
+Muon's step has just orthonormalised the momentum, so :math:`H_i = \mathrm{polar}(M_i)^\top M_i` is one product. The
+factor :math:`\sqrt{m / n}` stands for that of ``lr_scale.py``. AdamW's step is the first moment over the root of the
+second, which takes the place of :math:`H_i`. Nothing is sent for it: the replicas have the mean displacement anyway.
+The share :math:`\alpha` is below one where the mean is quantized, since its error would enter the momentum.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from . import muon
 from .adamw_lion import denominators_of
 from .lr_scale import step_scale
 from .matrix_layout import as_matrices, list_matrices, matrix_shape
+from .matrix_stacks import State, batches
 from .parameter_groups import Group
 from .rmmc import norm_ratios, tensor_norms
 
@@ -35,42 +38,80 @@ def corrects(group: Group) -> bool:
     return group["algorithm"] == "adamw" or (group["algorithm"] == "dion" and group["local_update"] != "sgd")
 
 
-def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, travel: float, share: float) -> None:
-    """Correct the momentum of one parameter in place.
+class Correction(NamedTuple):
+    """What corrects the momentum of a parameter.
 
-    Args:
-        group: The parameter's group.
-        state: Its ``state[p]``.
+    Attributes:
         difference: The mean displacement of the replicas less that of this replica, of the parameter's shape.
         travel: Sum of the learning rates of the steps that made it.
         share: How much of the difference to take over, :math:`\\alpha`.
     """
-    if travel == 0.0:
+
+    difference: Tensor
+    travel: float
+    share: float
+
+
+def correct_momenta_(
+    group: Group,
+    states: Mapping[Tensor, State],
+    corrections: Mapping[Tensor, Correction],
+    roots: Mapping[Tensor, Tensor] | None = None,
+) -> None:
+    """Correct the momenta of a group in place, those of one shape together.
+
+    Args:
+        group: Of the parameters.
+        states: Their state, by parameter.
+        corrections: By parameter; of some of them.
+        roots: By parameter, :math:`H` of each of its matrices, shape (matrices, s, s) with s the smaller side. Of those
+            that are missing it is computed from the momentum.
+    """
+    # A first moment that has had no gradient is zero, and the correction of its bias would divide by zero.
+    moved = [p for p, correction in corrections.items() if correction.travel and states[p].get("step") != 0]
+    if not moved:
         return
     if group["algorithm"] == "adamw":
-        _correct_first_moment_(group, state, difference, share / travel)
+        _correct_first_moments_(group, [states[p] for p in moved], [corrections[p] for p in moved])
         return
-    shape = matrix_shape(difference.shape, group)
-    # It is contiguous, so this is a view.
-    momentum = as_matrices(state["momentum"], group)
-    before = tensor_norms(list_matrices(state["momentum"], group))
-    root = root_of_gram(momentum.to(torch.promote_types(momentum.dtype, torch.float32)), group["eps"])
-    scale = step_scale(group, shape, rank=state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
-    steps = as_matrices(difference, group).to(root.dtype) * (share / (travel * scale))
-    momentum.sub_(root @ steps if shape[0] < shape[1] else steps @ root)
+    for batch in batches(group, moved, states):
+        known = torch.stack([roots[p] for p in batch]) if roots and all(p in roots for p in batch) else None
+        _correct_matrices_(group, [states[p] for p in batch], [corrections[p] for p in batch], known)
+
+
+def _correct_matrices_(
+    group: Group, states: Sequence[State], corrections: Sequence[Correction], root: Tensor | None
+) -> None:
+    # Momenta are contiguous, so these are views.
+    momenta = [as_matrices(state["momentum"], group) for state in states]
+    matrices = [matrix for state in states for matrix in list_matrices(state["momentum"], group)]
+    before = tensor_norms(matrices)
+    if root is None:
+        stacked = torch.stack(momenta)
+        root = root_of_gram(stacked.to(torch.promote_types(stacked.dtype, torch.float32)), group["eps"])
+    else:
+        root = root.view(len(states), *momenta[0].shape[:-2], *root.shape[-2:])
+    shape = matrix_shape(corrections[0].difference.shape, group)
+    scale = step_scale(group, shape, states[0]["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
+    steps = torch.stack(
+        [as_matrices(own.difference, group).to(root.dtype) * (own.share / (own.travel * scale)) for own in corrections]
+    )
+    changes = root @ steps if shape[0] < shape[1] else steps @ root
+    torch._foreach_sub_(momenta, changes.unbind())
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    ratios = norm_ratios(tensor_norms(list_matrices(state["momentum"], group)), before)
-    state["norm"].mul_(ratios.view(state["norm"].shape))
+    ratios = norm_ratios(tensor_norms(matrices), before).view(len(states), -1)
+    for state, ratio in zip(states, ratios, strict=True):
+        state["norm"].mul_(ratio.view(state["norm"].shape))
 
 
-def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:
-    if state["step"] == 0:
-        # It has had no gradient here: its moments are zero, and the correction of their bias would divide by zero.
-        return
+def _correct_first_moments_(group: Group, states: Sequence[State], corrections: Sequence[Correction]) -> None:
     beta1, beta2 = group["betas"]
-    (denominator,) = denominators_of([state["exp_avg_sq"]], [state["step"]], beta2, group["eps"])
-    bias_correction = 1.0 - beta1 ** state["step"]
-    state["exp_avg"].addcmul_(difference.to(denominator.dtype), denominator, value=-share * bias_correction)
+    steps = [state["step"] for state in states]
+    changes = denominators_of([state["exp_avg_sq"] for state in states], steps, beta2, group["eps"])
+    torch._foreach_mul_(changes, [own.difference.to(of.dtype) for own, of in zip(corrections, changes, strict=True)])
+    shares = [own.share / own.travel * (1.0 - beta1**step) for own, step in zip(corrections, steps, strict=True)]
+    torch._foreach_mul_(changes, shares)
+    torch._foreach_sub_([state["exp_avg"] for state in states], changes)
 
 
 def root_of_gram(M: Tensor, eps: float) -> Tensor:
@@ -90,5 +131,4 @@ def root_of_gram(M: Tensor, eps: float) -> Tensor:
         >>> torch.allclose(root_of_gram(torch.diag(singular), eps=1e-8).diag(), singular, rtol=0.35)
         True
     """
-    polar = muon.newton_schulz(M.reshape(-1, *M.shape[-2:]), eps).view(M.shape)
-    return M @ polar.mT if M.shape[-2] < M.shape[-1] else polar.mT @ M
+    return muon.root_of_polar(muon.newton_schulz(M.reshape(-1, *M.shape[-2:]), eps).view(M.shape), M)

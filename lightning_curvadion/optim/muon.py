@@ -49,6 +49,23 @@ def newton_schulz(U: Tensor, eps: float = 1e-8) -> Tensor:
     return (X if wide else X.mT).to(U.dtype)
 
 
+def root_of_polar(polar: Tensor, M: Tensor) -> Tensor:
+    r""":math:`(M^\top M)^{1/2}`, or :math:`(M M^\top)^{1/2}` of a wide matrix, given the orthonormal factor of M.
+
+    With :math:`M = U S V^\top` and :math:`\mathrm{polar}(M) = U V^\top`, their product is :math:`V S V^\top`.
+
+    Args:
+        polar: Of M or of a matrix near it, shape (\*batch, m, n).
+        M: Shape (\*batch, m, n).
+
+    Returns:
+        Float32 at least, shape (\*batch, s, s) with s the smaller side.
+    """
+    M = M.to(torch.promote_types(M.dtype, torch.float32))
+    polar = polar.to(M.dtype)
+    return M @ polar.mT if M.shape[-2] < M.shape[-1] else polar.mT @ M
+
+
 def descend_(parameters: list[Tensor], update: Tensor, lr: float, scale: float, weight_decay: float) -> None:
     r"""``X <- (1 - lr weight_decay) X - lr scale update`` in place, with decoupled weight decay.
 

@@ -107,6 +107,16 @@ class StackedOptimizer(Optimizer):
         ]
         return self._stacks
 
+    def take_roots(self) -> dict[Tensor, Tensor]:
+        """What the last step has kept for a correction of the momenta, by parameter. Its memory is the caller's now."""
+        roots: dict[Tensor, Tensor] = {}
+        for stack in self._stacks:
+            if stack.roots is not None:
+                by_parameter = stack.roots.unflatten(0, (len(stack.parameters), -1))
+                roots.update(zip(stack.parameters, by_parameter, strict=True))
+            stack.roots = None
+        return roots
+
     def vector_groups(self) -> list[tuple[Group, list[Tensor]]]:
         """Groups of other algorithms than Dion, with their trainable parameters."""
         return [

@@ -55,6 +55,14 @@ class SyncHook(Protocol):
     def _may_sync(self, optimizer: Any) -> bool:
         """Whether this step may be a sync step, the same on all replicas: not while an earlier mean is under way."""
 
+    def _corrects_momenta(self, optimizer: Any, synced: bool) -> bool:
+        """Whether a mean arrives in this step by which the optimizer's momenta are corrected.
+
+        Args:
+            optimizer: The caller.
+            synced: Whether this is a sync step.
+        """
+
     def _confirm(self) -> float:
         """Called before a sync step writes anything: the largest code of the present step, below 1 if none is unusable.
 

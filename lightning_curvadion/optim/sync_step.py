@@ -34,6 +34,7 @@ def sync_step(
     hook: SyncHook,
     replicas_share_Q: bool,
     own_step: bool = True,
+    keep_roots: bool = False,
 ) -> bool:
     """Step every parameter together with the other replicas.
 
@@ -43,13 +44,14 @@ def sync_step(
         hook: Communicates.
         replicas_share_Q: Whether all replicas hold the same right factors now.
         own_step: Whether this replica takes a step of its own, and not only part in the mean.
+        keep_roots: As for a local step.
 
     Returns:
         Whether they do afterwards.
     """
     if hook._momentum in ("displacement", "local"):
         if own_step:
-            local_step(optimizer, stacks, at_sync=True)
+            local_step(optimizer, stacks, at_sync=True, keep_roots=keep_roots)
         hook._mean_left(optimizer, [], [])
         hook._mean_right(optimizer, [], [])
         return False

@@ -167,7 +167,11 @@ class Overlap:
 
     def may_start(self, optimizer: CurvaDion) -> bool:
         """Whether a flight may begin in this step. One that is under way goes on, so that nobody waits for it."""
-        return optimizer not in self._flights or self._flights[optimizer].ends_in_this_step
+        return optimizer not in self._flights or self.ends_in_this_step(optimizer)
+
+    def ends_in_this_step(self, optimizer: CurvaDion) -> bool:
+        """Whether a mean is taken over in the step that is taken now."""
+        return optimizer in self._flights and self._flights[optimizer].ends_in_this_step
 
     def start(self, optimizer: CurvaDion, collectives: Collectives) -> None:
         """Begin the flight of a sync step. One that ends in this step ends first."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
-from ..optim.momentum_correction import correct_momentum_, corrects
+from ..optim.momentum_correction import Correction, correct_momenta_, corrects
 from ..optim.optimizer_state import trainable_parameters
 from .anchors import Anchors
 from .digests import digest
@@ -285,14 +285,17 @@ class ParameterPayloads:
             correct: Whether the momenta are corrected, where the settings say so.
             stand_ins: Tensors that are read and written in place of parameters that move on meanwhile.
         """
+        if not parameters:
+            return []
         stand_ins = stand_ins or {}
-        if self.meter is not None and parameters and not stand_ins:
+        if self.meter is not None and not stand_ins:
             self.meter.start()
         if not self.needs_anchors(optimizer):
             return [TensorPayload(name, stand_ins.get(p, p), meter=self.meter) for name, p in parameters.items()]
         group_of = {parameter: group for group, parameter in optimizer.members()}
         formats = self._wire_formats(optimizer)
         payloads: list[Payload] = []
+        corrections: dict[Tensor, Correction] = {}
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
             own_format = wire_format or formats[parameter]
@@ -305,13 +308,15 @@ class ParameterPayloads:
                 else None
             )
             anchor = self.anchors.to_move(parameter)
-            correction = self._correction(group, state, parameter, own_format) if correct else None
+            share = self._correction_share(group, own_format) if correct else 0.0
+            correct_all = partial(_correct_all, optimizer, corrections) if share else None
             values = stand_ins.get(parameter, parameter)
-            payloads.append(
-                DisplacementPayload(
-                    name, values, anchor, own_format, residual, step, self.meter, correction, self._first(parameter)
-                )
+            payload = DisplacementPayload(
+                name, values, anchor, own_format, residual, step, self.meter, correct_all, self._first(parameter)
             )
+            if share:
+                corrections[parameter] = Correction(payload.difference, self._travel.get(parameter, 0.0), share)
+            payloads.append(payload)
         self._restart(parameters.values())
         return payloads
 
@@ -332,11 +337,17 @@ class ParameterPayloads:
             state["residual"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
         return cast(Tensor, state["residual"])
 
-    def _correction(
-        self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor, wire_format: str
-    ) -> Callable[[Tensor], None] | None:
-        """What corrects the momentum of a parameter by the difference of displacements."""
+    def _correction_share(self, group: dict[str, Any], wire_format: str) -> float:
+        """How much of a difference between displacements the momenta of a group take over."""
         share = self._settings.correction_share(wire_format, matrix=group["algorithm"] == "dion")
-        if share == 0.0 or not corrects(group):
-            return None
-        return partial(correct_momentum_, group, state, travel=self._travel.get(parameter, 0.0), share=share)
+        return share if corrects(group) else 0.0
+
+
+def _correct_all(optimizer: CurvaDion, corrections: dict[Tensor, Correction]) -> None:
+    """Correct the momenta of an optimizer's parameters, once."""
+    if not corrections:
+        return
+    roots = optimizer.take_roots()
+    for group in optimizer.param_groups:
+        own = {parameter: corrections.pop(parameter) for parameter in group["params"] if parameter in corrections}
+        correct_momenta_(group, optimizer.state, own, roots)

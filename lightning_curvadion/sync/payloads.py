@@ -147,8 +147,8 @@ class DisplacementPayload(Payload):
             the displacement alone.
         outer_step: Turns a range of the mean into the move to make; ``None`` moves by the mean.
         meter: Measures the drift of the parameter.
-        correct_momentum: Receives the mean displacement less this replica's own, of the parameter's shape; ``None`` to
-            leave the momentum alone.
+        correct_momenta: When it is first called, it corrects the momenta of all parameters of the mean by their
+            :attr:`difference`. ``None`` to leave the momentum alone.
         first: The flat element that the residual begins with, where this process sends a share alone.
     """
 
@@ -161,7 +161,7 @@ class DisplacementPayload(Payload):
         residual: Tensor | None,
         outer_step: Callable[[Tensor, int, int], Tensor] | None,
         meter: DriftMeter | None = None,
-        correct_momentum: Callable[[Tensor], None] | None = None,
+        correct_momenta: Callable[[], None] | None = None,
         first: int = 0,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
@@ -173,7 +173,12 @@ class DisplacementPayload(Payload):
         self._first = first
         self._outer_step = outer_step
         self._meter = meter
-        self._correct_momentum = correct_momentum
+        self._correct_momenta = correct_momenta
+
+    @property
+    def difference(self) -> Tensor:
+        """The mean displacement less this replica's own, of the parameter's shape: between writing and finishing."""
+        return self._flat.view(self._parameter.shape)
 
     @property
     def sources(self) -> Sequence[Tensor]:  # noqa: D102
@@ -195,7 +200,7 @@ class DisplacementPayload(Payload):
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
             self._residual[self._owned(start, stop)].copy_(error)
-        difference = mean - self._displacement(start, stop) if self._correct_momentum is not None else None
+        difference = mean - self._displacement(start, stop) if self._correct_momenta is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
         if self._meter is not None:
@@ -205,8 +210,9 @@ class DisplacementPayload(Payload):
             self._flat[start:stop].copy_(difference)
 
     def finish(self) -> None:  # noqa: D102
-        if self._correct_momentum is not None:
-            self._correct_momentum(self._flat.view(self._parameter.shape))
+        if self._correct_momenta is not None:
+            # The first of the mean's payloads does it for all: every difference is written by now.
+            self._correct_momenta()
         self._parameter.copy_(self._anchor.view(self._parameter.shape))
 
 

@@ -99,8 +99,9 @@ class ProcessGroupSync:
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
     ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a smaller
-    model. With an ``inner_group`` a process stores the residuals of what it sends, and no others.
+    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a
+    smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
+    ``inner_group`` a process stores the residuals of what it sends, and no others.
 
     Attributes:
         settings: The checked arguments.
@@ -438,6 +439,11 @@ class ProcessGroupSync:
     def _may_sync(self, optimizer: CurvaDion) -> bool:
         """Whether a mean could start in this step: one that is under way would have to be waited for."""
         return self._overlap.may_start(optimizer)
+
+    def _corrects_momenta(self, optimizer: CurvaDion, synced: bool) -> bool:
+        """Whether a mean of displacements arrives in this step, and the momenta are corrected by it."""
+        arrives = synced if self._background is None else self._overlap.ends_in_this_step(optimizer)
+        return arrives and self.settings.momentum == "displacement"
 
     def _proceed(self, optimizer: CurvaDion) -> None:
         """Go on with a mean in the background."""

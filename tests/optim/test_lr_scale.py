@@ -6,7 +6,7 @@ from models import matrix, with_gradients
 from torch import nn
 
 from lightning_curvadion import CurvaDion
-from lightning_curvadion.optim.momentum_correction import correct_momentum_
+from lightning_curvadion.optim.momentum_correction import Correction, correct_momenta_
 
 DION = {"local_update": "dion", "rank_fraction": 0.25}
 
@@ -93,7 +93,8 @@ def test_the_correction_knows_how_long_the_steps_are(update):
         group = {"algorithm": "dion", "eps": 1e-8, "flatten": False, "transposed": False, "packed": 1, **update}
         group["lr_scale"] = lr_scale
         state = {"momentum": momentum.clone(), "Q": torch.zeros(8, rank), "norm": torch.tensor(1.0)}
-        correct_momentum_(group, state, 0.1 * scale * steps, travel=0.1, share=0.3)
+        difference = 0.1 * scale * steps
+        correct_momenta_(group, {difference: state}, {difference: Correction(difference, travel=0.1, share=0.3)})
         ends.append(state["momentum"])
     torch.testing.assert_close(*ends)
     assert (ends[0] - momentum).norm() > 0.01 * momentum.norm()

@@ -1,16 +1,29 @@
 """Momentum correction: the mean displacement brings the momenta of replicas together, and nothing is sent for it."""
 
+import copy
+from unittest.mock import patch
+
 import pytest
 import torch
 from models import exact_sync, state_of
 from torch import Tensor, nn
 
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync
-from lightning_curvadion.optim.momentum_correction import correct_momentum_, root_of_gram
+from lightning_curvadion.optim import muon
+from lightning_curvadion.optim.momentum_correction import Correction, correct_momenta_, root_of_gram
 
 ADAMW = {"algorithm": "adamw", "betas": (0.9, 0.95), "eps": 1e-8}
 LAYOUT = {"flatten": False, "transposed": False, "packed": 1, "lr_scale": "spectral"}
 MUON = {"algorithm": "dion", "local_update": "muon", "eps": 1e-8, **LAYOUT}
+
+
+# Muon's step has no use for it.
+Q_OF_ONE = torch.zeros(1, 1)
+
+
+def correct_momentum_(group, state, difference, travel, share):
+    """Of one parameter, for which its difference stands here."""
+    correct_momenta_(group, {difference: state}, {difference: Correction(difference, travel, share)})
 
 
 def polar(M: Tensor) -> Tensor:
@@ -42,7 +55,7 @@ def test_momenta_come_near_to_their_mean(shape):
     displacements = [-travel * scale * polar(M) for M in momenta]
     before, after = [], []
     for own, M in zip(displacements, momenta, strict=True):
-        state = {"momentum": M.clone(), "norm": M.norm() / 0.95}
+        state = {"momentum": M.clone(), "Q": Q_OF_ONE, "norm": M.norm() / 0.95}
         correct_momentum_(MUON, state, sum(displacements) / 4 - own, travel, share=1.0)
         before.append((M - mean).norm())
         after.append((state["momentum"] - mean).norm())
@@ -60,7 +73,8 @@ def test_the_root_turns_a_step_back_into_its_momentum():
 
 
 def corrected(group, momentum, difference):
-    state = {"momentum": momentum.clone(), "norm": torch.ones(momentum.shape[:-2] if not group["flatten"] else ())}
+    norm = torch.ones(momentum.shape[:-2] if not group["flatten"] else ())
+    state = {"momentum": momentum.clone(), "Q": Q_OF_ONE, "norm": norm}
     correct_momentum_(group, state, difference, travel=0.1, share=0.5)
     return state["momentum"], state["norm"]
 
@@ -79,6 +93,25 @@ def test_each_matrix_of_a_batch_is_corrected_as_if_it_were_alone(shape, transpos
     torch.testing.assert_close(scaled, plain * (shape[1] / shape[2]), rtol=1e-3, atol=1e-4)
 
 
+def test_momenta_of_one_shape_are_corrected_together_as_each_alone():
+    torch.manual_seed(0)
+    for group, states in (
+        (MUON, [{"momentum": torch.randn(9, 6), "Q": Q_OF_ONE, "norm": torch.tensor(1.0)} for _ in range(3)]),
+        (ADAMW, [{"exp_avg": torch.randn(7), "exp_avg_sq": torch.rand(7), "step": step} for step in (1, 5, 0)]),
+    ):
+        corrections = [
+            Correction(torch.randn(9, 6) if group is MUON else torch.randn(7), 0.1 * (i + 1), 0.5) for i in range(3)
+        ]
+        alone, together = copy.deepcopy(states), copy.deepcopy(states)
+        for state, correction in zip(alone, corrections, strict=True):
+            correct_momentum_(group, state, *correction)
+        of = [correction.difference for correction in corrections]
+        correct_momenta_(group, dict(zip(of, together, strict=True)), dict(zip(of, corrections, strict=True)))
+        for one, other, before in zip(alone, together, states, strict=True):
+            assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
+            assert one.get("step") == 0 or not torch.equal(*(next(iter(s.values())) for s in (one, before)))
+
+
 def test_a_kernel_is_corrected_like_its_flattened_matrix():
     torch.manual_seed(0)
     momentum, difference = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
@@ -91,7 +124,7 @@ def test_a_kernel_is_corrected_like_its_flattened_matrix():
 @pytest.mark.parametrize("group", [MUON, ADAMW], ids=["muon", "adamw"])
 def test_nothing_changes_without_a_difference_or_without_a_step(group):
     torch.manual_seed(0)
-    state = {"momentum": torch.randn(4, 3), "norm": torch.tensor(2.0)}
+    state = {"momentum": torch.randn(4, 3), "Q": Q_OF_ONE, "norm": torch.tensor(2.0)}
     if group is ADAMW:
         state = {"exp_avg": torch.randn(4, 3), "exp_avg_sq": torch.rand(4, 3), "step": 3}
     before = {name: torch.as_tensor(value).clone() for name, value in state.items()}
@@ -176,3 +209,26 @@ def test_steps_that_are_no_record_of_a_momentum_correct_none(replicas):
     for a, b in zip(local, corrected, strict=True):
         for key in ("parameter 0 of group 0.momentum", "parameter 0 of group 1.exp_avg"):
             torch.testing.assert_close(a[key], b[key])
+
+
+def orthonormalisations(rank, world, overlap):
+    """How many matrices each of some steps orthonormalises, with a sync at every third."""
+    counts, newton_schulz = [], muon.newton_schulz
+    optimizer = CurvaDion([nn.Parameter(torch.zeros(8, 6)) for _ in range(3)], trigger=EveryNSteps(3))
+    optimizer.register_sync_hook(ProcessGroupSync(overlap=overlap))
+    with patch.object(muon, "newton_schulz", lambda U, eps: counts.append(len(U)) or newton_schulz(U, eps)):
+        by_step = []
+        for step in range(9):
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+            optimizer.step()
+            by_step.append((sum(counts), optimizer.last_step.synced))
+            counts.clear()
+    return by_step
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_correction_orthonormalises_nothing_that_the_step_has_not(replicas, overlap):
+    by_step, _ = replicas.run(2, orthonormalisations, overlap)
+    assert sum(synced for _, synced in by_step) >= 2
+    assert {count for count, _ in by_step} == {3}

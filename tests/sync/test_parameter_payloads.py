@@ -182,7 +182,13 @@ def test_momenta_are_corrected_by_the_displacement_without_the_residual(dtype):
     )
     parameter, differences = nn.Parameter((anchor + 0.25).to(dtype)), []
     payload = DisplacementPayload(
-        "p", parameter, anchor, "sign", residual, None, correct_momentum=lambda d: differences.append(d.clone())
+        "p",
+        parameter,
+        anchor,
+        "sign",
+        residual,
+        None,
+        correct_momenta=lambda: differences.append(payload.difference.clone()),
     )
     payload.write(0, 2, mean[:2], error=torch.full((2,), 4.0))
     payload.write(2, 3, mean[2:], error=torch.full((1,), 4.0))
