@@ -251,9 +251,20 @@ def restart(folder: Path) -> None:
     print("killed at step 13 and restarted from step 10 by torchrun: the final parameters are those of a run resumed")
 
 
-def terminate(folder: Path, victim: int = 1, world: int = 2, delays: tuple[int, ...] = (0, 0)) -> float:
+def terminate(
+    folder: Path, victim: int = 1, world: int = 2, delays: tuple[int, ...] = (0, 0), replica_size: int = 1
+) -> float:
     """SIGTERM on one rank: all stop after the same step and have saved their consensus."""
-    job = Job(str(folder), steps=10**6, devices=world, victim=victim, step=7, what="term", delays=delays)
+    job = Job(
+        str(folder),
+        steps=10**6,
+        devices=world,
+        victim=victim,
+        step=7,
+        what="term",
+        delays=delays,
+        replica_size=replica_size,
+    )
     result = ends(job, start(job), within=30)
     assert {end.report["how"] for end in result} == {"SIGTERMException"}, [end.output[-2000:] for end in result]
     assert len({(end.report["step"], end.report["digest"]) for end in result}) == 1, [end.report for end in result]
@@ -372,6 +383,20 @@ def exception(folder: Path) -> float:
     seconds = max(end.seconds for end in result)
     print(f"an exception on rank 1: both ranks ended after {seconds:.1f} s")
     return seconds
+
+
+def exception_in_replica(folder: Path, victim: int) -> float:
+    """An exception on one process of one of two replicas: all end, and it reaches the user from that process."""
+    job = Job(str(folder), steps=10**6, devices=4, replica_size=2, victim=victim, step=7, what="raise", save=False)
+    result = ends(job, start(job), within=30)
+    assert all(end.status == 1 for end in result), [end.status for end in result]
+    for rank, end in enumerate(result):
+        how = "ArithmeticError" if rank == victim else "ReplicaLostError"
+        assert end.report["how"] == how, (rank, end.report, end.output[-3000:])
+    tells = f"Mend what ended rank {victim}: ArithmeticError: the batch is broken."
+    (other,) = {rank for rank in range(4) if rank // 2 == victim // 2} - {victim}
+    assert tells in result[other].output, result[other].output[-3000:]
+    return max(end.seconds for end in result)
 
 
 def write(folder: Path, size: int = 2**28) -> None:

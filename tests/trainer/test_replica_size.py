@@ -5,6 +5,7 @@ import logging
 import lightning.pytorch as pl
 import pytest
 import torch
+from features.optimisation import GanModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -75,6 +76,23 @@ def test_a_checkpoint_resumes_with_another_replica_size(replicas, fitted, option
     everyone = replicas.run(4, fit, folder / "again", checkpoint, options, timeout=120)
     assert {one["steps"] for one in everyone} == {12}
     assert len({one["validated"][-1] for one in everyone}) == 1
+
+
+def fit_gan(rank, world):
+    pl.seed_everything(0, verbose=False)
+    module, bits = GanModule(), Bits()
+    strategy = CurvaDionStrategy(replica_size=2, find_unused_parameters=True)
+    trainer_for(rank, world, strategy, callbacks=[bits], max_steps=14).fit(module)
+    syncs = [optimizer.sync_steps for optimizer in module.optimizers(use_pl_optimizer=False)]
+    return bits.after, syncs, fingerprint(module.parameters())
+
+
+def test_two_optimizers_step_in_turn_and_the_processes_of_a_replica_stay_equal(replicas):
+    everyone = replicas.run(4, fit_gan, timeout=120)
+    assert everyone[0] == everyone[1] and everyone[2] == everyone[3]
+    assert everyone[0][0] != everyone[2][0]
+    assert [syncs for _, syncs, _ in everyone] == [[2, 3]] * 4
+    assert len({end for *_, end in everyone}) == 1
 
 
 def fail(rank, world, options, what):

@@ -16,14 +16,14 @@ class Stream(IterableDataset):
         return ((number % 11,) for number in range(8 * self.batches))
 
 
-def fit(rank, world, batches, folder, options, trigger=None):
+def fit(rank, world, batches, folder, options, trigger=None, replica_size=1):
     """The error of a run in which each rank has its own number of batches."""
     module = Module(trigger)
     save = [ModelCheckpoint(folder, every_n_epochs=1)] if folder else []
     trainer = trainer_for(
         rank,
         world,
-        CurvaDionStrategy(),
+        CurvaDionStrategy(replica_size=replica_size),
         max_steps=-1,
         max_epochs=2,
         callbacks=save,
@@ -48,6 +48,14 @@ def test_uneven_batches_are_an_error_that_names_the_ranks_and_their_steps(replic
 def test_uneven_batches_are_that_error_too_where_agreements_carry_the_drift(replicas, tmp_path, batches):
     answers = replicas.run(len(batches), fit, batches, str(tmp_path), {}, DriftThreshold(0.05), timeout=60)
     verify(answers, batches)
+
+
+def test_uneven_batches_of_replicas_of_two_processes_end_all_of_them(replicas, tmp_path):
+    answers = replicas.run(4, fit, (9, 9, 7, 7), str(tmp_path), {}, None, 2, timeout=60)
+    for name, message in answers:
+        assert name == "UnevenBatchesError"
+        assert message.startswith("Give every rank the same number of batches")
+        assert "ended after 7 steps" in message and "takes step 8" in message
 
 
 def verify(answers, batches):
