@@ -11,6 +11,7 @@ from torch import Tensor
 from ..optim.curvadion import CurvaDion
 from ..optim.momentum_correction import correct_momentum_, corrects
 from ..optim.optimizer_state import trainable_parameters
+from ..optim.shards import is_sharded, local_of
 from .anchors import Anchors
 from .digests import digest
 from .drift import DriftMeter
@@ -198,7 +199,7 @@ class ParameterPayloads:
         self._restart(parameters.values())
         return [
             row_distances(
-                (stand_ins or {}).get(p, p),
+                local_of((stand_ins or {}).get(p, p)),
                 self.anchors.to_move(p),
                 self._residual(optimizer.state[p], p),
                 self._first(p) // p.shape[1],
@@ -296,7 +297,7 @@ class ParameterPayloads:
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
             own_format = wire_format or formats[parameter]
-            residual = state.pop("residual", None) if flush_residuals else None
+            residual = local_of(state.pop("residual")) if flush_residuals and "residual" in state else None
             if own_format != "float32":
                 residual = self._residual(state, parameter)
             step = (
@@ -305,7 +306,7 @@ class ParameterPayloads:
                 else None
             )
             anchor = self.anchors.to_move(parameter)
-            correction = self._correction(group, state, parameter, own_format) if correct else None
+            correction = self._correction(optimizer, group, parameter, own_format) if correct else None
             values = stand_ins.get(parameter, parameter)
             payloads.append(
                 DisplacementPayload(
@@ -317,26 +318,39 @@ class ParameterPayloads:
 
     def _first(self, parameter: Tensor) -> int:
         """The flat element that this process's residual of a parameter begins with."""
+        if is_sharded(parameter):
+            return 0
         return share_of_parameter(parameter, self._process, self._processes)[0]
 
     def _residual(self, state: dict[str, Any], parameter: Tensor) -> Tensor:
         """The error-feedback residual of a parameter, zero at first: of what this process sends of it."""
         shape = parameter.shape
-        if self._processes > 1:
+        if self._processes > 1 and not is_sharded(parameter):
             start, stop = share_of_parameter(parameter, self._process, self._processes)
             shape = torch.Size([stop - start])
             if has_sparse_rows(parameter):
                 shape = torch.Size([(stop - start) // parameter.shape[1], parameter.shape[1]])
         if "residual" not in state or state["residual"].shape != shape:
             dtype = self._settings.dtype_of_residuals
-            state["residual"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
-        return cast(Tensor, state["residual"])
+            state["residual"] = (
+                torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                if is_sharded(parameter)
+                else torch.zeros(shape, dtype=dtype, device=parameter.device)
+            )
+        return local_of(cast(Tensor, state["residual"]))
 
     def _correction(
-        self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor, wire_format: str
+        self, optimizer: CurvaDion, group: dict[str, Any], parameter: Tensor, wire_format: str
     ) -> Callable[[Tensor], None] | None:
         """What corrects the momentum of a parameter by the difference of displacements."""
         share = self._settings.correction_share(wire_format, matrix=group["algorithm"] == "dion")
         if share == 0.0 or not corrects(group):
             return None
-        return partial(correct_momentum_, group, state, travel=self._travel.get(parameter, 0.0), share=share)
+        return partial(
+            correct_momentum_,
+            group,
+            optimizer.state[parameter],
+            travel=self._travel.get(parameter, 0.0),
+            share=share,
+            shards=optimizer.shards,
+        )
