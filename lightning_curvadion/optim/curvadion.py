@@ -31,6 +31,7 @@ from . import gradient_checks
 from .local_step import local_step
 from .optimizer_state import StackedOptimizer
 from .parameter_groups import OPTIONS_SINCE_0_1_0
+from .shards import is_sharded
 from .step_signal import FIRST_MOMENTS, SignalMeter, StepSignal
 from .sync_hook import SyncHook, watchers_without_hook
 from .sync_step import sync_step
@@ -217,11 +218,14 @@ class CurvaDion(StackedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, and the trigger's state under ``"trigger"``; tensors and plain numbers only.
 
-        Under ``"agreements"``, with a lag, RMMC and drift of the last steps, which the next ones act on.
+        Under ``"agreements"``, with a lag, RMMC and drift of the last steps, which the next ones act on. Sharded
+        parameters have sharded states, as ``torch.distributed.checkpoint`` saves them.
         """
         agreed = self._hook._agreed_so_far(self) if self._hook is not None else []
         state = {**super().state_dict(), "trigger": self._cap.state_dict()}
-        return {**state, "agreements": [list(one) for one in agreed]} if agreed else state
+        # A distributed checkpoint is loaded into a state that has its keys.
+        named = bool(agreed) or self.shards is not None
+        return {**state, "agreements": [list(one) for one in agreed]} if named else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim``. A state without ``"trigger"`` leaves the trigger as it is."""
@@ -280,6 +284,11 @@ class CurvaDion(StackedOptimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if self.shards is None and is_sharded(self.param_groups[0]["params"][0]):
+            raise ValueError(
+                "the parameters are sharded over several processes, and nothing makes their matrices whole: call"
+                ' register_sync_hook(ProcessGroupSync(mesh.get_group("replica"), inner_group=mesh.get_group("inner")))'
+            )
         hook, stacks = self._hook, self.matrix_stacks()
         with _no_autocast(self.param_groups[0]["params"][0].device.type):
             sent_before = hook.bytes_sent if hook is not None else 0

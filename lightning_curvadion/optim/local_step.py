@@ -8,6 +8,8 @@ from torch import Tensor
 from . import adamw_lion, dion
 from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
+from .sharded_stacks import ShardedStack
+from .shards import Shards, local_of
 
 
 def local_step(
@@ -25,13 +27,19 @@ def local_step(
         Whether a right factor Q has changed, which then differs between replicas.
     """
     changed_Q = False
+    sharded: list[ShardedStack] = []
     for stack in stacks:
         stack.accumulate()
         if stack.group["local_update"] == "sgd" and not at_sync:
             sgd_step(stack)
+            continue
+        changed_Q |= not stack.steps_whole
+        if isinstance(stack, ShardedStack):
+            sharded.append(stack)
         else:
             full_step(stack, keep_roots)
-            changed_Q |= not stack.steps_whole
+    if sharded:
+        _step_sharded(sharded, optimizer.shards, keep_roots)
     step_vector_groups(optimizer)
     return changed_Q
 
@@ -44,6 +52,15 @@ def full_step(stack: MatrixStack, keep_roots: bool = False) -> None:
         dion_step(stack)
 
 
+def _step_sharded(stacks: Sequence[ShardedStack], shards: Shards | None, keep_roots: bool) -> None:
+    """The same of sharded matrices, all at once: the processes that hold them share the work."""
+    assert shards is not None, "checked before the step"
+    computations, steps = zip(*(stack.whole_step() for stack in stacks), strict=True)
+    shards.compute(computations)
+    for stack, own in zip(stacks, steps, strict=True):
+        stack.take(own, keep_roots)
+
+
 def dion_step(stack: MatrixStack) -> None:
     """Dion's update from this replica's B: ``P = orth(B Q)``, ``R = B^T P``, and a step along ``P R^T``."""
     P = dion.orthonormalize(dion.left_factor(stack.B, stack.Q))
@@ -53,11 +70,11 @@ def dion_step(stack: MatrixStack) -> None:
 
 def sgd_step(stack: MatrixStack) -> None:
     """The paper's cheap local step: ``X -= local_lr G``. The momentum, with the gradient in it, decays by mu."""
-    pairs = [(p, p.grad) for p in stack.parameters if p.grad is not None]
+    pairs = [(local_of(p), local_of(p.grad)) for p in stack.parameters if p.grad is not None]
     if pairs:
         parameters, gradients = zip(*pairs, strict=True)
         torch._foreach_add_(parameters, gradients, alpha=-stack.group["local_lr"])
-    stack.momentum.mul_(stack.group["mu"])
+    stack.decay()
 
 
 def step_vector_groups(optimizer: StackedOptimizer, mean_gradients: Mapping[Tensor, Tensor] | None = None) -> None:
@@ -75,12 +92,13 @@ def step_vector_groups(optimizer: StackedOptimizer, mean_gradients: Mapping[Tens
         states = [optimizer.state[p] for p in members]
         for state in states:
             state["step"] += 1
-        gradients = [gradient_of[p] for p in members]
-        first_moments = [state["exp_avg"] for state in states]
+        gradients = [local_of(gradient_of[p]) for p in members]
+        first_moments = [local_of(state["exp_avg"]) for state in states]
+        own = [local_of(p) for p in members]
         common = {name: group[name] for name in ("lr", "betas", "weight_decay")}
         if group["algorithm"] == "lion":
-            adamw_lion.lion_(members, gradients, first_moments, **common)
+            adamw_lion.lion_(own, gradients, first_moments, **common)
         else:
-            second_moments = [state["exp_avg_sq"] for state in states]
+            second_moments = [local_of(state["exp_avg_sq"]) for state in states]
             steps = [state["step"] for state in states]
-            adamw_lion.adamw_(members, gradients, first_moments, second_moments, steps, **common, eps=group["eps"])
+            adamw_lion.adamw_(own, gradients, first_moments, second_moments, steps, **common, eps=group["eps"])

@@ -11,6 +11,8 @@ from . import dion, muon
 from .lr_scale import step_scale
 from .matrix_layout import as_matrices, as_parameter, batch_shape, list_matrices, matrix_shape, packs_columns
 from .parameter_groups import Group
+from .rmmc import momentum_norms
+from .shards import sharded_like
 
 # 16 MiB of float32: enough work to hide the cost of a call, and temporaries that stay in a CPU's cache. A larger matrix
 # has a stack of its own.
@@ -122,6 +124,13 @@ class MatrixStack:
                 gradients += list_matrices(parameter.grad, self.group)
         return gradients
 
+    def take_roots(self) -> dict[Tensor, Tensor]:
+        """:attr:`roots` by parameter, shape (matrices, s, s) each. Their memory is the caller's now."""
+        roots, self.roots = self.roots, None
+        if roots is None:
+            return {}
+        return dict(zip(self.parameters, roots.unflatten(0, (len(self.parameters), -1)), strict=True))
+
     def mirrors(self, states: Sequence[State]) -> bool:
         """Whether ``state[p]`` still holds this stack's views and not tensors that were put there since."""
         return all(
@@ -129,12 +138,20 @@ class MatrixStack:
             for state, momentum, Q, norm in zip(states, *self._views, strict=True)
         )
 
+    def momentum_norms(self) -> Tensor:
+        """``||M + G||_F`` of the k matrices, before :meth:`accumulate`; see ``rmmc.py``."""
+        return momentum_norms(self.momenta, self.gradients)
+
     def accumulate(self) -> None:
         """``B = M + G``; a missing gradient counts as zero."""
         pairs = [(m, g) for m, g in zip(self.momenta, self.gradients, strict=True) if g is not None]
         if pairs:
             momenta, gradients = zip(*pairs, strict=True)
             torch._foreach_add_(momenta, gradients)
+
+    def decay(self) -> None:
+        """``M = mu B``."""
+        self.momentum.mul_(self.group["mu"])
 
     def nesterov(self) -> Tensor:
         """``G + mu B``, Nesterov's momentum, shape (k, m, n). Call it after :meth:`accumulate`."""
@@ -152,7 +169,7 @@ class MatrixStack:
         """
         group = self.group
         update = muon.newton_schulz(nesterov, group["eps"])
-        self.momentum.mul_(group["mu"])
+        self.decay()
         self.roots = muon.root_of_polar(update, self.momentum) if keep_roots else None
         scale = step_scale(group, self.shape, rank=min(self.shape))
         with self._writable_matrices() as matrices:
@@ -182,9 +199,10 @@ def new_matrix_state(parameter: Tensor, group: Group, seed: int) -> State:
     """State of a parameter's matrices before the first step: no momentum, random Q, and no norm to compare with."""
     shape, batch = (of(parameter.shape, group) for of in (matrix_shape, batch_shape))
     rank = dion.rank_of(shape, group["rank_fraction"])
+    like = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
     return {
         "momentum": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
-        "Q": dion.initial_right_factor(min(shape), rank, seed, like=parameter, batch=batch),
+        "Q": sharded_like(dion.initial_right_factor(min(shape), rank, seed, like=like, batch=batch), parameter),
         "norm": torch.full(batch, torch.inf, dtype=torch.float32, device=parameter.device),
     }
 

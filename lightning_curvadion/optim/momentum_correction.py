@@ -27,10 +27,11 @@ from torch import Tensor
 from . import muon
 from .adamw_lion import denominators_of
 from .lr_scale import step_scale
-from .matrix_layout import as_matrices, list_matrices, matrix_shape
+from .matrix_layout import as_matrices, matrix_shape
 from .matrix_stacks import State, batches
 from .parameter_groups import Group
-from .rmmc import norm_ratios, tensor_norms
+from .rmmc import norm_ratios
+from .shards import Shard, Shards, WholeComputation, local_of, matrix_norms, shard_of
 
 
 def corrects(group: Group) -> bool:
@@ -57,6 +58,7 @@ def correct_momenta_(
     states: Mapping[Tensor, State],
     corrections: Mapping[Tensor, Correction],
     roots: Mapping[Tensor, Tensor] | None = None,
+    shards: Shards | None = None,
 ) -> None:
     """Correct the momenta of a group in place, those of one shape together.
 
@@ -65,7 +67,9 @@ def correct_momenta_(
         states: Their state, by parameter.
         corrections: By parameter; of some of them.
         roots: By parameter, :math:`H` of each of its matrices, shape (matrices, s, s) with s the smaller side. Of those
-            that are missing it is computed from the momentum.
+            that are missing it is computed from the momentum. Of sharded parameters, this process's rows of
+            :math:`\\mathrm{polar}(M)`, from which it follows.
+        shards: The processes that hold the parameters; the differences are of this one's rows then.
     """
     # A first moment that has had no gradient is zero, and the correction of its bias would divide by zero.
     moved = [p for p, correction in corrections.items() if correction.travel and states[p].get("step") != 0]
@@ -75,43 +79,80 @@ def correct_momenta_(
         _correct_first_moments_(group, [states[p] for p in moved], [corrections[p] for p in moved])
         return
     for batch in batches(group, moved, states):
-        known = torch.stack([roots[p] for p in batch]) if roots and all(p in roots for p in batch) else None
-        _correct_matrices_(group, [states[p] for p in batch], [corrections[p] for p in batch], known)
+        known = [roots[p] for p in batch] if roots and all(p in roots for p in batch) else None
+        _correct_matrices_(group, [states[p] for p in batch], [corrections[p] for p in batch], known, shards)
 
 
 def _correct_matrices_(
-    group: Group, states: Sequence[State], corrections: Sequence[Correction], root: Tensor | None
+    group: Group,
+    states: Sequence[State],
+    corrections: Sequence[Correction],
+    roots: Sequence[Tensor] | None,
+    shards: Shards | None,
+) -> None:
+    before = [matrix_norms(state["momentum"], group, shards) for state in states]
+    shape = matrix_shape(states[0]["momentum"].shape, group)
+    scale = step_scale(group, shape, states[0]["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
+    differences = [own.difference * (own.share / (own.travel * scale)) for own in corrections]
+    if shards is None:
+        momenta = [state["momentum"] for state in states]
+        root = torch.stack(list(roots)).flatten(0, 1) if roots is not None else None
+        _subtract_changes_(group, momenta, differences, root)
+    else:
+        _correct_shards_(group, [shard_of(state["momentum"]) for state in states], differences, roots, shards)
+    # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
+    for state, norms in zip(states, before, strict=True):
+        ratios = norm_ratios(matrix_norms(state["momentum"], group, shards), norms)
+        state["norm"].mul_(ratios.view(state["norm"].shape))
+
+
+def _subtract_changes_(
+    group: Group, momenta: Sequence[Tensor], differences: Sequence[Tensor], root: Tensor | None = None
 ) -> None:
     # Momenta are contiguous, so these are views.
-    momenta = [as_matrices(state["momentum"], group) for state in states]
-    matrices = [matrix for state in states for matrix in list_matrices(state["momentum"], group)]
-    before = tensor_norms(matrices)
+    matrices = [as_matrices(momentum, group) for momentum in momenta]
     if root is None:
-        stacked = torch.stack(momenta)
+        stacked = torch.stack(matrices)
         root = root_of_gram(stacked.to(torch.promote_types(stacked.dtype, torch.float32)), group["eps"])
     else:
-        root = root.view(len(states), *momenta[0].shape[:-2], *root.shape[-2:])
-    shape = matrix_shape(corrections[0].difference.shape, group)
-    scale = step_scale(group, shape, states[0]["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
-    steps = torch.stack(
-        [as_matrices(own.difference, group).to(root.dtype) * (own.share / (own.travel * scale)) for own in corrections]
-    )
-    changes = root @ steps if shape[0] < shape[1] else steps @ root
-    torch._foreach_sub_(momenta, changes.unbind())
-    # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    ratios = norm_ratios(tensor_norms(matrices), before).view(len(states), -1)
-    for state, ratio in zip(states, ratios, strict=True):
-        state["norm"].mul_(ratio.view(state["norm"].shape))
+        root = root.view(len(matrices), *matrices[0].shape[:-2], *root.shape[-2:])
+    steps = torch.stack([as_matrices(own, group).to(root.dtype) for own in differences])
+    wide = matrices[0].shape[-2] < matrices[0].shape[-1]
+    torch._foreach_sub_(matrices, (root @ steps if wide else steps @ root).unbind())
+
+
+def _correct_shards_(
+    group: Group,
+    momenta: list[Shard],
+    differences: Sequence[Tensor],
+    polars: Sequence[Tensor] | None,
+    shards: Shards,
+) -> None:
+    def whole(inputs: list[list[Tensor]]) -> list[list[Tensor]]:
+        momenta, differences, *polars = inputs
+        root = None
+        if polars:
+            pairs = zip(polars[0], momenta, strict=True)
+            root = torch.stack([muon.root_of_polar(*(as_matrices(one, group) for one in pair)) for pair in pairs])
+        _subtract_changes_(group, momenta, differences, root)
+        return [momenta]
+
+    inputs = [
+        [Shard(own, momentum.shape) for own, momentum in zip(rows, momenta, strict=True)]
+        for rows in (differences, polars)
+        if rows is not None
+    ]
+    shards.compute([WholeComputation(whole, inputs=[momenta, *inputs], outputs=[momenta])])
 
 
 def _correct_first_moments_(group: Group, states: Sequence[State], corrections: Sequence[Correction]) -> None:
     beta1, beta2 = group["betas"]
     steps = [state["step"] for state in states]
-    changes = denominators_of([state["exp_avg_sq"] for state in states], steps, beta2, group["eps"])
+    changes = denominators_of([local_of(state["exp_avg_sq"]) for state in states], steps, beta2, group["eps"])
     torch._foreach_mul_(changes, [own.difference.to(of.dtype) for own, of in zip(corrections, changes, strict=True)])
     shares = [own.share / own.travel * (1.0 - beta1**step) for own, step in zip(corrections, steps, strict=True)]
     torch._foreach_mul_(changes, shares)
-    torch._foreach_sub_([state["exp_avg"] for state in states], changes)
+    torch._foreach_sub_([local_of(state["exp_avg"]) for state in states], changes)
 
 
 def root_of_gram(M: Tensor, eps: float) -> Tensor:

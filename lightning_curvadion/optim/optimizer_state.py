@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .matrix_layout import batch_shape, list_matrices, matrix_shape
+from .matrix_layout import batch_shape, matrix_shape
 from .matrix_stacks import MatrixStack, batches, new_matrix_state
 from .parameter_groups import OPTIONS_SINCE_0_1_0, Group, check_group, check_saved_groups
-from .rmmc import norm_ratios, tensor_norms
+from .rmmc import norm_ratios
+from .sharded_stacks import ShardedStack
+from .shards import Shards, is_sharded, matrix_norms, sharded_like
 
 STEP_COUNTS = "step counts"
 MOMENTUM_NORMS = "momentum norms"
+# What is sharded where its parameter is.
+_SHARDED = {"momentum", "Q", "exp_avg", "exp_avg_sq", "residual"}
 
 
 class StackedOptimizer(Optimizer):
@@ -23,7 +27,12 @@ class StackedOptimizer(Optimizer):
     Args:
         params: Parameters or groups.
         defaults: Options of groups that do not set them.
+
+    Attributes:
+        shards: The processes that hold the parameters together, where these are sharded. The sync hook sets it.
     """
+
+    shards: Shards | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._stacks: list[MatrixStack] = []
@@ -101,7 +110,9 @@ class StackedOptimizer(Optimizer):
         ):
             return self._stacks
         self._stacks = [
-            MatrixStack(self.param_groups[index], members, [self.state[parameter] for parameter in members])
+            (ShardedStack if is_sharded(members[0]) else MatrixStack)(
+                self.param_groups[index], members, [self.state[parameter] for parameter in members]
+            )
             for index, parameters in trainable.items()
             for members in batches(self.param_groups[index], parameters, self.state)
         ]
@@ -109,13 +120,7 @@ class StackedOptimizer(Optimizer):
 
     def take_roots(self) -> dict[Tensor, Tensor]:
         """What the last step has kept for a correction of the momenta, by parameter. Its memory is the caller's now."""
-        roots: dict[Tensor, Tensor] = {}
-        for stack in self._stacks:
-            if stack.roots is not None:
-                by_parameter = stack.roots.unflatten(0, (len(stack.parameters), -1))
-                roots.update(zip(stack.parameters, by_parameter, strict=True))
-            stack.roots = None
-        return roots
+        return {parameter: root for stack in self._stacks for parameter, root in stack.take_roots().items()}
 
     def vector_groups(self) -> list[tuple[Group, list[Tensor]]]:
         """Groups of other algorithms than Dion, with their trainable parameters."""
@@ -126,12 +131,13 @@ class StackedOptimizer(Optimizer):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim``.
+        """As in ``torch.optim``. A whole state of sharded parameters is cut as they are.
 
         Raises:
             ValueError: The state was saved with other parameter groups, or its right factors are of other matrices than
                 its groups say.
         """
+        state_dict = {**state_dict, "state": _by_number(state_dict["state"])}
         check_saved_groups(state_dict["param_groups"], self.param_groups)
         _check_saved_factors(state_dict, [name for name, _ in self.named_parameters()])
         super().load_state_dict(state_dict)
@@ -141,6 +147,8 @@ class StackedOptimizer(Optimizer):
             for name in saved.keys() & {"norm", "residual", "outer_momentum"}:
                 # torch casts every state to the parameter's dtype; these have one of their own.
                 self.state[parameter][name] = saved[name].detach().clone().to(parameter.device)
+            own = self.state[parameter]
+            own.update({name: sharded_like(own[name], parameter) for name in _SHARDED & own.keys()})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -148,6 +156,20 @@ class StackedOptimizer(Optimizer):
             for option, value in OPTIONS_SINCE_0_1_0.items():
                 group.setdefault(option, value)
         self._stacks = []
+
+
+def _by_number(state: Mapping[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The state by the parameters' numbers: a distributed checkpoint puts what is no tensor under their digits.
+
+    Example:
+        >>> _by_number({0: {"exp_avg": "tensor", "step": 0}, "0": {"step": 5}})
+        {0: {'exp_avg': 'tensor', 'step': 5}}
+    """
+    by_number: dict[Any, dict[str, Any]] = {}
+    for key, own in state.items():
+        number = int(key) if isinstance(key, str) and key.isdigit() else key
+        by_number[number] = {**by_number.get(number, {}), **own}
+    return by_number
 
 
 def _check_saved_factors(state_dict: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -226,7 +248,7 @@ def set_averaged_state(optimizer: StackedOptimizer, state: Mapping[str, Tensor])
 def _momentum_norms(optimizer: StackedOptimizer) -> list[tuple[Tensor, Tensor]]:
     """``state[p]["norm"]`` of each parameter of matrices, and the norms of its momenta, float32, shape (k,)."""
     return [
-        (own["norm"], tensor_norms(list_matrices(own["momentum"], group)))
+        (own["norm"], matrix_norms(own["momentum"], group, optimizer.shards))
         for group, parameter in optimizer.members()
         if "norm" in (own := optimizer.state[parameter])
     ]

@@ -89,12 +89,7 @@ def check_group(group: Group, names: Sequence[str]) -> None:
 
 
 def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
-    # Of a DTensor, of which this room knows no more.
-    if hasattr(parameter, "placements"):
-        raise ValueError(
-            f"{name} is a DTensor, laid out as {parameter.placements}: every replica needs its whole parameters, so"
-            " make the optimizer of a model without fully_shard and tensor parallelism"
-        )
+    _check_layout(parameter, name)
     if not parameter.is_floating_point():
         raise ValueError(
             f"{name} is {parameter.dtype}; only real floating-point parameters can be trained"
@@ -109,6 +104,17 @@ def _check_parameter(parameter: Tensor, name: str, algorithm: str) -> None:
         raise ValueError(
             f'{name} has shape {tuple(parameter.shape)}, but algorithm="dion" takes matrices;'
             ' put it in a group with algorithm="adamw" or "lion" (split_parameters(module) makes such groups)'
+        )
+
+
+def _check_layout(parameter: Tensor, name: str) -> None:
+    """Check of a DTensor, of which this room knows no more, that it is cut by rows over one group of processes."""
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and not (len(placements) == 1 and placements[0].is_shard(0)):
+        raise ValueError(
+            f"{name} is a DTensor, laid out as {placements}: a replica may be sharded by its first dimension over the"
+            " processes of one group, so call fully_shard(model, mesh=mesh['inner']) with a mesh of one dimension and"
+            " the default placement, and leave out tensor parallelism"
         )
 
 

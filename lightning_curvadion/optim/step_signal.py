@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from . import gradient_checks
 from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
-from .rmmc import first_moment_norms, momentum_norms, relative_change, tensor_norms
+from .rmmc import first_moment_norms, relative_change, tensor_norms
+from .shards import local_of, whole_norms
 
 # What RMMC counts beside the matrices: the first moments of all AdamW and Lion parameters, as one vector.
 FIRST_MOMENTS = "first moments"
@@ -48,7 +50,7 @@ class StepSignal:
         unusable = code >= 1
         for _, parameter in optimizer.members():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(unusable, 0.0)
+                local_of(parameter.grad).masked_fill_(unusable, 0.0)
         stacks = iter(optimizer.matrix_stacks())
         for norm in self.norms:
             norm.copy_(torch.where(unusable, next(stacks).norm, norm))
@@ -86,8 +88,13 @@ class SignalMeter:
                     numbers[1] = code(kind, parameter)
                     return StepSignal(numbers, [], [], numbers.new_empty(0))
 
-        norms = [momentum_norms(stack.momenta, stack.gradients) for stack in stacks]
+        norms = [stack.momentum_norms() for stack in stacks]
         vectors, vector_norms, previous_vector_norms = _first_moments(optimizer)
+        if optimizer.shards is not None and (norms or vector_norms):
+            whole = iter(whole_norms(optimizer.shards, [*norms, *vector_norms, *previous_vector_norms]))
+            norms, vector_norms, previous_vector_norms = (
+                list(islice(whole, len(own))) for own in (norms, vector_norms, previous_vector_norms)
+            )
         measured = torch.cat([numbers.new_empty(0, dtype=torch.float32), *norms, *vector_norms])
         if measured.numel() == 0:
             return StepSignal(numbers, norms, matrices, measured)
@@ -117,9 +124,10 @@ def _first_moments(optimizer: StackedOptimizer) -> tuple[list[Tensor], list[Tens
     norms, previous = [], []
     for group, members in optimizer.vector_groups():
         if members:
-            moments = [optimizer.state[parameter]["exp_avg"] for parameter in members]
+            moments = [local_of(optimizer.state[parameter]["exp_avg"]) for parameter in members]
+            gradients = [None if parameter.grad is None else local_of(parameter.grad) for parameter in members]
             beta = group["betas"][group["algorithm"] == "lion"]
             vectors += members
-            norms.append(first_moment_norms(moments, [parameter.grad for parameter in members], beta))
+            norms.append(first_moment_norms(moments, gradients, beta))
             previous.append(tensor_norms(moments))
     return vectors, norms, previous

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from ..optim.matrix_stacks import MatrixStack
+from ..optim.shards import local_of
 
 
 class Anchors:
     """The last consensus, one tensor a parameter. Quantized formats, outer steps and drift need this memory.
+
+    Of a sharded parameter it is that of the rows which this process holds.
 
     Attributes:
         moves: How often an anchor was set or may have moved, for what is cached of their values.
@@ -28,11 +31,12 @@ class Anchors:
         """Make the present values of parameters their anchors; they must be equal on all replicas."""
         self.moves += 1
         for parameter in parameters:
+            own = local_of(parameter)
             if parameter not in self._anchor:
                 # At least float32: a narrow parameter would round a mean of small displacements away.
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                self._anchor[parameter] = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
-            self._anchor[parameter].copy_(parameter.detach())
+                dtype = torch.promote_types(own.dtype, torch.float32)
+                self._anchor[parameter] = torch.empty(own.shape, dtype=dtype, device=own.device)
+            self._anchor[parameter].copy_(own.detach())
 
     def set_to_zero(self, parameters: Iterable[Tensor]) -> None:
         """Let the displacements of parameters be their whole values, which need no common anchor to be averaged."""
@@ -47,7 +51,7 @@ class Anchors:
 
     def missing(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any of the parameters has no anchor, or one of another shape than it has now."""
-        return any(p not in self._anchor or self._anchor[p].shape != p.shape for p in parameters)
+        return any(p not in self._anchor or self._anchor[p].shape != local_of(p).shape for p in parameters)
 
     def of(self, parameter: Tensor) -> Tensor:
         """The anchor of a parameter: contiguous, at least float32."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
+from ..optim.shards import Shards
 from . import quantization
 from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, split_tensors, write_back
 from .digests import digest
@@ -201,6 +202,20 @@ class Collectives:
             work = dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._group, async_op=True)
         return Transfer(work, incoming, "an all-to-all", self._ranks)
 
+    def all_to_all_of_bytes(self, outgoing: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Flat bytes for each process, one after the other, become those from each process.
+
+        Args:
+            outgoing: uint8.
+            sent: How many go to each process.
+            received: How many come from each process.
+        """
+        incoming = outgoing.new_empty(sum(received))
+        self._sent.total += outgoing.numel()
+        with record_function("curvadion::collective"), self._explained("an all-to-all"):
+            dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self._group)
+        return incoming
+
     def start_all_gather(self, own: Tensor) -> Transfer:
         """The flat tensor of every replica, shape (replicas, elements)."""
         gathered = own.new_empty(self.world_size, own.numel())
@@ -234,6 +249,18 @@ class Collectives:
         """This process among those of its replica, and their number."""
         return 0, 1
 
+    def hold_shards(self) -> Shards:
+        """Let tensors be sharded over the processes of a replica.
+
+        Raises:
+            ValueError: It is one process.
+        """
+        raise ValueError("sharded parameters need an inner_group")
+
+    def joined_inside(self, tensor: Tensor) -> Tensor:
+        """What all processes of a replica know of a tensor of which each may hold a part, for a comparison."""
+        return tensor
+
     def anywhere_inside(self, flag: bool) -> bool:
         """Whether a flag is set on any process of this replica."""
         return flag
@@ -248,7 +275,7 @@ class Collectives:
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Set tensors to rank 0's values. Bytes travel, so that any dtype can: four for each number of a chunk."""
         for parts in split_tensors(tensors, torch.float32.itemsize * self._chunk):
-            own = [_bytes_of(part) for part in parts]
+            own = [bytes_of(part) for part in parts]
             travelling = [part_bytes.to(device=self.device) for part_bytes in own]
             # A contiguous tensor that travels alone is its own buffer.
             flat = torch.cat(travelling) if len(own) > 1 else travelling[0]
@@ -412,7 +439,7 @@ def quantized_of(payloads: Sequence[Payload]) -> list[Payload]:
     return [payload for payload in payloads if payload.numel and payload.wire_format not in FULL_WIDTH]
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, flat: a view of it if it is contiguous, a copy otherwise."""
     # A last dimension of one element has stride 1, which a view of bytes needs; that of a tensor of one need not.
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8).view(-1)

@@ -104,6 +104,7 @@ class Consensus:
         """
         if self._collectives.world_size == 1:
             return
+        self._untrained.reshard()
         optimizers = list(optimizers)
         for optimizer in optimizers:
             optimizer.init_state()
@@ -143,9 +144,9 @@ class Consensus:
         return untrained
 
     def _anchors_digest(self, optimizer: CurvaDion) -> Tensor:
-        digest = self._parameters.anchors_digest(optimizer)
+        own = self._parameters.anchors_digest(optimizer)
         # Where they are missing, no two replicas agree: their parameters are then averaged by value.
-        return torch.tensor(self._collectives.rank) if digest is None else digest
+        return self._collectives.joined_inside(torch.tensor(self._collectives.rank) if own is None else own)
 
     def _average_with(
         self, payloads: list[Payload], tensors: Mapping[str, Tensor], optimizer: CurvaDion | None = None

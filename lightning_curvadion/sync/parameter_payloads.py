@@ -11,6 +11,7 @@ from torch import Tensor
 from ..optim.curvadion import CurvaDion
 from ..optim.momentum_correction import Correction, correct_momenta_, corrects
 from ..optim.optimizer_state import trainable_parameters
+from ..optim.shards import is_sharded, local_of
 from .anchors import Anchors
 from .digests import digest
 from .drift import DriftMeter
@@ -198,7 +199,7 @@ class ParameterPayloads:
         self._restart(parameters.values())
         return [
             row_distances(
-                (stand_ins or {}).get(p, p),
+                local_of((stand_ins or {}).get(p, p)),
                 self.anchors.to_move(p),
                 self._residual(optimizer.state[p], p),
                 self._first(p) // p.shape[1],
@@ -299,7 +300,7 @@ class ParameterPayloads:
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
             own_format = wire_format or formats[parameter]
-            residual = state.pop("residual", None) if flush_residuals else None
+            residual = local_of(state.pop("residual")) if flush_residuals and "residual" in state else None
             if own_format != "float32":
                 residual = self._residual(state, parameter)
             step = (
@@ -322,20 +323,26 @@ class ParameterPayloads:
 
     def _first(self, parameter: Tensor) -> int:
         """The flat element that this process's residual of a parameter begins with."""
+        if is_sharded(parameter):
+            return 0
         return share_of_parameter(parameter, self._process, self._processes)[0]
 
     def _residual(self, state: dict[str, Any], parameter: Tensor) -> Tensor:
         """The error-feedback residual of a parameter, zero at first: of what this process sends of it."""
         shape = parameter.shape
-        if self._processes > 1:
+        if self._processes > 1 and not is_sharded(parameter):
             start, stop = share_of_parameter(parameter, self._process, self._processes)
             shape = torch.Size([stop - start])
             if has_sparse_rows(parameter):
                 shape = torch.Size([(stop - start) // parameter.shape[1], parameter.shape[1]])
         if "residual" not in state or state["residual"].shape != shape:
             dtype = self._settings.dtype_of_residuals
-            state["residual"] = torch.zeros(shape, dtype=dtype, device=parameter.device)
-        return cast(Tensor, state["residual"])
+            state["residual"] = (
+                torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                if is_sharded(parameter)
+                else torch.zeros(shape, dtype=dtype, device=parameter.device)
+            )
+        return local_of(cast(Tensor, state["residual"]))
 
     def _correction_share(self, group: dict[str, Any], wire_format: str) -> float:
         """How much of a difference between displacements the momenta of a group take over."""
@@ -350,4 +357,4 @@ def _correct_all(optimizer: CurvaDion, corrections: dict[Tensor, Correction]) ->
     roots = optimizer.take_roots()
     for group in optimizer.param_groups:
         own = {parameter: corrections.pop(parameter) for parameter in group["params"] if parameter in corrections}
-        correct_momenta_(group, optimizer.state, own, roots)
+        correct_momenta_(group, optimizer.state, own, roots, optimizer.shards)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..optim.shards import is_sharded, local_of
 from .drift import DriftMeter
 
 # Dtypes of which a mean can be formed.
@@ -29,9 +30,11 @@ class Payload:
 
     Attributes:
         needs_own_error: Whether all processes of a replica need its quantization error, and not only those that send.
+        of_shard: Whether it is of the rows that this process of a replica holds, and its counterparts in the others.
     """
 
     needs_own_error = False
+    of_shard = False
 
     def __init__(self, name: str, numel: int, wire_format: str) -> None:
         self.name = name
@@ -76,6 +79,7 @@ class TensorPayload(Payload):
     def __init__(
         self, name: str, tensor: Tensor, wire_format: str = "float32", meter: DriftMeter | None = None
     ) -> None:
+        self.of_shard, tensor = is_sharded(tensor), local_of(tensor)
         super().__init__(name, tensor.numel(), full_width(tensor) if wire_format == "float32" else wire_format)
         self._meter = meter
         self._tensor = tensor.detach()
@@ -165,6 +169,7 @@ class DisplacementPayload(Payload):
         first: int = 0,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
+        self.of_shard, parameter = is_sharded(parameter), local_of(parameter)
         super().__init__(f"displacement of {name}", parameter.numel(), wire_format)
         self._parameter = parameter.detach()
         self._flat = self._parameter.reshape(-1)
@@ -227,7 +232,7 @@ def share_of(count: int, process: int, processes: int) -> tuple[int, int]:
 
 
 def share_of_parameter(parameter: Tensor, process: int, processes: int) -> tuple[int, int]:
-    """Start and end of the flat elements of a parameter that one process of a replica sends."""
+    """Start and end of the flat elements of a whole parameter that one process of a replica sends."""
     if not has_sparse_rows(parameter):
         return share_of(parameter.numel(), process, processes)
     # Whole rows, as where only those travel that have moved: they share a residual.

@@ -33,8 +33,10 @@ from .replica_checks import (
     verify_wire_formats,
 )
 from .settings import CHUNK, SyncSettings, resolve_settings
+from .sharded_replicas import ShardedReplicaCollectives
+from .sharding_checks import check_sharding, holds_shards
 from .sync_step import SyncStep
-from .two_levels import InnerProcesses, TwoLevelCollectives
+from .two_levels import InnerProcesses
 from .untrained_tensors import UntrainedTensors
 
 
@@ -92,8 +94,10 @@ class ProcessGroupSync:
             consensus outside of a step only. A sync that comes due meanwhile begins when the mean is taken over. For
             ``consensus="average"`` with a ``momentum`` that sends nothing. ``None`` is 0.
         inner_group: The processes that form this replica, where it has several. They train a module in
-            ``DistributedDataParallel(module, process_group=inner_group)``. ``group`` then holds process i of every
-            replica, for this process the i-th of its own (``sync/two_levels.py``). With a ``DeviceMesh``:
+            ``DistributedDataParallel(module, process_group=inner_group)``, or one that ``fully_shard`` has sharded over
+            them, for ``consensus="average"`` with a ``momentum`` that sends nothing. ``group`` then holds process i of
+            every replica, for this process the i-th of its own (``sync/two_levels.py``,
+            ``sync/sharded_replicas.py``). With a ``DeviceMesh``:
             ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
@@ -101,7 +105,8 @@ class ProcessGroupSync:
     ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
     under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a
     smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
-    ``inner_group`` a process stores the residuals of what it sends, and no others.
+    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded
+    parameters it stores all of this for its shards alone.
 
     Attributes:
         settings: The checked arguments.
@@ -194,7 +199,7 @@ class ProcessGroupSync:
                 "give group as well as inner_group: inner_group holds the processes of this replica, group this process"
                 " and its counterparts in the other replicas"
             )
-        return TwoLevelCollectives(group, InnerProcesses(self._inner_group, chunk), chunk)
+        return ShardedReplicaCollectives(group, InnerProcesses(self._inner_group, chunk), chunk)
 
     @property
     def rank(self) -> int:
@@ -225,7 +230,13 @@ class ProcessGroupSync:
         return self._parameters.anchors.nbytes
 
     def measure_drift(self) -> None:
-        """Measure :attr:`drift` from now on: one more pass over the parameters at a sync step, and nothing sent."""
+        """Measure :attr:`drift` from now on: one more pass over the parameters at a sync step, and nothing sent.
+
+        Raises:
+            ValueError: The parameters are sharded.
+        """
+        for optimizer in self._optimizers:
+            check_sharding(optimizer, self._inner_group, self.settings, measures_drift=True)
         self._parameters.meter = DriftMeter()
 
     @property
@@ -258,10 +269,15 @@ class ProcessGroupSync:
             )
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
         device = parameters[0].device
+        measures_drift = self._parameters.meter is not None
+        settings = self.settings_for(optimizer)
+        check_sharding(optimizer, self._inner_group, settings, self._optimizers, measures_drift)
         self._collectives.join(device)
+        if holds_shards(optimizer):
+            optimizer.shards = self._collectives.hold_shards()
         report_uncaught_exceptions(other_than=ReplicaLostError)
         if not self._optimizers:
-            self._configure(self.settings_for(optimizer))
+            self._configure(settings)
         for parameter in parameters:
             optimizer.state[parameter].pop("residual", None)
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
@@ -311,7 +327,7 @@ class ProcessGroupSync:
             ValueError: The module is or holds a ``DistributedDataParallel``, or differs between replicas. With an
                 ``inner_group``: it is none, or one of another group.
         """
-        check_data_parallel(module, self._inner_group)
+        check_data_parallel(module, self._inner_group, sharded=any(map(holds_shards, self._optimizers)))
         self._untrained.include(module)
         # Before the broadcast: a rank with nothing to send would not join the ranks that have something.
         verify_same_across_replicas(self._collectives, describe_module(module), next(module.parameters()).device)

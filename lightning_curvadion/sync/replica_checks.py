@@ -13,6 +13,7 @@ from ..optim.parameter_groups import GROUP_OPTIONS
 from .collectives import Collectives
 from .errors import ReplicaLostError
 from .payloads import TensorPayload
+from .sharding_checks import is_fully_sharded
 
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "build the same model and the same optimizer, in the same order, in every process"
@@ -33,22 +34,32 @@ def describe_optimizer(optimizer: CurvaDion) -> list[str]:
     return lines
 
 
-def check_data_parallel(module: nn.Module, inner_group: ProcessGroup | None) -> None:
+def check_data_parallel(module: nn.Module, inner_group: ProcessGroup | None, sharded: bool = False) -> None:
     """Check that gradients are averaged at every step inside of a replica, and nowhere else.
 
     Args:
         module: What is trained.
         inner_group: The processes of this replica; ``None`` where it is one process.
+        sharded: Whether the optimizers hold sharded parameters, which ``fully_shard`` gathers and averages.
 
     Raises:
-        ValueError: A part of it is wrapped in ``DistributedDataParallel`` where a replica is one process. Otherwise:
-            the module is not, or in one of another group.
+        ValueError: ``fully_shard`` was called on one of module and optimizer alone. Otherwise: a part of it is wrapped
+            in ``DistributedDataParallel`` where a replica is one process; where it is several, the module is not, or in
+            one of another group.
     """
+    if is_fully_sharded(module) != sharded:
+        raise ValueError(
+            "call fully_shard on the module that you include, and make the optimizer after that: its parameters are"
+            f" {'sharded, and this module is whole' if sharded else 'whole, and this module is sharded'}"
+        )
+    if sharded:
+        return
     if inner_group is not None:
         if not isinstance(module, DistributedDataParallel):
             raise ValueError(
-                "wrap the module in DistributedDataParallel(module, process_group=inner_group) and include that: the"
-                f" gradients of the {inner_group.size()} processes of a replica must be averaged at every step"
+                "wrap the module in DistributedDataParallel(module, process_group=inner_group) and include that, or"
+                " call fully_shard on it before you make the optimizer: the gradients of the"
+                f" {inner_group.size()} processes of a replica must be averaged at every step"
             )
         if set(get_process_group_ranks(module.process_group)) != set(get_process_group_ranks(inner_group)):
             raise ValueError(

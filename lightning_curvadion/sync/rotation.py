@@ -1,6 +1,6 @@
 """Rotation: which parameters take part in a sync step, where a sync is spread over several of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,9 +22,22 @@ def rotation_part(parameters: Mapping[str, Tensor], spread: int, turn: int) -> d
         >>> [list(rotation_part(parameters, 2, turn)) for turn in range(3)]
         [['a', 'd'], ['b', 'c'], ['a', 'd']]
     """
-    sizes = [0] * spread
-    part_of: dict[str, int] = {}
-    for name in sorted(parameters, key=lambda name: -parameters[name].numel()):
-        part_of[name] = sizes.index(min(sizes))
-        sizes[part_of[name]] += parameters[name].numel()
-    return {name: parameter for name, parameter in parameters.items() if part_of[name] == turn % spread}
+    names = list(parameters)
+    parts = balanced_parts([parameter.numel() for parameter in parameters.values()], spread)
+    return {names[number]: parameters[names[number]] for number in parts[turn % spread]}
+
+
+def balanced_parts(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Share out things of some sizes: the largest goes first, each to the part that is smallest so far.
+
+    Example:
+        >>> balanced_parts([5, 2, 3, 1], 2)
+        [[0, 3], [1, 2]]
+    """
+    totals = [0] * count
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        smallest = totals.index(min(totals))
+        parts[smallest].append(number)
+        totals[smallest] += sizes[number]
+    return [sorted(part) for part in parts]

@@ -14,7 +14,7 @@ def packed_flags(masks: Sequence[Tensor]) -> Tensor:
         tensor([13], dtype=torch.uint8)
     """
     flags = torch.cat(list(masks))
-    bits = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
+    bits = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-(-flags.numel() // 8), 8)
     # A sum of bytes would be an int64.
     return (bits * _weights(flags.device)).sum(dim=1, dtype=torch.uint8)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..optim.matrix_stacks import STACK_ELEMENTS
+from ..optim.shards import is_sharded, local_of
 from .drift import DriftMeter
 from .payloads import Payload, displacement_of, share_of
 
@@ -42,15 +43,20 @@ def row_distances(parameter: Tensor, anchor: Tensor, residual: Tensor, first: in
     return torch.nn.functional.pad(torch.cat(distances), (first, len(parameter) - stop))
 
 
-def far_rows(distances: Tensor) -> Tensor:
+def far_rows(distances: Tensor, farthest: Tensor | None = None) -> Tensor:
     """Which rows have moved, given how far: bool. A row with NaN has.
+
+    Args:
+        distances: Shape (rows,).
+        farthest: The largest distance, where it is of a row that another process holds.
 
     Example:
         >>> far_rows(torch.tensor([3.0, 0.0, 0.01]))
         tensor([ True, False, False])
     """
     # A comparison with NaN is false, so that what diverged is sent, and refused by name.
-    return (distances < SHARE_OF_FARTHEST * distances.max()).logical_not_() & (distances != 0)
+    farthest = distances.max() if farthest is None else farthest
+    return (distances < SHARE_OF_FARTHEST * farthest).logical_not_() & (distances != 0)
 
 
 class SparseRowsPayload(Payload):
@@ -79,6 +85,7 @@ class SparseRowsPayload(Payload):
         meter: DriftMeter | None = None,
         first: int = 0,
     ) -> None:
+        self.of_shard, parameter = is_sharded(parameter), local_of(parameter)
         super().__init__(f"displacement of {name}", rows.numel() * parameter.shape[1], wire_format)
         self._rows, self._columns = rows, parameter.shape[1]
         self._parameter, self._anchor, self._residual = parameter.detach(), anchor, residual

@@ -208,7 +208,7 @@ class TwoLevelCollectives(Collectives):
     def in_group_of_its_own(self, backend: str | None = None) -> "TwoLevelCollectives":
         group = self._outer.in_group_of_its_own(backend).group
         assert group is not None
-        collectives = TwoLevelCollectives(group, self._inner, self._chunk, self._sent)
+        collectives = type(self)(group, self._inner, self._chunk, self._sent)
         collectives._join_counterparts(self.device)
         collectives.places = collectives._outer.places = self.places
         return collectives

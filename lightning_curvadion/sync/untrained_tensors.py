@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from .sharding_checks import reshard
+
 
 class UntrainedTensors:
     """Persistent buffers of a module, and its parameters outside every optimizer."""
@@ -21,6 +23,11 @@ class UntrainedTensors:
         """Take over the persistent buffers of a module, and its parameters outside every optimizer."""
         self._module = module
         self._persistent = {name for name, _ in module.named_buffers()} & module.state_dict(keep_vars=True).keys()
+
+    def reshard(self) -> None:
+        """Let the module hold its trained parameters alone, if it is sharded."""
+        if self._module is not None:
+            reshard(self._module)
 
     def exclude(self, parameters: Iterable[Tensor]) -> None:
         """Leave out the parameters of an optimizer."""

@@ -129,20 +129,3 @@ def test_a_backend_that_cannot_carry_a_format(replicas):
         assert "only_all_reduce backend cannot carry wire_format='int2', vector_format=" in message
         assert "use wire_format='float32', or the backend gloo (CPU) or nccl (GPU), which carry every format" in message
     assert replicas.run(3, poor_backend, {}) == [None] * 3
-
-
-def sharded(rank, world):
-    # Seconds to import.
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Linear(4, 4)
-    fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
-    with pytest.raises(
-        ValueError, match=r"is a DTensor, laid out as \(Shard\(dim=0\),\): every replica needs its whole"
-    ):
-        CurvaDion([model.weight])
-    return True
-
-
-def test_a_sharded_parameter_is_refused(replicas):
-    assert replicas.run(2, sharded) == [True, True]
