@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from examples.benchmarks.compare_replica import Outcome, Run
-from examples.benchmarks.methods import DEFAULT, HALF_RANK, METHODS, PERIODS
+from examples.benchmarks.methods import DEFAULT, DELAYS, HALF_RANK, METHODS, PERIODS
 
 RESULTS = Path(__file__).parent / "results" / "compare.csv"
 
@@ -58,7 +58,7 @@ SWEEPS: dict[int, dict[str, tuple[Rates, ...]]] = {
 MOMENTA = tuple(name for name in METHODS if name.startswith("ours: ") and "momentum" in name)
 # Who waits for whom.
 OVERLAPS = tuple(name for name in METHODS if name.startswith("ours: lag"))
-OVERLAPS_OF_FOUR = (DEFAULT, "ours: lag 1, overlap 1", "ours: lag 5, overlap 5")
+OVERLAPS_OF_FOUR = (DEFAULT, "ours: lag 1, overlap 1", "ours: lag 5, overlap 3")
 # What ends so close that it takes many seeds to tell.
 CLOSE = (
     USUAL,
@@ -86,17 +86,16 @@ RACERS = ("DDP, AdamW", USUAL, DEFAULT, "no communication")
 ELSEWHERE = (("headers", "131k", STEPS), ("python", "1m", 600))
 # Steps of a timed run: few if every step synchronises, more if the sync rate must settle. With delays another number,
 # so that no row of ``links`` stands in for a run beside them.
-FEW, MANY, IN_TURN = 40, 250, 200
+FEWEST, FEW, MANY, IN_TURN = 10, 40, 250, 200
 # A round trip of 50 ms, and a slow link.
 DELAYED = ("100mbit+25ms", "12mbit")
 MUON_ALONE = "no communication, Muon"
-_WAITING = {
-    delays: f"ours: lag {delays[0]}, overlap {delays[1]}" for delays in ((0, 0), (1, 0), (1, 1), (5, 5), (6, 8))
-}
-# By the number of replicas. On the distant link everything takes several steps.
-WAITERS = {
-    2: ("DDP, AdamW", MUON_ALONE, *_WAITING.values()),
-    4: (MUON_ALONE, _WAITING[1, 0], _WAITING[5, 5]),
+_LAGS = {delays: f"ours: lag {delays[0]}, overlap {delays[1]}" for delays in DELAYS}
+# Who waits for whom, by model and number of replicas. The larger model has a slow link only.
+WAITERS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("131k", 2): ("DDP, AdamW", MUON_ALONE, *(_LAGS[d] for d in ((0, 0), (1, 0), (1, 1), (5, 3), (5, 5)))),
+    ("131k", 4): (MUON_ALONE, *(_LAGS[d] for d in ((1, 0), (5, 3)))),
+    ("1m", 2): ("DDP, AdamW", MUON_ALONE, *(_LAGS[d] for d in ((0, 0), (1, 0), (1, 1), (1, 2)))),
 }
 
 
@@ -174,11 +173,11 @@ def distant(rows: list[Row]) -> list[Run]:
 def delays(rows: list[Row]) -> list[Run]:
     """Timed runs with and without delays, in turn: another seed is another measurement."""
     return [
-        replace(run, stop=FEW if METHODS[run.method].ddp else IN_TURN)
-        for replicas, methods in WAITERS.items()
-        for rate in DELAYED
+        replace(run, stop=FEWEST if METHODS[run.method].ddp else IN_TURN)
+        for (model, replicas), methods in WAITERS.items()
+        for rate in (DELAYED if model == BASE.model else DELAYED[1:])
         for seed in SEEDS
-        for run in tuned(methods, rows, rate=rate, seed=seed, replicas=replicas)
+        for run in tuned(methods, rows, rate=rate, seed=seed, replicas=replicas, model=model)
     ]
 
 

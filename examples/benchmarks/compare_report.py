@@ -341,11 +341,12 @@ def delays_table(rows: list[Row]) -> None:
     timed_runs = set(plan("delays", rows))
     mine = [row for row in rows if row.run in timed_runs]
     links = [cell for rate in DELAYED for cell in (rate, f"of none, {rate}")]
-    header("Delays, steps a second", "replicas", "method", *links)
-    for replicas, methods in WAITERS.items():
+    header("Delays, steps a second", "parameters", "replicas", "method", *links)
+    for (model, replicas), methods in WAITERS.items():
+        of_model = [row for row in mine if row.run.model == model]
         for method in methods:
             cells = []
             for rate in DELAYED:
-                value, most = (pace(mine, name, rate, replicas) for name in (method, MUON_ALONE))
-                cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["not timed", "-"]
-            line(replicas, method, *cells)
+                value, most = (pace(of_model, name, rate, replicas) for name in (method, MUON_ALONE))
+                cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["-", "-"]
+            line(model, replicas, method, *cells)

@@ -145,7 +145,7 @@ OUTER_DION = {"outer_lr": 0.7, "outer_momentum": 0.6}
 DEFAULT, HALF_RANK, FULL_RANK = "ours: defaults", "ours at half rank", "ours at full rank"
 PERIODS = (5, 6)
 # How many steps late agreements are read and means are taken over.
-DELAYS = ((0, 0), (1, 0), (1, 1), (1, 2), (5, 5), (6, 8))
+DELAYS = ((0, 0), (1, 0), (1, 1), (1, 2), (5, 3), (5, 5), (6, 8))
 OLD_BUDGET = 0.3
 
 
