@@ -20,6 +20,7 @@ from lightning_curvadion.cli.plan.collective_costs import Link, Network
 from lightning_curvadion.cli.plan.footprint import measure_footprint
 from lightning_curvadion.cli.plan.step_prediction import StepPrediction
 
+pytestmark = pytest.mark.alone
 RATES = ["30mbit", "100mbit"]
 REPLICAS = [2, 4]
 # Others may use the machine too, which no plan can know: one more try.
