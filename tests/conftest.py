@@ -7,6 +7,7 @@ os.environ["PYTHONPATH"] = os.path.join(os.path.dirname(__file__), "helpers", "l
 
 from collections.abc import Iterator
 
+import ahead
 import pytest
 import torch
 from replicas import Replicas
@@ -24,12 +25,24 @@ def replicas() -> Iterator[Replicas]:
     pool.close()
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     # What is imported stays: the collector need not look at it again and again.
     gc.freeze()
+    if not session.config.option.collectonly:
+        ahead.begin(session.items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("alone") is not None:
+        ahead.finish()
+
+
+def pytest_sessionfinish() -> None:
+    ahead.end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ahead.order(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:

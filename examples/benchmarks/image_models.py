@@ -1,6 +1,7 @@
 """Image models of ``models.py``, on scikit-learn's digits: a ResNet, a vision transformer and a GAN."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -180,10 +181,11 @@ class GAN(ModelTask):
         return (F.softplus(-logits) + F.softplus(self.discriminator(fake))).mean() + slope.square().sum(dim=1).mean()
 
     @torch.no_grad()
-    def score(self) -> Score:
+    def score(self, batches: int | None = None) -> Score:
         """Energy distance of 2000 generated digits to the held-out ones."""
         self.eval()
-        real = torch.cat([images.flatten(1) for images, _ in digits(self.batch_size).val_dataloader()])
+        held_out = islice(digits(self.batch_size).val_dataloader(), batches)
+        real = torch.cat([images.flatten(1) for images, _ in held_out])
         fake = self.generator(torch.randn(2000, self.noise, generator=torch.Generator().manual_seed(0)))
         return Score(energy_distance(real, fake), float("nan"))
 

@@ -98,9 +98,9 @@ def measure_collectives(steps: int) -> dict[str, float]:
 
 
 def replica(folder: Path, steps: int, nbytes: int) -> None:
-    """Measure one or the other, on a host of the lab. The last rank writes what it measured."""
+    """Measure one or the other or both, on a host of the lab. The last rank writes what it measured."""
     dist.init_process_group("gloo")
-    measured = measure_collectives(steps) if steps else measure_tcp(nbytes)
+    measured = (measure_collectives(steps) if steps else {}) | (measure_tcp(nbytes) if nbytes else {})
     if dist.get_rank() == dist.get_world_size() - 1:
         (folder / "measured.json").write_text(json.dumps(measured))
     dist.destroy_process_group()
@@ -119,34 +119,46 @@ def _environment() -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def print_lab(rates: list[str], latencies: list[str], transfer_seconds: float) -> None:
-    """Print what TCP and the delay line do."""
+def print_lab(rates: list[str], latencies: list[str], transfer_seconds: float, steps: int = 0) -> None:
+    """Print what TCP and the delay line do; and what collectives cost there, with steps of them."""
     print(f"{'rate':>10}{'latency':>10}{'round trip':>14}{'TCP payload':>18}{'delay line':>20}")
     for rate, latency in itertools.product(rates, latencies):
         nbytes = int(bits_per_second(rate) / 8 * transfer_seconds)
         with Lab(2, rate, latency=None if latency == "0ms" else latency) as lab:
-            tcp = run(lab, nbytes=nbytes)
-            cores = lab.delay_line_cpu_seconds() / tcp["transfer"]
-        speed = 8 * nbytes / tcp["transfer"] / 1e6
+            measured = run(lab, steps, nbytes)
+            cores = lab.delay_line_cpu_seconds() / measured["transfer"]
+        speed = 8 * nbytes / measured["transfer"] / 1e6
         print(
-            f"{rate:>10}{latency:>10}{1000 * tcp['round trip']:>11.2f} ms{speed:>11.1f} Mbit/s"
+            f"{rate:>10}{latency:>10}{1000 * measured['round trip']:>11.2f} ms{speed:>11.1f} Mbit/s"
             f"{100 * cores:>12.0f} % of a core",
             flush=True,
         )
+        if steps:
+            print_columns(rate, steps)
+            print_collectives(2, latency, measured)
 
 
-def print_collectives(rate: str, counts: list[int], latencies: list[str], steps: int) -> None:
-    """Print what agreements and all-gathers cost."""
+def print_columns(rate: str, steps: int) -> None:
+    """Print what the columns of the rows of ``print_collectives`` are."""
     print(f"\non links of {rate}, {steps} steps in a row")
     print(f"{'replicas':>10}{'latency':>10}{'agreement':>12}{'in latencies':>14}{'all-gather':>14}{'in latencies':>14}")
+
+
+def print_collectives(replicas: int, latency: str, measured: dict[str, float]) -> None:
+    """Print what agreements and all-gathers cost."""
+    cells = f"{replicas:>10}{latency:>10}"
+    for time_taken in (measured["agreement"], measured["both"] - measured["agreement"]):
+        in_latencies = f"{time_taken / seconds(latency):.1f}" if latency != "0ms" else ""
+        cells += f"{1000 * time_taken:>9.1f} ms{in_latencies:>14}"
+    print(cells, flush=True)
+
+
+def measure_replicas(rate: str, counts: list[int], latencies: list[str], steps: int) -> None:
+    """Measure and print collectives of several replicas, at several latencies."""
+    print_columns(rate, steps)
     for replicas, latency in itertools.product(counts, latencies):
         with Lab(replicas, rate, latency=None if latency == "0ms" else latency) as lab:
-            measured = run(lab, steps)
-        cells = f"{replicas:>10}{latency:>10}"
-        for time_taken in (measured["agreement"], measured["both"] - measured["agreement"]):
-            in_latencies = f"{time_taken / seconds(latency):.1f}" if latency != "0ms" else ""
-            cells += f"{1000 * time_taken:>9.1f} ms{in_latencies:>14}"
-        print(cells, flush=True)
+            print_collectives(replicas, latency, run(lab, steps))
 
 
 def main() -> int:
@@ -157,11 +169,11 @@ def main() -> int:
     try:
         with interruptible():
             if options.smoke:
-                print_lab(["50mbit"], ["10ms"], transfer_seconds=0.5)
-                print_collectives("100mbit", [2], ["10ms"], steps=4)
+                # One lab for both.
+                print_lab(["50mbit"], ["10ms"], transfer_seconds=0.5, steps=4)
             else:
                 print_lab(["12mbit", "100mbit", "500mbit", "1gbit"], ["0ms", "25ms"], transfer_seconds=4.0)
-                print_collectives("100mbit", [2, 3, 4], ["0ms", "10ms", "25ms", "50ms"], steps=20)
+                measure_replicas("100mbit", [2, 3, 4], ["0ms", "10ms", "25ms", "50ms"], steps=20)
     except LabError as error:
         print(error, file=sys.stderr)
         return 1

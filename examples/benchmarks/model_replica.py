@@ -138,8 +138,8 @@ class Meter(pl.Callback):
             self.sync_rate = sum(syncs) / len(syncs) / len(self.losses)
 
 
-def train(run: Run) -> Outcome:
-    """Train one run. Every replica calls it."""
+def train(run: Run, batches: int | None = None) -> Outcome:
+    """Train one run, and score it on so many held-out batches, by default all. Every replica calls it."""
     task, method = ALL_TASKS[run.model], TABLE_METHODS[run.method]
     pl.seed_everything(run.seed, verbose=False)
     module = task(partial(method.optimizer, lr=run.lr, vector_lr=run.lr), run.steps)
@@ -165,7 +165,7 @@ def train(run: Run) -> Outcome:
     last = meter.losses[-max(1, run.steps // 10) :]
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     # After the consensus all replicas hold one model, so rank 0's score is that of all.
-    score = module.score() if dist.get_rank() == 0 else Score(float("nan"), float("nan"))
+    score = module.score(batches) if dist.get_rank() == 0 else Score(float("nan"), float("nan"))
     return Outcome(
         loss=round(score.loss, 5),
         accuracy=round(score.accuracy, 4),
@@ -176,15 +176,15 @@ def train(run: Run) -> Outcome:
     )
 
 
-def train_all(runs: list[Run], results: Path, commit: str) -> None:
-    """Train the runs, one after another. Every replica calls it, in a process group of its own."""
+def train_all(runs: list[Run], results: Path, commit: str, batches: int | None = None) -> None:
+    """Train the runs, one after another, as ``train`` does. Every replica calls it, in a process group of its own."""
     # Or Lightning would list the devices at every run.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     # To Lightning every replica is a node with one process, which something else has started.
     os.environ |= {"NODE_RANK": str(dist.get_rank()), "LOCAL_RANK": "0"}
     for run in runs:
-        outcome = train(run)
+        outcome = train(run, batches)
         if dist.get_rank() == 0:
             append(results, {**asdict(run), **asdict(outcome), "commit": commit})
             print(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
@@ -82,11 +83,15 @@ class ModelTask(pl.LightningModule):
         return F.cross_entropy(*self.logits_and_targets(batch))
 
     @torch.no_grad()
-    def score(self) -> Score:
-        """Cross entropy and accuracy on held-out data."""
+    def score(self, batches: int | None = None) -> Score:
+        """Cross entropy and accuracy on held-out data.
+
+        Args:
+            batches: How many batches of it, all by default.
+        """
         self.eval()
         loss, right, count = 0.0, 0, 0
-        for batch in self.held_out():
+        for batch in islice(self.held_out(), batches):
             logits, targets = self.logits_and_targets(batch)
             loss += F.cross_entropy(logits.float(), targets, reduction="sum").item()
             right += int((logits.argmax(dim=1) == targets).sum())

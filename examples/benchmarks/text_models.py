@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,12 @@ from examples.byte_gpt import GPT, ByteGPT, StandardLibrary
 from examples.hf_finetune import CausalLM
 
 WIDTH, LAYERS, HEADS, BYTES = 64, 2, 4, 256
+
+
+@cache
+def write_corpus(name: str) -> None:
+    """Write a corpus, which is the same for all models: once in a process."""
+    CORPORA[name]().prepare_data()
 
 
 class LanguageModel(ModelTask):
@@ -43,7 +50,7 @@ class LanguageModel(ModelTask):
     @classmethod
     def prepare(cls, steps: int) -> None:
         """Write the corpus."""
-        CORPORA[cls.corpus]().prepare_data()
+        write_corpus(cls.corpus)
 
     def data(self) -> DataLoader[Any]:
         """Windows of the training files."""
@@ -234,8 +241,8 @@ class LoRA(LanguageModel):
         """Write both corpora, and train the GPT on Python for longer than the pairs are."""
         super().prepare(steps)
         if not cls.base(steps).exists():
+            write_corpus("python")
             python = CORPORA["python"](context=CONTEXT, batch_size=2 * cls.batch_size)
-            python.prepare_data()
             # Every method and every machine starts from the same GPT.
             pl.seed_everything(0, verbose=False)
             module = ByteGPT(layers=LAYERS, width=WIDTH, heads=HEADS, context=CONTEXT)

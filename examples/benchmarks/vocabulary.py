@@ -32,10 +32,19 @@ LR, VECTOR_LR = 0.016, 0.006
 VALIDATION = 64
 
 
-def words(path: str, vocabulary: int, most_common: Sequence[bytes] | None = None) -> tuple[Tensor, list[bytes]]:
-    """The words of a text as numbers, and the most common ones by number. Number 0 is every other word."""
+def words(
+    path: str, vocabulary: int, most_common: Sequence[bytes] | None = None, size: int = -1
+) -> tuple[Tensor, list[bytes]]:
+    """The words of a text as numbers, and the most common ones by number. Number 0 is every other word.
+
+    Args:
+        path: File of the text.
+        vocabulary: How many numbers there are.
+        most_common: Words that have one, by default the most common ones of the text.
+        size: How many bytes of the text are read, all by default.
+    """
     with open(path, "rb") as file:
-        found = WORD.findall(file.read())
+        found = WORD.findall(file.read(size))
     if most_common is None:
         most_common = [word for word, _ in Counter(found).most_common(vocabulary - 1)]
     number = {word: n for n, word in enumerate(most_common, start=1)}
@@ -97,8 +106,8 @@ def train_all(args: argparse.Namespace) -> None:
     """Every run of the table. Every replica calls it."""
     cache = StandardLibrary().cache
     for vocabulary in args.vocabularies:
-        train_words, most_common = words(str(cache / "train.bin"), vocabulary)
-        val_words, _ = words(str(cache / "val.bin"), vocabulary, most_common)
+        train_words, most_common = words(str(cache / "train.bin"), vocabulary, size=args.size)
+        val_words, _ = words(str(cache / "val.bin"), vocabulary, most_common, args.size)
         for seed in args.seeds:
             for share in args.shares if vocabulary >= FEWEST_ROWS else args.shares[:1]:
                 train(train_words, val_words, vocabulary, share, args.steps, seed)
@@ -111,10 +120,11 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, sparse_rows.SHARE_OF_FARTHEST])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--smoke", action="store_true", help="a few steps of small vocabularies")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of small vocabularies and texts")
     args = parser.parse_args()
+    args.size = -1
     if args.smoke:
-        args.vocabularies, args.steps = [256, FEWEST_ROWS], 2 * PERIOD
+        args.vocabularies, args.steps, args.size = [256, FEWEST_ROWS], 2 * PERIOD, 500_000
     StandardLibrary().prepare_data()
     print("| words | share | looked up between syncs | a sync | of DDP's bytes | loss | time |")
     print("|" + " --- |" * 7, flush=True)

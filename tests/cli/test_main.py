@@ -1,14 +1,14 @@
 """The command line: settings from files, arguments and environment variables."""
 
-import os
 import re
 import sys
 
-import launching
 import pytest
 import torch
 import yaml
-from training import ROOT
+from ahead import ahead
+from launching import outputs, start
+from training import ROOT, python_path
 
 from lightning_curvadion import CurvaDion, CurvaDionStrategy, DriftThreshold, IntegratedRMMC
 from lightning_curvadion.cli import main
@@ -173,29 +173,38 @@ def test_the_help_of_a_command_says_where_the_options_of_classes_are(capsys):
         assert stopped.value.code == 0 and "type: " in capsys.readouterr().out
 
 
-def test_the_installed_program_trains_two_ranks_with_a_module_of_the_working_folder(tmp_path):
+@ahead
+def installed_program(folder):
+    """What the console script prints, in a folder with a module of the user's."""
     scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[2]
     module, function = re.search(r'^curvadion = "(\S+):(\S+)"$', scripts, flags=re.M).groups()
-    program = tmp_path / "bin/curvadion"
+    program = folder / "bin/curvadion"
     program.parent.mkdir()
     program.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
-    (tmp_path / "own.py").write_text(
+    (folder / "own.py").write_text(
         "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Own(BoringModel):\n    pass\n"
     )
     words = ["--model=own.Own", "--optimizer=CurvaDion", "--trainer.strategy=curvadion", "--trainer.accelerator=cpu",
              "--trainer.devices=2", "--trainer.max_steps=2", "--trainer.logger=false"]  # fmt: skip
-    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
-    process = launching.start(sys.executable, program, "fit", *words, cwd=tmp_path, PYTHONPATH=path)
-    assert "max_steps=2` reached" in launching.outputs(process)[0]
+    (printed,) = outputs(start(sys.executable, program, "fit", *words, cwd=folder, PYTHONPATH=python_path(ROOT)))
+    return printed
 
 
-def test_what_stops_two_ranks_before_training_is_one_line(tmp_path):
-    words = [f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--model.optimizer.mu=3"]
+def test_the_installed_program_trains_two_ranks_with_a_module_of_the_working_folder(installed_program):
+    assert "max_steps=2` reached" in installed_program
+
+
+@ahead
+def stopped_program(folder):
+    words = [f"--trainer.default_root_dir={folder}", "--trainer.logger=false", "--model.optimizer.mu=3"]
     command = [sys.executable, "-m", "lightning_curvadion", "fit", "--config=configs/byte_gpt.yaml", *words]
-    process = launching.start(*command)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in printed
-    assert re.findall("^error: .*", printed, flags=re.M) == [
+    (printed,) = outputs(start(*command), statuses=(1,))
+    return printed
+
+
+def test_what_stops_two_ranks_before_training_is_one_line(stopped_program):
+    assert "Traceback" not in stopped_program
+    assert re.findall("^error: .*", stopped_program, flags=re.M) == [
         "error: mu must be in [0, 1), not 3.0: it is the share of the momentum kept at each step"
     ]
 

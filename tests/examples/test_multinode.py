@@ -3,31 +3,30 @@
 import re
 
 import numpy as np
-import pytest
 import torch
 import yaml
+from ahead import ahead
 from launching import ROOT, free_port, outputs, slurm_environment, start
 
 CONFIG = ROOT / "configs/gpt_160m_multinode.yaml"
 TORCHRUN_SCRIPT, SLURM_SCRIPT = ROOT / "examples/multinode_torchrun.sh", ROOT / "examples/multinode_slurm.sh"
 
 
-@pytest.fixture
-def small_job(tmp_path):
+def small_job(folder):
     """Arguments with which the job takes a few seconds on two CPU cores."""
     tokens = np.random.default_rng(0).integers(0, 512, 3000).astype(np.uint16)
-    shards = tmp_path / "tokens"
+    shards = folder / "tokens"
     shards.mkdir()
     tokens[:2500].tofile(shards / "train.bin")
     tokens[2500:].tofile(shards / "val.bin")
 
     trainer = yaml.safe_load(CONFIG.read_text())["trainer"]
-    trainer["callbacks"][-1]["init_args"].update(dirpath=str(tmp_path / "checkpoints"), every_n_train_steps=3)
-    trainer["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    trainer["callbacks"][-1]["init_args"].update(dirpath=str(folder / "checkpoints"), every_n_train_steps=3)
+    trainer["logger"]["init_args"]["save_dir"] = str(folder)
     files = {"callbacks": trainer["callbacks"], "logger": trainer["logger"]}
-    (tmp_path / "files.yaml").write_text(yaml.safe_dump({"trainer": files}))
+    (folder / "files.yaml").write_text(yaml.safe_dump({"trainer": files}))
     return [
-        f"--config={tmp_path / 'files.yaml'}", f"--data.folder={shards}", "--data.workers=0",
+        f"--config={folder / 'files.yaml'}", f"--data.folder={shards}", "--data.workers=0",
         "--data.context=32", "--data.batch_size=4", "--model.vocabulary=512", "--model.layers=2", "--model.width=32",
         "--model.heads=2", "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=6",
         "--trainer.val_check_interval=3", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1",
@@ -53,18 +52,30 @@ def check_small_job(printed, folder):
     assert {round(10 * rate, 9) for rate in schedule["_last_lr"]} == peaks
 
 
-def test_two_nodes_with_torchrun(tmp_path, small_job):
+@ahead
+def of_torchrun(folder):
+    """What two nodes print, and the folder in which they train."""
     shared = {"NODES": "2", "GPUS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    nodes = [start("bash", TORCHRUN_SCRIPT, *small_job, cwd=tmp_path, **shared, NODE_RANK=str(rank)) for rank in (0, 1)]
-    check_small_job("".join(outputs(*nodes)), tmp_path)
+    job = ["bash", TORCHRUN_SCRIPT, *small_job(folder)]
+    nodes = [start(*job, cwd=folder, **shared, NODE_RANK=str(rank)) for rank in (0, 1)]
+    return "".join(outputs(*nodes)), folder
 
 
-def test_two_nodes_with_slurm(tmp_path, small_job):
+def test_two_nodes_with_torchrun(of_torchrun):
+    check_small_job(*of_torchrun)
+
+
+@ahead
+def of_slurm(folder):
     # sbatch runs a copy of the script.
-    copy = tmp_path / "slurm_script"
+    copy = folder / "slurm_script"
     copy.write_bytes(SLURM_SCRIPT.read_bytes())
-    job = start("bash", copy, *small_job, cwd=tmp_path, **slurm_environment(tmp_path))
-    check_small_job(*outputs(job), tmp_path)
+    (printed,) = outputs(start("bash", copy, *small_job(folder), cwd=folder, **slurm_environment(folder)))
+    return printed, folder
+
+
+def test_two_nodes_with_slurm(of_slurm):
+    check_small_job(*of_slurm)
 
 
 def test_the_slurm_script_requests_the_nodes_and_gpus_of_the_config():

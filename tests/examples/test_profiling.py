@@ -5,7 +5,10 @@ import re
 import sys
 from unittest import mock
 
+import pytest
 from launching import ROOT, free_port, run_as_torchrun
+
+pytestmark = pytest.mark.alone
 
 
 def record(rank, world, folder, port, *delays):

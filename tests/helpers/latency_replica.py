@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from plan_replica import Stopwatch, build, move_to_host
+from lab_replicas import move_to_host
+from plan_replica import Stopwatch, build
 from torch import nn
 from torch.distributed import ProcessGroup
 

@@ -15,6 +15,8 @@ from unittest import mock
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
+# As it is before any test changes it: programs that run ahead start in the middle of another test.
+_ENVIRONMENT = dict(os.environ)
 
 # In the place of SLURM's own: starts the tasks of two nodes on this machine.
 SRUN = """#!/usr/bin/env bash
@@ -34,9 +36,9 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's variables, with this Python's scripts on the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": path, **more}
+    """The session's variables, with this Python's scripts on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{_ENVIRONMENT['PATH']}"
+    return {**_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": path, **more}
 
 
 def slurm_environment(folder: Path) -> dict[str, str]:

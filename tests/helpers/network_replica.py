@@ -2,7 +2,7 @@
 
 Where a host has several processes, they are one replica.
 
-python network_replica.py FOLDER SETTINGS_BY_MODEL_JSON
+RANK=... WORLD_SIZE=... LOCAL_WORLD_SIZE=... python network_replica.py FOLDER SETTINGS_BY_MODEL_JSON HOST
 """
 
 import datetime
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lab_replicas import kernel_sent, move_to_host
 from models import Net, build, exact_sync, train_step
 from torch import nn
 from two_levels import attach
 
-from examples.benchmarks.compare_replica import kernel_sent
 from examples.byte_gpt import GPT, WHOLE
 from lightning_curvadion import CurvaDion, EveryNSteps, split_parameters
 
@@ -77,6 +77,7 @@ def measure(rank: int, model_name: str, hook: dict) -> dict[str, tuple[int, int,
 def main() -> None:
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    move_to_host(sys.argv[3])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank = dist.get_rank()
     measured = {

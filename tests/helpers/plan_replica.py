@@ -1,14 +1,10 @@
 """One replica of test_step_prediction.py, on a host of the network lab: measures steps at each link speed.
 
 RANK=... WORLD_SIZE=... MASTER_ADDR=... python plan_replica.py FOLDER RATES_JSON REPLICAS_JSON NETWORK_NAMESPACE
-
-The test starts it without torchrun, which would import torch a second time on every host.
 """
 
-import ctypes
 import datetime
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lab_replicas import move_to_host
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
@@ -34,8 +31,6 @@ HOOKS = {
 # Kinds of steps in turn, so that other work on the machine slows all kinds equally.
 STEPS = [*(*("alone", "local", "defaults") * 3, "int8") * 2, "ddp"]
 
-_NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET
-
 
 class ManualTrigger(Trigger):
     """Synchronises when ``fire`` is set."""
@@ -44,13 +39,6 @@ class ManualTrigger(Trigger):
 
     def wants_sync(self, rmmc: float) -> bool:
         return self.fire
-
-
-def move_to_host(namespace: str) -> None:
-    """Put this process on a host of the lab, as ``ip netns exec`` does."""
-    with open(f"/run/netns/{namespace}") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NETWORK_NAMESPACE):
-            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
 
 def shorten_tcp_windows() -> None:
@@ -149,9 +137,7 @@ def measure(folder: Path, rates: list[str], group: ProcessGroup | None) -> dict[
 def main() -> None:
     folder, rates, counts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    outside = os.readlink("/proc/self/ns/net")
     move_to_host(sys.argv[4])
-    assert os.readlink("/proc/self/ns/net") != outside
     shorten_tcp_windows()
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, measured = dist.get_rank(), {}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from training import ROOT, python_path
+from lab_replicas import run_on_hosts
 
 from examples.benchmarks.netlab import Lab, missing
 
@@ -26,10 +26,8 @@ GPT = [LOCAL, {}, *[{**LOCAL, "wire_format": wire_format} for wire_format in MOS
 
 def measure(folder, settings, processes=1):
     """By model: for each of its settings and each process, (kernel bytes of its host, payload, steps) of each phase."""
-    script = ROOT / "tests/helpers/network_replica.py"
-    environment = {"PYTHONPATH": python_path(ROOT)}
     with Lab(hosts=2) as lab:
-        lab.run([str(script), str(folder), json.dumps(settings)], processes, environment, timeout=200)
+        run_on_hosts(lab, "network_replica.py", folder, json.dumps(settings), processes=processes)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2 * processes)]
     return {model: list(zip(*[rank[model] for rank in ranks], strict=True)) for model in settings}
 

@@ -8,19 +8,19 @@ import threading
 from dataclasses import replace
 
 import latency_replica
-import preloaded
 import pytest
 import torch
+from lab_replicas import run_on_hosts
 from plan_replica import HOOKS, SHAPE
-from training import ROOT, python_path
 
-from examples.benchmarks.netlab import INTERFACE, PORT, Lab, bits_per_second, missing, seconds
+from examples.benchmarks.netlab import Lab, bits_per_second, missing, seconds
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
 from lightning_curvadion.cli.plan.collective_costs import Link, Network
 from lightning_curvadion.cli.plan.footprint import measure_footprint
 from lightning_curvadion.cli.plan.step_prediction import StepPrediction
 
+pytestmark = pytest.mark.alone
 RATES = ["30mbit", "100mbit"]
 REPLICAS = [2, 4]
 # Others may use the machine too, which no plan can know: one more try.
@@ -65,19 +65,7 @@ def measure_in_lab(folder, counts):
 
 def run_replicas(lab, script, folder, *arguments):
     """What the replicas of a lab measured, by their number."""
-    group = {"WORLD_SIZE": str(lab.hosts), "MASTER_ADDR": lab.address(0), "MASTER_PORT": str(PORT)}
-    processes = [
-        preloaded.start(
-            ROOT / "tests/helpers" / script,
-            *(str(folder), *arguments, lab._namespace(rank)),
-            folder=folder,
-            output=folder / f"output{rank}",
-            **{"RANK": str(rank), "GLOO_SOCKET_IFNAME": INTERFACE, **group, "PYTHONPATH": python_path(ROOT)},
-        )
-        for rank in range(lab.hosts)
-    ]
-    statuses = [process.wait(timeout=90) for process in processes]
-    assert not any(statuses), "\n".join(path.read_text() for path in sorted(folder.glob("output*")))
+    run_on_hosts(lab, script, folder, *arguments)
     return {
         int(replicas): measured for replicas, measured in json.loads((folder / "measured.json").read_text()).items()
     }

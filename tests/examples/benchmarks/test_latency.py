@@ -8,6 +8,7 @@ from examples.benchmarks import latency
 from examples.benchmarks.netlab import missing
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(bool(missing()), reason=f"missing for a network lab: {missing()}")
 def test_the_smoke_run_prints_what_a_latency_of_ten_milliseconds_costs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["latency.py", "--smoke"])

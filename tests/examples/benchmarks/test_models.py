@@ -2,13 +2,15 @@
 
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
+from torch.multiprocessing.spawn import start_processes
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
-from examples.benchmarks import models
+from examples.benchmarks import models, replica_training
 from examples.benchmarks.model_replica import ADAMW, CARRIED, MUON, OURS, PARTS, TASKS, Outcome, Run, finished
 from examples.benchmarks.replica_training import append
 
@@ -69,9 +71,8 @@ def test_the_difference_is_over_the_seeds_that_both_have():
 
 
 def test_the_smoke_run_trains_every_model_on_two_replicas_and_prints_the_table(monkeypatch, capsys):
-    """Its replicas are processes, the rest runs here."""
-    # Without the path that hides scikit-learn and transformers from the processes of other tests.
-    monkeypatch.setenv("PYTHONPATH", "")
+    """Its replicas are forks of this process, which has imported transformers and scikit-learn; the rest runs here."""
+    monkeypatch.setattr(replica_training, "spawn", partial(start_processes, start_method="fork"))
     monkeypatch.chdir(models.ROOT)
     monkeypatch.setattr(sys, "argv", ["models.py", "--smoke"])
     for task in models.ALL_TASKS.values():

@@ -14,6 +14,7 @@ import pytest
 from examples.benchmarks import netlab
 from examples.benchmarks.netlab import Lab, LabError, bits_per_second, missing, seconds
 
+pytestmark = pytest.mark.alone
 needs_network = pytest.mark.skipif(bool(missing()), reason=f"missing for a network lab: {missing()}")
 
 ALL_REDUCE = """

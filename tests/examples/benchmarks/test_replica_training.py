@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from ahead import ahead
 from launching import ROOT, environment
 from training import python_path
 
@@ -27,18 +28,24 @@ if __name__ == "__main__":
 """
 
 
-def test_replicas_end_with_the_process_that_started_them(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "script.py", str(tmp_path)]
+@ahead
+def status_of_terminated(folder):
+    """The exit status of the process, once its replicas had started."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", str(folder)]
     variables = environment(PYTHONPATH=python_path(ROOT))
-    process = subprocess.Popen(command, cwd=tmp_path, env=variables, start_new_session=True)
+    process = subprocess.Popen(command, cwd=folder, env=variables, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("started_*"))) < 2 and time.monotonic() < deadline:
+        while len(list(folder.glob("started_*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert len(list(tmp_path.glob("started_*"))) == 2
+        assert len(list(folder.glob("started_*"))) == 2
         process.terminate()
-        assert process.wait(30) != 0
+        return process.wait(30)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_replicas_end_with_the_process_that_started_them(status_of_terminated):
+    assert status_of_terminated != 0

@@ -1,17 +1,25 @@
 """``examples/benchmarks/vocabulary.py --smoke``."""
 
+import sys
+
 import torch
-from launching import ROOT
-from training import run_script
+from ahead import ahead
+from launching import ROOT, outputs, start
+from training import python_path
 
 from examples.benchmarks.vocabulary import words
 
 
-def test_the_smoke_run_prints_both_vocabularies(tmp_path):
-    process = run_script(ROOT / "examples/benchmarks/vocabulary.py", "--smoke", folder=tmp_path)
-    assert process.returncode == 0, process.stderr[-4000:]
+@ahead
+def vocabulary_smoke(folder):
+    script = ROOT / "examples/benchmarks/vocabulary.py"
+    (printed,) = outputs(start(sys.executable, script, "--smoke", cwd=folder, PYTHONPATH=python_path(ROOT)))
+    return printed
+
+
+def test_the_smoke_run_prints_both_vocabularies(vocabulary_smoke):
     for line in ("\n| 256 | 0 |", "\n| 1,024 | 0 |", "\n| 1,024 | 0.03 |"):
-        assert line in process.stdout
+        assert line in vocabulary_smoke
 
 
 def test_the_most_common_words_have_numbers_and_all_others_have_zero(tmp_path):
