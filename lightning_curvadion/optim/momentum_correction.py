@@ -25,10 +25,10 @@ from torch import Tensor
 from . import muon
 from .adamw_lion import denominators_of
 from .lr_scale import step_scale
-from .matrix_layout import as_matrices, as_parameter, matrix_shape
+from .matrix_layout import as_matrices, list_matrices, matrix_shape
 from .parameter_groups import Group
-from .rmmc import norm_ratios
-from .shards import Shard, Shards, WholeComputation, local_of, matrix_norms, shard_of
+from .rmmc import norm_ratios, tensor_norms
+from .shards import local_of
 
 
 def corrects(group: Group) -> bool:
@@ -36,15 +36,8 @@ def corrects(group: Group) -> bool:
     return group["algorithm"] == "adamw" or (group["algorithm"] == "dion" and group["local_update"] != "sgd")
 
 
-def correct_momentum_(
-    group: Group,
-    state: dict[str, Any],
-    difference: Tensor,
-    travel: float,
-    share: float,
-    shards: Shards | None = None,
-) -> None:
-    """Correct the momentum of one parameter in place.
+def correct_momentum_(group: Group, state: dict[str, Any], difference: Tensor, travel: float, share: float) -> None:
+    """Correct the momentum of one parameter in place. Momenta of sharded matrices: ``sharded_corrections.py``.
 
     Args:
         group: The parameter's group.
@@ -52,56 +45,39 @@ def correct_momentum_(
         difference: The mean displacement of the replicas less that of this replica, of the parameter's shape.
         travel: Sum of the learning rates of the steps that made it.
         share: How much of the difference to take over, :math:`\\alpha`.
-        shards: The processes that hold the parameter; ``difference`` is of this one's rows then.
     """
     if travel == 0.0:
         return
     if group["algorithm"] == "adamw":
         _correct_first_moment_(group, state, difference, share / travel)
         return
-    before = matrix_norms(state["momentum"], group, shards)
-    shape = matrix_shape(state["momentum"].shape, group)
-    scale = step_scale(group, shape, rank=state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
-    factor = share / (travel * scale)
-    if shards is None:
-        # It is contiguous, so this is a view.
-        momentum = as_matrices(state["momentum"], group)
-        momentum.sub_(_change_of_momentum(momentum, difference, group, factor))
-    else:
-        _correct_shard_(group, shard_of(state["momentum"]), difference, factor, shards)
+    # It is contiguous, so this is a view.
+    momentum = as_matrices(state["momentum"], group)
+    before = tensor_norms(list_matrices(state["momentum"], group))
+    momentum.sub_(change_of_momentum(group, state, momentum, as_matrices(difference, group), travel, share))
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    ratios = norm_ratios(matrix_norms(state["momentum"], group, shards), before)
+    ratios = norm_ratios(tensor_norms(list_matrices(state["momentum"], group)), before)
     state["norm"].mul_(ratios.view(state["norm"].shape))
 
 
-def _change_of_momentum(momentum: Tensor, difference: Tensor, group: Group, factor: float) -> Tensor:
-    """What leaves a momentum, as matrices."""
+def change_of_momentum(
+    group: Group, state: dict[str, Any], momentum: Tensor, difference: Tensor, travel: float, share: float
+) -> Tensor:
+    """What leaves the momentum of a parameter, as matrices.
+
+    Args:
+        group: The parameter's group.
+        state: Its ``state[p]``.
+        momentum: Whole, as matrices.
+        difference: As of :func:`correct_momentum_`, whole, as matrices.
+        travel: As there.
+        share: As there.
+    """
+    shape = matrix_shape(state["momentum"].shape, group)
     root = root_of_gram(momentum.to(torch.promote_types(momentum.dtype, torch.float32)), group["eps"])
-    steps = as_matrices(difference, group).to(root.dtype) * factor
-    return root @ steps if momentum.shape[-2] < momentum.shape[-1] else steps @ root
-
-
-def _correct_shard_(group: Group, momentum: Shard, difference: Tensor, factor: float, shards: Shards) -> None:
-    change = Shard(torch.empty_like(momentum.local), momentum.shape)
-
-    def whole_change(inputs: list[list[Tensor]]) -> list[list[Tensor]]:
-        momenta, differences = inputs
-        return [
-            [
-                as_parameter(
-                    _change_of_momentum(as_matrices(M, group), own, group, factor).reshape(
-                        -1, *matrix_shape(M.shape, group)
-                    ),
-                    M.shape,
-                    group,
-                )
-                for M, own in zip(momenta, differences, strict=True)
-            ]
-        ]
-
-    of_rows = Shard(difference, momentum.shape)
-    shards.compute([WholeComputation(whole_change, inputs=[[momentum], [of_rows]], outputs=[[change]])])
-    momentum.local.sub_(change.local)
+    scale = step_scale(group, shape, rank=state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
+    steps = difference.to(root.dtype) * (share / (travel * scale))
+    return root @ steps if shape[0] < shape[1] else steps @ root
 
 
 def _correct_first_moment_(group: Group, state: dict[str, Any], difference: Tensor, share: float) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..optim.curvadion import CurvaDion
 from ..optim.momentum_correction import correct_momentum_, corrects
 from ..optim.optimizer_state import trainable_parameters
+from ..optim.sharded_corrections import ShardedCorrections
 from ..optim.shards import is_sharded, local_of
 from .anchors import Anchors
 from .digests import digest
@@ -293,6 +294,7 @@ class ParameterPayloads:
             return [TensorPayload(name, stand_ins.get(p, p), meter=self.meter) for name, p in parameters.items()]
         group_of = {parameter: group for group, parameter in optimizer.members()}
         formats = self._wire_formats(optimizer)
+        sharded = ShardedCorrections(optimizer.shards) if optimizer.shards is not None else None
         payloads: list[Payload] = []
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
@@ -306,7 +308,7 @@ class ParameterPayloads:
                 else None
             )
             anchor = self.anchors.to_move(parameter)
-            correction = self._correction(optimizer, group, parameter, own_format) if correct else None
+            correction = self._correction(group, state, parameter, own_format, sharded) if correct else None
             values = stand_ins.get(parameter, parameter)
             payloads.append(
                 DisplacementPayload(
@@ -340,17 +342,18 @@ class ParameterPayloads:
         return local_of(cast(Tensor, state["residual"]))
 
     def _correction(
-        self, optimizer: CurvaDion, group: dict[str, Any], parameter: Tensor, wire_format: str
+        self,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        parameter: Tensor,
+        wire_format: str,
+        sharded: ShardedCorrections | None,
     ) -> Callable[[Tensor], None] | None:
         """What corrects the momentum of a parameter by the difference of displacements."""
         share = self._settings.correction_share(wire_format, matrix=group["algorithm"] == "dion")
         if share == 0.0 or not corrects(group):
             return None
-        return partial(
-            correct_momentum_,
-            group,
-            optimizer.state[parameter],
-            travel=self._travel.get(parameter, 0.0),
-            share=share,
-            shards=optimizer.shards,
-        )
+        travel = self._travel.get(parameter, 0.0)
+        if sharded is not None and group["algorithm"] == "dion":
+            return sharded.expect(group, state, travel, share) if travel else None
+        return partial(correct_momentum_, group, state, travel=travel, share=share)

@@ -121,29 +121,60 @@ def bits_over_a_run(rank, world, hook):
             moves.start()
             optimizer.step()
             bits.append(fingerprint(map(local_of, parameters)))
-    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    with torch.no_grad():
+        # From here on the module holds whole parameters, which the consensus changes.
+        module(torch.arange(16))
+        optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+        computed = module(torch.arange(16))
+        module.reshard()
+        assert torch.equal(module(torch.arange(16)), computed)
+        bits.append(fingerprint([computed]))
     ends = [whole(parameter, optimizer).double() - start for parameter, start in zip(parameters, starts, strict=True)]
     tensors = [value for p in parameters for value in (p, *optimizer.state[p].values()) if isinstance(value, Tensor)]
     state = fingerprint(map(local_of, tensors))
-    return bits, state, ends, [whole(total, optimizer) for total in moves.totals], optimizer.sync_hook.bytes_sent
+    moved = [whole(total, optimizer) for total in moves.totals]
+    return bits, state, ends, moved, optimizer.rmmc_by_parameter(), optimizer.sync_hook.bytes_sent
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("hook", [DEFAULT, {**DEFAULT, "overlap": 2}])
-def test_in_one_bit_counterparts_end_equal_and_nothing_is_lost(replicas, hook):
-    first, second, third, fourth = replicas.run(4, bits_over_a_run, hook, **PATIENT)
-    for own, counterpart in ((first, third), (second, fourth)):
-        assert own[0][0] != counterpart[0][0], "after a local step replicas differ"
-        assert own[1] == counterpart[1], "after a consensus they are equal"
-    for end, own, other in zip(first[2], first[3], third[3], strict=True):
-        assert (end - (own + other) / 2).abs().max() < 1e-5
-    assert first[-1] == second[-1] and third[-1] == fourth[-1], "each counts what its replica sends"
+@pytest.mark.parametrize(("world", "hook"), [(4, DEFAULT), (6, {**DEFAULT, "overlap": 2})])
+def test_in_one_bit_counterparts_end_equal_and_nothing_is_lost(replicas, world, hook):
+    everyone = replicas.run(world, bits_over_a_run, hook, **PATIENT)
+    firsts, seconds = everyone[::2], everyone[1::2]
+    for of_shard in (firsts, seconds):
+        bits, states, *_ = zip(*of_shard, strict=True)
+        assert len({own[0] for own in bits}) == len(bits), "after a local step replicas differ"
+        assert len(set(states)) == 1, "after a consensus they are equal"
+    assert len({own[0][-1] for own in everyone}) == 1, "and so is what the modules compute"
+    for end, *moved in zip(firsts[0][2], *(own[3] for own in firsts), strict=True):
+        assert (end - sum(moved) / len(moved)).abs().max() < 1e-5
+    for first, second in zip(firsts, seconds, strict=True):
+        assert first[4] == second[4], "all processes of a replica see one RMMC"
+        assert first[5] == second[5], "and count what it sends"
 
 
-def bytes_held(rank, world, way):
+def one_replica_both_ways(rank, world):
+    ends = []
+    for way in (attach, attach_sharded):
+        module, optimizer = way(world, world, layers().double(), DEFAULT, trigger=EveryNSteps(2))
+        for step in range(6):
+            train_step(module, optimizer, step, rank)
+        ends.append((everything(optimizer), optimizer.last_step.bytes_sent))
+    return ends
+
+
+@pytest.mark.timeout(300)
+def test_a_single_sharded_replica_trains_as_one_under_ddp(replicas):
+    for (expected, sent), (end, sent_by_shards) in replicas.run(3, one_replica_both_ways, **PATIENT):
+        assert sent == sent_by_shards
+        for name in expected:
+            assert torch.allclose(end[name].double(), expected[name].double(), rtol=1e-5, atol=1e-9), name
+
+
+def bytes_held(rank, world, way, dtype):
     """Bytes that a process holds: parameters, moments, residuals and anchors."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 128), nn.Linear(128, 32), nn.Linear(32, 64))
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 128), nn.Linear(128, 32), nn.Linear(32, 64)).to(dtype)
     way = attach_sharded if way == "sharded" else attach
     module, optimizer = way(world, 2, model, DEFAULT, trigger=EveryNSteps(1))
     for _ in range(2):
@@ -160,9 +191,10 @@ def bytes_held(rank, world, way):
 
 
 @pytest.mark.timeout(300)
-def test_a_process_holds_a_half_of_parameters_and_state(replicas):
-    unsharded, *_ = replicas.run(4, bytes_held, "ddp", **PATIENT)
-    for held in replicas.run(4, bytes_held, "sharded", **PATIENT):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_holds_a_half_of_parameters_and_state(replicas, dtype):
+    unsharded, *_ = replicas.run(4, bytes_held, "ddp", dtype, **PATIENT)
+    for held in replicas.run(4, bytes_held, "sharded", dtype, **PATIENT):
         assert held.keys() == unsharded.keys() >= {"momentum", "Q", "exp_avg", "exp_avg_sq", "residual", "anchors"}
         for name in held.keys() - {"norm", "residual"}:
             assert held[name] == unsharded[name] / 2, name
