@@ -43,17 +43,19 @@ class Layers(nn.Module):
         return self.head(self.norm(x)) * self.scale
 
 
-def layers(width: int = 7) -> Layers:
-    torch.manual_seed(0)
-    return Layers(width)
+def layers(seed: int = 0) -> Layers:
+    torch.manual_seed(seed)
+    return Layers()
 
 
 def attach_sharded(world, size, model, hook=None, options=None, **arguments):
-    """The model under fully_shard, and its optimizer with a hook of two levels over EXACT."""
+    """The model under fully_shard, its linear layers apart, and its optimizer with a hook of two levels over EXACT."""
     # Seconds to import.
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (world // size, size), mesh_dim_names=("replica", "inner"))
+    for part in [part for part in model.modules() if isinstance(part, nn.Linear)]:
+        fully_shard(part, mesh=mesh["inner"])
     fully_shard(model, mesh=mesh["inner"])
     optimizer = CurvaDion(split_parameters(model, options=options), **{"lr": 0.02, **arguments})
     sync = ProcessGroupSync(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from models import Net, train_step
+from models import Net, equal, train_step
 from moves import recorded_moves
 from sharded import attach_sharded, layers
 from torch import Tensor, nn
@@ -258,6 +258,49 @@ def test_a_distributed_checkpoint_and_a_whole_state_resume_bit_for_bit(replicas,
         assert resumed == [continued] * 2
 
 
+def saved(rank, world, folder):
+    """Everything of a run of a few steps that saves itself."""
+    # Seconds to import.
+    from torch.distributed import checkpoint
+
+    module, optimizer = attach_sharded(world, 2, layers(), DEFAULT, trigger=EveryNSteps(2))
+    for step in range(3):
+        train_step(module, optimizer, step, rank)
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    checkpoint.save({"model": module, "optimizer": optimizer}, checkpoint_id=folder)
+    return everything(optimizer)
+
+
+def loaded(rank, world, size, folder):
+    """Everything of a run that starts from a distributed checkpoint, and one step more."""
+    # Seconds to import.
+    from torch.distributed import checkpoint
+
+    module, optimizer = attach_sharded(world, size, layers(), DEFAULT, trigger=EveryNSteps(2))
+    checkpoint.load({"model": module, "optimizer": optimizer}, checkpoint_id=folder)
+    start = everything(optimizer)
+    train_step(module, optimizer, 3, rank)
+    return start
+
+
+@pytest.mark.timeout(300)
+def test_a_distributed_checkpoint_is_read_by_other_replicas_and_consolidates_to_a_file(replicas, tmp_path):
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    folder, file = str(tmp_path / "distributed"), tmp_path / "whole.pt"
+    expected, *_ = replicas.run(4, saved, folder, **PATIENT)
+    for state in replicas.run(6, loaded, 3, folder, **PATIENT):
+        assert equal(state, expected)
+
+    dcp_to_torch_save(folder, file)
+    checkpoint = torch.load(file, weights_only=True)
+    model = layers(seed=1)
+    optimizer = CurvaDion(split_parameters(model))
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    assert equal(everything(optimizer), expected)
+
+
 # -- one process alone ------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +337,7 @@ def test_an_error_of_one_process_is_raised_by_all_and_names_its_replica(replicas
 def refused(rank, world):
     # Seconds to import.
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inner"))
     group, inner_group = mesh.get_group("replica"), mesh.get_group("inner")
@@ -331,8 +375,15 @@ def refused(rank, world):
     with pytest.raises(ValueError, match="is whole where others are sharded"):
         CurvaDion(split_parameters(partly)).register_sync_hook(ProcessGroupSync(group, inner_group=inner_group))
     hybrid = fully_shard(nn.Linear(4, 4), mesh=mesh)
-    with pytest.raises(ValueError, match=r"fully_shard\(model, mesh=mesh.*leave out tensor parallelism"):
-        CurvaDion(split_parameters(hybrid))
+    by_columns = parallelize_module(nn.Linear(4, 4), mesh["inner"], RowwiseParallel())
+    for other in (hybrid, by_columns):
+        with pytest.raises(ValueError, match=r"fully_shard\(model, mesh=mesh.*leave out tensor parallelism"):
+            CurvaDion(split_parameters(other))
+    by_rows = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh["inner"], {"0": ColwiseParallel()})
+    optimizer = CurvaDion(split_parameters(by_rows))
+    optimizer.register_sync_hook(sync := ProcessGroupSync(group, inner_group=inner_group))
+    with pytest.raises(ValueError, match="call fully_shard on the module that you include"):
+        sync.include_module(by_rows)
 
 
 @pytest.mark.timeout(300)
