@@ -61,7 +61,7 @@ def trained_both_ways(rank, world, model, runs):
                 train_step(module, optimizer, step, rank)
                 seen.append((optimizer.last_step.rmmc, optimizer.last_step.bytes_sent))
             optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
-            ends.append((everything(optimizer), seen))
+            ends.append((everything(optimizer), seen, fingerprint(module.buffers())))
     return ends
 
 
@@ -91,8 +91,11 @@ RUNS = [
     ("model", "runs", "tolerance"), [(without_batch_norm, RUNS[:2], 1e-5), (all_layouts, RUNS, 1e-9)]
 )
 def test_at_full_width_a_sharded_replica_trains_as_one_under_ddp(replicas, model, runs, tolerance):
-    for ends in replicas.run(4, trained_both_ways, model, runs, **PATIENT):
-        for run, (expected, seen_of_ddp), (end, seen) in zip(runs, ends[::2], ends[1::2], strict=True):
+    everyone = replicas.run(4, trained_both_ways, model, runs, **PATIENT)
+    for runs_of_all in zip(*everyone, strict=True):
+        assert len({buffers for *_, buffers in runs_of_all}) == 1, "after a consensus buffers are equal too"
+    for ends in everyone:
+        for run, (expected, seen_of_ddp, _), (end, seen, _) in zip(runs, ends[::2], ends[1::2], strict=True):
             assert end.keys() == expected.keys()
             for name in expected:
                 # Norms are in float32. Columns of Q that carry next to nothing of the momentum are rounding.
