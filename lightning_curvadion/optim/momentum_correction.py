@@ -27,11 +27,11 @@ from torch import Tensor
 from . import muon
 from .adamw_lion import denominators_of
 from .lr_scale import step_scale
-from .matrix_layout import as_matrices, matrix_shape
+from .matrix_layout import as_matrices, list_matrices, matrix_shape
 from .matrix_stacks import State, batches
 from .parameter_groups import Group
-from .rmmc import norm_ratios
-from .shards import Shard, Shards, WholeComputation, local_of, matrix_norms, shard_of
+from .rmmc import norm_ratios, tensor_norms
+from .shards import local_of
 
 
 def corrects(group: Group) -> bool:
@@ -58,18 +58,15 @@ def correct_momenta_(
     states: Mapping[Tensor, State],
     corrections: Mapping[Tensor, Correction],
     roots: Mapping[Tensor, Tensor] | None = None,
-    shards: Shards | None = None,
 ) -> None:
     """Correct the momenta of a group in place, those of one shape together.
 
     Args:
-        group: Of the parameters.
+        group: Of the parameters. Those of AdamW may be sharded; matrices that are: ``sharded_corrections.py``.
         states: Their state, by parameter.
         corrections: By parameter; of some of them.
         roots: By parameter, :math:`H` of each of its matrices, shape (matrices, s, s) with s the smaller side. Of those
-            that are missing it is computed from the momentum. Of sharded parameters, this process's rows of
-            :math:`\\mathrm{polar}(M)`, from which it follows.
-        shards: The processes that hold the parameters; the differences are of this one's rows then.
+            that are missing it is computed from the momentum.
     """
     # A first moment that has had no gradient is zero, and the correction of its bias would divide by zero.
     moved = [p for p, correction in corrections.items() if correction.travel and states[p].get("step") != 0]
@@ -79,36 +76,47 @@ def correct_momenta_(
         _correct_first_moments_(group, [states[p] for p in moved], [corrections[p] for p in moved])
         return
     for batch in batches(group, moved, states):
-        known = [roots[p] for p in batch] if roots and all(p in roots for p in batch) else None
-        _correct_matrices_(group, [states[p] for p in batch], [corrections[p] for p in batch], known, shards)
+        known = torch.stack([roots[p] for p in batch]) if roots and all(p in roots for p in batch) else None
+        _correct_matrices_(group, [states[p] for p in batch], [corrections[p] for p in batch], known)
 
 
 def _correct_matrices_(
-    group: Group,
-    states: Sequence[State],
-    corrections: Sequence[Correction],
-    roots: Sequence[Tensor] | None,
-    shards: Shards | None,
+    group: Group, states: Sequence[State], corrections: Sequence[Correction], root: Tensor | None
 ) -> None:
-    before = [matrix_norms(state["momentum"], group, shards) for state in states]
-    shape = matrix_shape(states[0]["momentum"].shape, group)
-    scale = step_scale(group, shape, states[0]["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
-    differences = [own.difference * (own.share / (own.travel * scale)) for own in corrections]
-    if shards is None:
-        momenta = [state["momentum"] for state in states]
-        root = torch.stack(list(roots)).flatten(0, 1) if roots is not None else None
-        _subtract_changes_(group, momenta, differences, root)
-    else:
-        _correct_shards_(group, [shard_of(state["momentum"]) for state in states], differences, roots, shards)
+    momenta = [state["momentum"] for state in states]
+    matrices = [matrix for momentum in momenta for matrix in list_matrices(momentum, group)]
+    before = tensor_norms(matrices)
+    subtract_changes_(group, momenta, differences_of_steps(group, states[0], corrections), root)
     # RMMC compares with the norm after this, or every sync would look like a bend of the loss surface.
-    for state, norms in zip(states, before, strict=True):
-        ratios = norm_ratios(matrix_norms(state["momentum"], group, shards), norms)
-        state["norm"].mul_(ratios.view(state["norm"].shape))
+    ratios = norm_ratios(tensor_norms(matrices), before).view(len(states), -1)
+    for state, ratio in zip(states, ratios, strict=True):
+        state["norm"].mul_(ratio.view(state["norm"].shape))
 
 
-def _subtract_changes_(
+def differences_of_steps(group: Group, state: State, corrections: Sequence[Correction]) -> list[Tensor]:
+    """The differences between the mean step O and this replica's, times their shares.
+
+    Args:
+        group: Of the parameters.
+        state: Of one of them, which have one shape.
+        corrections: Theirs.
+    """
+    shape = matrix_shape(state["momentum"].shape, group)
+    scale = step_scale(group, shape, state["Q"].shape[-1] if group["local_update"] == "dion" else min(shape))
+    return [own.difference * (own.share / (own.travel * scale)) for own in corrections]
+
+
+def subtract_changes_(
     group: Group, momenta: Sequence[Tensor], differences: Sequence[Tensor], root: Tensor | None = None
 ) -> None:
+    """Subtract differences of steps, turned into those of momenta.
+
+    Args:
+        group: Of the parameters.
+        momenta: Of one shape, contiguous.
+        differences: Of their shape.
+        root: Of all matrices of the momenta, shape (parameters, matrices, s, s); ``None`` to compute it.
+    """
     # Momenta are contiguous, so these are views.
     matrices = [as_matrices(momentum, group) for momentum in momenta]
     if root is None:
@@ -119,30 +127,6 @@ def _subtract_changes_(
     steps = torch.stack([as_matrices(own, group).to(root.dtype) for own in differences])
     wide = matrices[0].shape[-2] < matrices[0].shape[-1]
     torch._foreach_sub_(matrices, (root @ steps if wide else steps @ root).unbind())
-
-
-def _correct_shards_(
-    group: Group,
-    momenta: list[Shard],
-    differences: Sequence[Tensor],
-    polars: Sequence[Tensor] | None,
-    shards: Shards,
-) -> None:
-    def whole(inputs: list[list[Tensor]]) -> list[list[Tensor]]:
-        momenta, differences, *polars = inputs
-        root = None
-        if polars:
-            pairs = zip(polars[0], momenta, strict=True)
-            root = torch.stack([muon.root_of_polar(*(as_matrices(one, group) for one in pair)) for pair in pairs])
-        _subtract_changes_(group, momenta, differences, root)
-        return [momenta]
-
-    inputs = [
-        [Shard(own, momentum.shape) for own, momentum in zip(rows, momenta, strict=True)]
-        for rows in (differences, polars)
-        if rows is not None
-    ]
-    shards.compute([WholeComputation(whole, inputs=[momenta, *inputs], outputs=[momenta])])
 
 
 def _correct_first_moments_(group: Group, states: Sequence[State], corrections: Sequence[Correction]) -> None:

@@ -142,6 +142,13 @@ def norms_by_matrix(norms: Tensor, first: int, count: int) -> Tensor:
     return torch.nn.functional.pad(norms, (first, count - first - norms.numel()))
 
 
+def norms_of_shard(tensor: Tensor, group: Group) -> Tensor:
+    """What this process adds to the norm of each matrix of a sharded tensor, float32, shape (matrices,)."""
+    first, pieces = matrix_pieces(tensor, group)
+    norms = tensor_norms(pieces) if pieces else torch.zeros(0, device=local_of(tensor).device)
+    return norms_by_matrix(norms, first, math.prod(batch_shape(tensor.shape, group)))
+
+
 def matrix_norms(tensor: Tensor, group: Group, shards: Shards | None) -> Tensor:
     """The norm of each matrix of a tensor of a parameter's shape, float32, shape (matrices,).
 
@@ -152,7 +159,5 @@ def matrix_norms(tensor: Tensor, group: Group, shards: Shards | None) -> Tensor:
     """
     if shards is None:
         return tensor_norms(list_matrices(tensor, group))
-    first, pieces = matrix_pieces(tensor, group)
-    norms = tensor_norms(pieces) if pieces else torch.zeros(0, device=local_of(tensor).device)
-    (whole,) = whole_norms(shards, [norms_by_matrix(norms, first, math.prod(batch_shape(tensor.shape, group)))])
+    (whole,) = whole_norms(shards, [norms_of_shard(tensor, group)])
     return whole

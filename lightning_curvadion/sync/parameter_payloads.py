@@ -11,6 +11,7 @@ from torch import Tensor
 from ..optim.curvadion import CurvaDion
 from ..optim.momentum_correction import Correction, correct_momenta_, corrects
 from ..optim.optimizer_state import trainable_parameters
+from ..optim.sharded_corrections import correct_sharded_momenta_
 from ..optim.shards import is_sharded, local_of
 from .anchors import Anchors
 from .digests import digest
@@ -357,4 +358,7 @@ def _correct_all(optimizer: CurvaDion, corrections: dict[Tensor, Correction]) ->
     roots = optimizer.take_roots()
     for group in optimizer.param_groups:
         own = {parameter: corrections.pop(parameter) for parameter in group["params"] if parameter in corrections}
-        correct_momenta_(group, optimizer.state, own, roots, optimizer.shards)
+        if optimizer.shards is not None and group["algorithm"] == "dion":
+            correct_sharded_momenta_(group, optimizer.state, own, roots, optimizer.shards)
+        else:
+            correct_momenta_(group, optimizer.state, own, roots)

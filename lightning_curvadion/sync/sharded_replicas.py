@@ -114,7 +114,7 @@ class ShardedReplicaCollectives(TwoLevelCollectives):
 
     @override
     def moved_rows(self, distances: Sequence[Tensor]) -> list[Tensor]:
-        if not self.holds_shards:
+        if not self.holds_shards or not distances:
             return super().moved_rows(distances)
         for own in distances:
             # A maximum may lose a NaN.

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..optim.curvadion import CurvaDion
+from ..optim.shards import is_sharded
 
 # Arguments that make sense for other strategies, so that more is to be said than that they are unknown.
 _DDP_ARGUMENTS = {
@@ -53,6 +54,21 @@ def refuse_sparse_embeddings(module: nn.Module) -> None:
             raise MisconfigurationException(
                 f"{name} is a {type(part).__name__} with sparse=True, whose gradients CurvaDion cannot step with; build"
                 " it with sparse=False"
+            )
+
+
+def refuse_shards(module: nn.Module) -> None:
+    """Check that every process holds whole parameters.
+
+    Raises:
+        MisconfigurationException: ``fully_shard`` or tensor parallelism has sharded one.
+    """
+    for name, parameter in module.named_parameters():
+        if is_sharded(parameter):
+            raise MisconfigurationException(
+                f"leave out fully_shard and tensor parallelism under the curvadion strategy, which saves whole modules:"
+                f" {name} is sharded. In a loop of your own ProcessGroupSync(inner_group=...) takes a module under"
+                " fully_shard, see examples/guide.md"
             )
 
 

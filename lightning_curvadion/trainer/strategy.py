@@ -30,7 +30,7 @@ from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .checkpoint_io import AtomicCheckpointIO
-from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
+from .configuration_checks import refuse_arguments, refuse_shards, refuse_sparse_embeddings, require_curvadion
 from .consensus_callback import ConsensusCallback, moving_averages
 from .lightning_internals import StrategyRegistryType, WrappingCheckpointIO, trainer_of
 from .mixed_precision import share_gradient_scaler
@@ -218,10 +218,11 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         """Wrap nothing where a replica is one process: without a reducer, backward communicates nothing."""
+        assert self.model is not None
+        refuse_shards(self.model)
         if self._inner_group is None:
             log.debug(f"{self.__class__.__name__}: leaving the module unwrapped")
             return
-        assert self.model is not None
         synchronize_batch_norm_inside(self.model, self._inner_group)
         self._ddp_kwargs = {**self._ddp_arguments, "process_group": self._inner_group}
         super().configure_ddp()

@@ -20,7 +20,7 @@ class Experts(nn.Module):
 
 
 class Layers(nn.Module):
-    """Matrices of every layout, of which rows do not divide evenly, and a parameter of one number."""
+    """Matrices of every layout, of which rows do not divide evenly, a parameter of one number, and a buffer."""
 
     def __init__(self, width: int = 7) -> None:
         super().__init__()
@@ -33,8 +33,11 @@ class Layers(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 11)
         self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(3))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        # Of this process's data.
+        self.seen.add_(tokens.double().mean())
         x = self.embedding(tokens)
         x = x + self.wide(torch.tanh(self.qkv(x)))
         for layer in self.mlp:
@@ -43,17 +46,19 @@ class Layers(nn.Module):
         return self.head(self.norm(x)) * self.scale
 
 
-def layers(width: int = 7) -> Layers:
-    torch.manual_seed(0)
-    return Layers(width)
+def layers(seed: int = 0) -> Layers:
+    torch.manual_seed(seed)
+    return Layers()
 
 
 def attach_sharded(world, size, model, hook=None, options=None, **arguments):
-    """The model under fully_shard, and its optimizer with a hook of two levels over EXACT."""
+    """The model under fully_shard, its linear layers apart, and its optimizer with a hook of two levels over EXACT."""
     # Seconds to import.
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (world // size, size), mesh_dim_names=("replica", "inner"))
+    for part in [part for part in model.modules() if isinstance(part, nn.Linear)]:
+        fully_shard(part, mesh=mesh["inner"])
     fully_shard(model, mesh=mesh["inner"])
     optimizer = CurvaDion(split_parameters(model, options=options), **{"lr": 0.02, **arguments})
     sync = ProcessGroupSync(

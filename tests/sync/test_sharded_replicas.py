@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from models import Net, train_step
+from models import Net, equal, train_step
 from moves import recorded_moves
 from sharded import attach_sharded, layers
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def trained_both_ways(rank, world, model, runs):
                 train_step(module, optimizer, step, rank)
                 seen.append((optimizer.last_step.rmmc, optimizer.last_step.bytes_sent))
             optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
-            ends.append((everything(optimizer), seen))
+            ends.append((everything(optimizer), seen, fingerprint(module.buffers())))
     return ends
 
 
@@ -91,8 +91,11 @@ RUNS = [
     ("model", "runs", "tolerance"), [(without_batch_norm, RUNS[:2], 1e-5), (all_layouts, RUNS, 1e-9)]
 )
 def test_at_full_width_a_sharded_replica_trains_as_one_under_ddp(replicas, model, runs, tolerance):
-    for ends in replicas.run(4, trained_both_ways, model, runs, **PATIENT):
-        for run, (expected, seen_of_ddp), (end, seen) in zip(runs, ends[::2], ends[1::2], strict=True):
+    everyone = replicas.run(4, trained_both_ways, model, runs, **PATIENT)
+    for runs_of_all in zip(*everyone, strict=True):
+        assert len({buffers for *_, buffers in runs_of_all}) == 1, "after a consensus buffers are equal too"
+    for ends in everyone:
+        for run, (expected, seen_of_ddp, _), (end, seen, _) in zip(runs, ends[::2], ends[1::2], strict=True):
             assert end.keys() == expected.keys()
             for name in expected:
                 # Norms are in float32. Columns of Q that carry next to nothing of the momentum are rounding.
@@ -121,29 +124,60 @@ def bits_over_a_run(rank, world, hook):
             moves.start()
             optimizer.step()
             bits.append(fingerprint(map(local_of, parameters)))
-    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    with torch.no_grad():
+        # From here on the module holds whole parameters, which the consensus changes.
+        module(torch.arange(16))
+        optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+        computed = module(torch.arange(16))
+        module.reshard()
+        assert torch.equal(module(torch.arange(16)), computed)
+        bits.append(fingerprint([computed]))
     ends = [whole(parameter, optimizer).double() - start for parameter, start in zip(parameters, starts, strict=True)]
     tensors = [value for p in parameters for value in (p, *optimizer.state[p].values()) if isinstance(value, Tensor)]
     state = fingerprint(map(local_of, tensors))
-    return bits, state, ends, [whole(total, optimizer) for total in moves.totals], optimizer.sync_hook.bytes_sent
+    moved = [whole(total, optimizer) for total in moves.totals]
+    return bits, state, ends, moved, optimizer.rmmc_by_parameter(), optimizer.sync_hook.bytes_sent
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("hook", [DEFAULT, {**DEFAULT, "overlap": 2}])
-def test_in_one_bit_counterparts_end_equal_and_nothing_is_lost(replicas, hook):
-    first, second, third, fourth = replicas.run(4, bits_over_a_run, hook, **PATIENT)
-    for own, counterpart in ((first, third), (second, fourth)):
-        assert own[0][0] != counterpart[0][0], "after a local step replicas differ"
-        assert own[1] == counterpart[1], "after a consensus they are equal"
-    for end, own, other in zip(first[2], first[3], third[3], strict=True):
-        assert (end - (own + other) / 2).abs().max() < 1e-5
-    assert first[-1] == second[-1] and third[-1] == fourth[-1], "each counts what its replica sends"
+@pytest.mark.parametrize(("world", "hook"), [(4, DEFAULT), (6, {**DEFAULT, "overlap": 2})])
+def test_in_one_bit_counterparts_end_equal_and_nothing_is_lost(replicas, world, hook):
+    everyone = replicas.run(world, bits_over_a_run, hook, **PATIENT)
+    firsts, seconds = everyone[::2], everyone[1::2]
+    for of_shard in (firsts, seconds):
+        bits, states, *_ = zip(*of_shard, strict=True)
+        assert len({own[0] for own in bits}) == len(bits), "after a local step replicas differ"
+        assert len(set(states)) == 1, "after a consensus they are equal"
+    assert len({own[0][-1] for own in everyone}) == 1, "and so is what the modules compute"
+    for end, *moved in zip(firsts[0][2], *(own[3] for own in firsts), strict=True):
+        assert (end - sum(moved) / len(moved)).abs().max() < 1e-5
+    for first, second in zip(firsts, seconds, strict=True):
+        assert first[4] == second[4], "all processes of a replica see one RMMC"
+        assert first[5] == second[5], "and count what it sends"
 
 
-def bytes_held(rank, world, way):
+def one_replica_both_ways(rank, world):
+    ends = []
+    for way in (attach, attach_sharded):
+        module, optimizer = way(world, world, layers().double(), DEFAULT, trigger=EveryNSteps(2))
+        for step in range(6):
+            train_step(module, optimizer, step, rank)
+        ends.append((everything(optimizer), optimizer.last_step.bytes_sent))
+    return ends
+
+
+@pytest.mark.timeout(300)
+def test_a_single_sharded_replica_trains_as_one_under_ddp(replicas):
+    for (expected, sent), (end, sent_by_shards) in replicas.run(3, one_replica_both_ways, **PATIENT):
+        assert sent == sent_by_shards
+        for name in expected:
+            assert torch.allclose(end[name].double(), expected[name].double(), rtol=1e-5, atol=1e-9), name
+
+
+def bytes_held(rank, world, way, dtype):
     """Bytes that a process holds: parameters, moments, residuals and anchors."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 128), nn.Linear(128, 32), nn.Linear(32, 64))
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 128), nn.Linear(128, 32), nn.Linear(32, 64)).to(dtype)
     way = attach_sharded if way == "sharded" else attach
     module, optimizer = way(world, 2, model, DEFAULT, trigger=EveryNSteps(1))
     for _ in range(2):
@@ -160,9 +194,10 @@ def bytes_held(rank, world, way):
 
 
 @pytest.mark.timeout(300)
-def test_a_process_holds_a_half_of_parameters_and_state(replicas):
-    unsharded, *_ = replicas.run(4, bytes_held, "ddp", **PATIENT)
-    for held in replicas.run(4, bytes_held, "sharded", **PATIENT):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_holds_a_half_of_parameters_and_state(replicas, dtype):
+    unsharded, *_ = replicas.run(4, bytes_held, "ddp", dtype, **PATIENT)
+    for held in replicas.run(4, bytes_held, "sharded", dtype, **PATIENT):
         assert held.keys() == unsharded.keys() >= {"momentum", "Q", "exp_avg", "exp_avg_sq", "residual", "anchors"}
         for name in held.keys() - {"norm", "residual"}:
             assert held[name] == unsharded[name] / 2, name
@@ -226,6 +261,49 @@ def test_a_distributed_checkpoint_and_a_whole_state_resume_bit_for_bit(replicas,
         assert resumed == [continued] * 2
 
 
+def saved(rank, world, folder):
+    """Everything of a run of a few steps that saves itself."""
+    # Seconds to import.
+    from torch.distributed import checkpoint
+
+    module, optimizer = attach_sharded(world, 2, layers(), DEFAULT, trigger=EveryNSteps(2))
+    for step in range(3):
+        train_step(module, optimizer, step, rank)
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    checkpoint.save({"model": module, "optimizer": optimizer}, checkpoint_id=folder)
+    return everything(optimizer)
+
+
+def loaded(rank, world, size, folder):
+    """Everything of a run that starts from a distributed checkpoint, and one step more."""
+    # Seconds to import.
+    from torch.distributed import checkpoint
+
+    module, optimizer = attach_sharded(world, size, layers(), DEFAULT, trigger=EveryNSteps(2))
+    checkpoint.load({"model": module, "optimizer": optimizer}, checkpoint_id=folder)
+    start = everything(optimizer)
+    train_step(module, optimizer, 3, rank)
+    return start
+
+
+@pytest.mark.timeout(300)
+def test_a_distributed_checkpoint_is_read_by_other_replicas_and_consolidates_to_a_file(replicas, tmp_path):
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    folder, file = str(tmp_path / "distributed"), tmp_path / "whole.pt"
+    expected, *_ = replicas.run(4, saved, folder, **PATIENT)
+    for state in replicas.run(6, loaded, 3, folder, **PATIENT):
+        assert equal(state, expected)
+
+    dcp_to_torch_save(folder, file)
+    checkpoint = torch.load(file, weights_only=True)
+    model = layers(seed=1)
+    optimizer = CurvaDion(split_parameters(model))
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    assert equal(everything(optimizer), expected)
+
+
 # -- one process alone ------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +340,7 @@ def test_an_error_of_one_process_is_raised_by_all_and_names_its_replica(replicas
 def refused(rank, world):
     # Seconds to import.
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inner"))
     group, inner_group = mesh.get_group("replica"), mesh.get_group("inner")
@@ -299,8 +378,15 @@ def refused(rank, world):
     with pytest.raises(ValueError, match="is whole where others are sharded"):
         CurvaDion(split_parameters(partly)).register_sync_hook(ProcessGroupSync(group, inner_group=inner_group))
     hybrid = fully_shard(nn.Linear(4, 4), mesh=mesh)
-    with pytest.raises(ValueError, match=r"fully_shard\(model, mesh=mesh.*leave out tensor parallelism"):
-        CurvaDion(split_parameters(hybrid))
+    by_columns = parallelize_module(nn.Linear(4, 4), mesh["inner"], RowwiseParallel())
+    for other in (hybrid, by_columns):
+        with pytest.raises(ValueError, match=r"fully_shard\(model, mesh=mesh.*leave out tensor parallelism"):
+            CurvaDion(split_parameters(other))
+    by_rows = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh["inner"], {"0": ColwiseParallel()})
+    optimizer = CurvaDion(split_parameters(by_rows))
+    optimizer.register_sync_hook(sync := ProcessGroupSync(group, inner_group=inner_group))
+    with pytest.raises(ValueError, match="call fully_shard on the module that you include"):
+        sync.include_module(by_rows)
 
 
 @pytest.mark.timeout(300)
