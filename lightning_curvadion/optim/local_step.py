@@ -10,6 +10,7 @@ from .matrix_stacks import MatrixStack
 from .optimizer_state import StackedOptimizer
 from .sharded_stacks import ShardedStack
 from .shards import Shards, local_of
+from .shared_work import SharedWork, runs
 
 
 def local_step(
@@ -28,6 +29,7 @@ def local_step(
     """
     changed_Q = False
     sharded: list[ShardedStack] = []
+    together: list[MatrixStack] = []
     for stack in stacks:
         stack.accumulate()
         if stack.group["local_update"] == "sgd" and not at_sync:
@@ -36,8 +38,12 @@ def local_step(
         changed_Q |= not stack.steps_whole
         if isinstance(stack, ShardedStack):
             sharded.append(stack)
+        elif stack.steps_whole and optimizer.shared_work is not None:
+            together.append(stack)
         else:
             full_step(stack, keep_roots)
+    if optimizer.shared_work is not None:
+        _step_together(together, optimizer.shared_work, keep_roots)
     if sharded:
         _step_sharded(sharded, optimizer.shards, keep_roots)
     step_vector_groups(optimizer)
@@ -50,6 +56,14 @@ def full_step(stack: MatrixStack, keep_roots: bool = False) -> None:
         stack.descend_whole(stack.nesterov(), keep_roots)
     else:
         dion_step(stack)
+
+
+def _step_together(stacks: Sequence[MatrixStack], shared_work: SharedWork, keep_roots: bool) -> None:
+    """Muon's step of matrices that several processes hold: each orthonormalises some of them."""
+    for run in runs(stacks, [stack.momentum.numel() for stack in stacks], shared_work.elements):
+        updates = shared_work.newton_schulz([stack.nesterov() for stack in run], [stack.group["eps"] for stack in run])
+        for stack, update in zip(run, updates, strict=True):
+            stack.descend_along(update, keep_roots)
 
 
 def _step_sharded(stacks: Sequence[ShardedStack], shards: Shards | None, keep_roots: bool) -> None:

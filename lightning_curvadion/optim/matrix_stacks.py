@@ -165,10 +165,18 @@ class MatrixStack:
 
         Args:
             nesterov: Of this replica, or a mean over replicas.
+            keep_roots: As for :meth:`descend_along`.
+        """
+        self.descend_along(muon.newton_schulz(nesterov, self.group["eps"]), keep_roots)
+
+    def descend_along(self, update: Tensor, keep_roots: bool = False) -> None:
+        """The same, given the orthonormalised momentum.
+
+        Args:
+            update: Shape (k, m, n).
             keep_roots: Whether a correction of the momenta follows in this step. It would orthonormalise them again.
         """
         group = self.group
-        update = muon.newton_schulz(nesterov, group["eps"])
         self.decay()
         self.roots = muon.root_of_polar(update, self.momentum) if keep_roots else None
         scale = step_scale(group, self.shape, rank=min(self.shape))

@@ -14,6 +14,7 @@ from .parameter_groups import OPTIONS_SINCE_0_1_0, Group, check_group, check_sav
 from .rmmc import norm_ratios
 from .sharded_stacks import ShardedStack
 from .shards import Shards, is_sharded, matrix_norms, sharded_like
+from .shared_work import SharedWork
 
 STEP_COUNTS = "step counts"
 MOMENTUM_NORMS = "momentum norms"
@@ -30,9 +31,11 @@ class StackedOptimizer(Optimizer):
 
     Attributes:
         shards: The processes that hold the parameters together, where these are sharded. The sync hook sets it.
+        shared_work: The processes that hold the same parameters, and take a part of each step. The sync hook sets it.
     """
 
     shards: Shards | None = None
+    shared_work: SharedWork | None = None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._stacks: list[MatrixStack] = []

@@ -32,6 +32,7 @@ from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
 from ..optim.shards import Shards
+from ..optim.shared_work import SharedWork
 from . import quantization
 from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, split_tensors, write_back
 from .digests import digest
@@ -248,6 +249,10 @@ class Collectives:
     def place_inside(self) -> tuple[int, int]:
         """This process among those of its replica, and their number."""
         return 0, 1
+
+    def share_work(self) -> SharedWork | None:
+        """The processes of this replica, where it has several that hold the same parameters."""
+        return None
 
     def hold_shards(self) -> Shards:
         """Let tensors be sharded over the processes of a replica.

@@ -5,7 +5,7 @@ back to each its rows. So no process holds all matrices, and each computes for i
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..optim.matrix_stacks import STACK_ELEMENTS
 from ..optim.shards import Shard, WholeComputation, rows_of
+from ..optim.shared_work import runs
 from .collectives import bytes_of
 from .rotation import balanced_parts
 from .two_levels import InnerProcesses
@@ -55,7 +56,7 @@ class InnerShards:
     def compute(self, computations: Sequence[WholeComputation]) -> None:
         """Run computations. Whole tensors exist for some of them at a time: a stack of matrices for each process."""
         tasks = [_Task(own, position) for own in computations for position in range(len(own.inputs[0]))]
-        for some in _runs(tasks, self._inner.size * STACK_ELEMENTS):
+        for some in runs(tasks, [task.numel for task in tasks], self._inner.size * STACK_ELEMENTS):
             self._compute(some)
 
     def _compute(self, tasks: Sequence[_Task]) -> None:
@@ -106,18 +107,6 @@ class InnerShards:
         parts = iter(flat.split([size for own in expected for size in own]))
         # Copied, since numbers must start at a multiple of their size.
         return [[next(parts).clone().view(like.dtype).view(like.shape) for like in own] for own in incoming]
-
-
-def _runs(tasks: Sequence[_Task], numel: int) -> Iterator[list[_Task]]:
-    """Cut tasks into runs of about so many numbers."""
-    run: list[_Task] = []
-    for task in tasks:
-        run.append(task)
-        if sum(own.numel for own in run) >= numel:
-            yield run
-            run = []
-    if run:
-        yield run
 
 
 def _run(tasks: Sequence[_Task], inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -275,6 +275,8 @@ class ProcessGroupSync:
         self._collectives.join(device)
         if holds_shards(optimizer):
             optimizer.shards = self._collectives.hold_shards()
+        else:
+            optimizer.shared_work = self._collectives.share_work()
         report_uncaught_exceptions(other_than=ReplicaLostError)
         if not self._optimizers:
             self._configure(settings)

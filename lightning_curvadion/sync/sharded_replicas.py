@@ -16,11 +16,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..optim.shards import Shards, is_sharded, local_of
+from ..optim.shared_work import SharedWork
 from .chunks import FULL_WIDTH, split_into_chunks
 from .digests import digest
 from .inner_shards import InnerShards
 from .payload_checks import PayloadCheck
 from .payloads import Payload
+from .shared_newton_schulz import SharedNewtonSchulz
 from .sparse_rows import far_rows
 from .transfers import Transfer, differing_in
 from .two_levels import InnerProcesses, TwoLevelCollectives
@@ -73,6 +75,10 @@ class ShardedReplicaCollectives(TwoLevelCollectives):
         assert isinstance(collectives, ShardedReplicaCollectives)
         collectives.holds_shards = self.holds_shards
         return collectives
+
+    @override
+    def share_work(self) -> SharedWork | None:
+        return SharedNewtonSchulz(self._inner) if self._inner.size > 1 else None
 
     @override
     def hold_shards(self) -> Shards:

@@ -1,6 +1,7 @@
 """Two levels: several processes form a replica, hold the same bits, and send what one process would."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from training import fingerprint
 from two_levels import attach, groups_of
 
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
+from lightning_curvadion.optim import muon
 from lightning_curvadion.sync.payloads import FEWEST_ROWS
 
 QUANTIZED = {"wire_format": None, "momentum": None}
@@ -130,6 +132,29 @@ def test_two_by_two_processes_learn_what_two_replicas_with_twice_the_batch_do(re
     for a, b in zip(one_level, two_levels, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
     assert sent == sent_by_two
+
+
+def orthonormalised(rank, world, size):
+    """How many matrices each of some steps orthonormalises on this process, and what becomes of the parameters."""
+    counts, newton_schulz = [], muon.newton_schulz
+    module, optimizer = attach(world, size, without_batch_norm(), {"momentum": "displacement"}, trigger=EveryNSteps(2))
+    with patch.object(muon, "newton_schulz", lambda U, eps: counts.append(len(U)) or newton_schulz(U, eps)):
+        by_step = []
+        for step in range(4):
+            # One set of data for all.
+            train_step(module, optimizer, step, 0)
+            by_step.append(sum(counts))
+            counts.clear()
+    return by_step, parameters_of(module)
+
+
+def test_the_processes_of_a_replica_share_out_its_matrices(replicas):
+    (alone, expected), _ = replicas.run(2, orthonormalised, 1)
+    (first, found), (second, _), *_ = replicas.run(4, orthonormalised, 2)
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone
+    assert all(0 < own < total for own, total in zip(first, alone, strict=True))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def counted_bytes(rank, world, size):
