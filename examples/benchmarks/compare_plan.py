@@ -181,6 +181,12 @@ def delays(rows: list[Row]) -> list[Run]:
     ]
 
 
+def without_delays(rows: list[Row]) -> list[Row]:
+    """Rows that are not of ``delays``, whose runs are shorter and of another model."""
+    delayed = set(delays(rows))
+    return [row for row in rows if row.run not in delayed]
+
+
 def timed(runs: Iterable[Run]) -> list[Run]:
     """The runs, shortened to what a time needs."""
     dense = [name for name, method in METHODS.items() if method.ddp or name.endswith("every step")]

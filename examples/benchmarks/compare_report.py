@@ -27,6 +27,7 @@ from examples.benchmarks.compare_plan import (
     read,
     swept,
     with_rates,
+    without_delays,
 )
 from examples.benchmarks.methods import DEFAULT, HALF_RANK, METHODS
 
@@ -116,7 +117,8 @@ def kernel_share(row: Row, dense: list[Row], total: bool = True) -> float:
 
 def tables(results: Path, steps: int = STEPS) -> None:
     """Print all tables as Markdown."""
-    rows = read(results)
+    all_rows = read(results)
+    rows = without_delays(all_rows)
     choice_table(rows, steps)
     sweep_table(rows)
     for replicas in SWEEPS:
@@ -129,7 +131,7 @@ def tables(results: Path, steps: int = STEPS) -> None:
     sync_distribution_table(rows)
     links_table(rows)
     links_table(rows, DISTANT)
-    delays_table(rows)
+    delays_table(all_rows)
 
 
 def line(*cells: object) -> None:
