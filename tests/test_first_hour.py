@@ -9,13 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from ahead import ahead
 from launching import outputs, start
 from training import ROOT, python_path
 
@@ -97,17 +95,11 @@ class FirstHour:
         return {name.strip(): value for name, value in re.findall(r"^  (\s*\S.*?)  +(\S.*)$", table, flags=re.M)}
 
 
-def killed_and_resumed(folder: Path, clone: Path) -> tuple[str, str]:
-    """What a run prints that loses a rank, and the next one."""
-    (killed,) = outputs(python(folder, clone, "killed.py"), statuses=(1,))
-    (resumed,) = outputs(python(folder, clone, "your_script.py"))
-    return killed, resumed
-
-
-@ahead
-def hour(folder: Path) -> FirstHour:
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory: pytest.TempPathFactory) -> FirstHour:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("a clone needs git, and a repository")
+    folder = tmp_path_factory.mktemp("hour")
     clone, other = folder / "clone", folder / "other"
     other.mkdir()
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True, timeout=60)
@@ -119,13 +111,11 @@ def hour(folder: Path) -> FirstHour:
 
     link = ["--loopback"] if missing() else ["--rate", "30mbit"]
     lab = python(clone, clone, "examples/benchmarks/netlab.py", "--hosts", "2", *link, "--", "your_script.py")
+    killed = python(other, clone, "killed.py")
     package = ["-m", "lightning_curvadion"]
     plan = python(clone, clone, *package, *PLAN.split())
-    # While the lab's hosts wait for their link, the other run is killed and resumed.
-    with ThreadPoolExecutor() as beside:
-        second = beside.submit(killed_and_resumed, other, clone)
-        run, planned = outputs(lab, plan)
-    when_killed, resumed = second.result()
+    run, planned, when_killed = outputs(lab, plan, killed, statuses=(0, 0, 1))
+    (resumed,) = outputs(python(other, clone, "your_script.py"))
     runs = ["lightning_logs/version_0", other / "lightning_logs/version_1"]
     (report,) = outputs(python(clone, clone, *package, "report", *runs, lean=False))
     return FirstHour(clone, other, planned, run, when_killed, resumed, report)

@@ -123,7 +123,9 @@ def measure(folder: Path, rates: list[str], group: ProcessGroup | None) -> dict[
     for kind in [*contenders] * 2:
         step(kind)  # opens connections and rebuilds DDP's buckets
     # The network has no part in it, so that it is the same at every rate.
-    quantization = {f"quantization {name}": [stopwatch.quantization(name)] for name in ("sign", "int8")}
+    quantization = {
+        f"quantization {name}": [stopwatch.quantization(name) for _ in range(3)] for name in ("sign", "int8")
+    }
     by_rate: dict[str, dict[str, list[float]]] = {rate: {} for rate in rates}
     for rate, seconds in by_rate.items():
         request_rate(rate, folder, group)
