@@ -3,8 +3,8 @@
     python examples/benchmarks/shared_work.py
     python examples/benchmarks/shared_work.py --smoke
 
-Two processes of one thread are one replica. Steps of Muon's, on the matrices of small GPTs, take turns: every second
-one with each process alone, as under DDP.
+Two processes of one thread are one replica. They take Muon's step on the matrices of small GPTs. In every second step
+each process orthonormalises all of them.
 """
 
 import argparse

@@ -12,10 +12,11 @@ so the difference of the mean displacement from its own is a difference of mean 
 
 .. math:: M_i \leftarrow M_i - \alpha\, \frac{\bar d - d_i}{\sqrt{m / n} \sum_t \eta_t}\, H_i .
 
-Muon's step has just orthonormalised the momentum, so :math:`H_i = \mathrm{polar}(M_i)^\top M_i` is one product. The
-factor :math:`\sqrt{m / n}` stands for that of ``lr_scale.py``. AdamW's step is the first moment over the root of the
-second, which takes the place of :math:`H_i`. Nothing is sent for it: the replicas have the mean displacement anyway.
-The share :math:`\alpha` is below one where the mean is quantized, since its error would enter the momentum.
+Muon's step has just orthonormalised Nesterov's momentum. That stands for :math:`\mathrm{polar}(M_i)` here, and
+:math:`H_i = \mathrm{polar}(M_i)^\top M_i` is one product. The factor :math:`\sqrt{m / n}` stands for that of
+``lr_scale.py``. AdamW's step is the first moment over the root of the second, which takes the place of :math:`H_i`.
+Nothing is sent for it: the replicas have the mean displacement anyway. The share :math:`\alpha` is below one where the
+mean is quantized, since its error would enter the momentum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -141,8 +142,6 @@ def _correct_first_moments_(group: Group, states: Sequence[State], corrections: 
 
 def root_of_gram(M: Tensor, eps: float) -> Tensor:
     r""":math:`(M^\top M)^{1/2}`, or :math:`(M M^\top)^{1/2}` of a wide matrix, as good as Newton-Schulz is: a third.
-
-    With :math:`M = U S V^\top` and :math:`\mathrm{polar}(M) = U V^\top`, their product is :math:`V S V^\top`.
 
     Args:
         M: Shape (m, n), or (\*batch, m, n).

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
+import launching
 import lightning.pytorch as pl
 import preloaded
 import torch
@@ -118,6 +120,14 @@ def fingerprint(tensors):
 def python_path(*folders):
     """Where the processes that a test starts look for modules first; with the folder that makes their start quick."""
     return os.pathsep.join([*map(str, folders), os.environ["PYTHONPATH"]])
+
+
+def smoke_run(benchmark, folder):
+    """What a benchmark prints with ``--smoke``."""
+    script = ROOT / "examples/benchmarks" / benchmark
+    program = launching.start(sys.executable, script, "--smoke", cwd=folder, PYTHONPATH=python_path(ROOT))
+    (printed,) = launching.outputs(program)
+    return printed
 
 
 def run_script(script, *arguments, folder, timeout=120):

@@ -1,17 +1,12 @@
 """``examples/benchmarks/quantization.py --smoke``."""
 
-import sys
-
 from ahead import ahead
-from launching import ROOT, outputs, start
-from training import python_path
+from training import smoke_run
 
 
 @ahead
 def quantization_smoke(folder):
-    script = ROOT / "examples/benchmarks/quantization.py"
-    (printed,) = outputs(start(sys.executable, script, "--smoke", cwd=folder, PYTHONPATH=python_path(ROOT)))
-    return printed
+    return smoke_run("quantization.py", folder)
 
 
 def test_the_smoke_run_prints_every_table(quantization_smoke):

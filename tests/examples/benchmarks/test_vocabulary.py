@@ -1,20 +1,15 @@
 """``examples/benchmarks/vocabulary.py --smoke``."""
 
-import sys
-
 import torch
 from ahead import ahead
-from launching import ROOT, outputs, start
-from training import python_path
+from training import smoke_run
 
 from examples.benchmarks.vocabulary import words
 
 
 @ahead
 def vocabulary_smoke(folder):
-    script = ROOT / "examples/benchmarks/vocabulary.py"
-    (printed,) = outputs(start(sys.executable, script, "--smoke", cwd=folder, PYTHONPATH=python_path(ROOT)))
-    return printed
+    return smoke_run("vocabulary.py", folder)
 
 
 def test_the_smoke_run_prints_both_vocabularies(vocabulary_smoke):
