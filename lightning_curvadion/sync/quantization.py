@@ -43,6 +43,8 @@ WIRE_FORMATS = get_args(WireFormatName)
 _STEP_BYTES = torch.bfloat16.itemsize
 # On a CPU so many numbers at a time: the temporaries then stay in its cache.
 _CPU_BATCH = 2**17
+# Integers of so many bytes.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -125,25 +127,32 @@ class BlockFormat(WireFormat):
         if self.bits == 8:
             levels.copy_(scaled)
             return
-        # The k-th share of a byte comes from the k-th part of the block: neighbours stay neighbours, which is fast, as
-        # is adding the shares as floating-point numbers, of which a byte is exactly one.
-        shares = 8 // self.bits
-        parts = scaled.floor_().unflatten(-1, (shares, -1))
-        byte = torch.add(parts[..., 0, :], parts[..., 1, :], alpha=2**self.bits)
-        for k in range(2, shares):
-            byte.add_(parts[..., k, :], alpha=2 ** (k * self.bits))
-        levels.copy_(byte)
+        levels.copy_(_packed(scaled.to(torch.uint8), self.bits))
 
     def _dequantize_blocks(self, levels: Tensor, steps: Tensor, blocks: Tensor) -> None:
-        if self.bits == 8:
-            blocks.copy_(levels)
-        else:
-            mask, shares = 2**self.bits - 1, 8 // self.bits
-            parts = torch.empty(*levels.shape[:2], shares, levels.shape[2], dtype=torch.uint8, device=levels.device)
-            for k in range(shares):
-                torch.bitwise_and(levels >> (k * self.bits), mask, out=parts[..., k, :])
-            blocks.copy_(parts.view(blocks.shape))
+        blocks.copy_(levels if self.bits == 8 else _unpacked(levels, self.bits).view(blocks.shape))
         blocks.sub_(self.centre).mul_(steps.unsqueeze(-1))
+
+
+def _packed(levels: Tensor, bits: int) -> Tensor:
+    """Levels of fewer than 8 bits, one a byte, as bytes of several, the first in the lowest bits."""
+    # The bytes of a word move next to each other by one product: that of its k-th byte and the k-th power of two lies
+    # in its last byte, at the place of the k-th level. No two products meet in one bit, so nothing is carried.
+    shares = 8 // bits
+    factor = sum(1 << (8 * (shares - 1) - (8 - bits) * k) for k in range(shares))
+    return (levels.view(_WORDS[shares]) * factor).view(torch.uint8)[..., shares - 1 :: shares]
+
+
+def _unpacked(levels: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`_packed`."""
+    # The upper half of the levels moves to the middle of the word, then the upper half of either half, and so on.
+    shares = 8 // bits
+    words, part = levels.to(_WORDS[shares]), shares // 2
+    while part:
+        mask = sum(((1 << part * bits) - 1) << 8 * start for start in range(0, shares, part))
+        words = (words << part * (8 - bits)).bitwise_or_(words).bitwise_and_(mask)
+        part //= 2
+    return words.view(torch.uint8)
 
 
 def _batches(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
