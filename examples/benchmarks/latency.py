@@ -1,12 +1,13 @@
 """What latency costs: collectives of replicas whose frames take that long, in a network lab. Needs root.
 
-    python examples/benchmarks/latency.py            # three minutes
+    python examples/benchmarks/latency.py            # six minutes
     python examples/benchmarks/latency.py --smoke    # seconds
 
 First the lab itself: a TCP round trip, TCP's speed beside the rate limit, and the processor time of the delay line.
-Then what replicas wait at every step, in a row of steps that compute for 50 ms: for the agreement of a local step (an
-all-reduce of 16 bytes, maximum), and for what a sync step has beside it (an all-gather of 20 kB). Both are also given
-in latencies, one way.
+Then what replicas wait at every step, in a row of steps that compute for 50 ms: for the agreement of a local step (the
+maximum of 16 bytes), and for what a sync step has beside it (an all-gather of 20 kB). Both are also given in latencies,
+one way. They go around a ring, as without delays, or directly from each replica to each other one, as with a lag or an
+overlap.
 """
 
 import argparse
@@ -29,10 +30,12 @@ if "RANK" not in os.environ:
     sys.path.insert(0, str(ROOT))
 
 from examples.benchmarks.netlab import Lab, LabError, bits_per_second, interruptible, seconds  # noqa: E402
+from lightning_curvadion.sync.collectives import Collectives  # noqa: E402
 
 PORT = 29600
 COMPUTE_SECONDS, GATHERED_BYTES = 0.05, 20_000
 ECHOES = 10
+WAYS = RING, DIRECT = "ring", "direct"
 
 
 def measure_tcp(nbytes: int) -> dict[str, float]:
@@ -81,20 +84,24 @@ def seconds_of_waiting(steps: int, *collectives: Callable[[], object]) -> float:
 
 
 def measure_collectives(steps: int) -> dict[str, float]:
-    """Seconds of an agreement, and of an agreement and an all-gather."""
+    """Seconds of an agreement, and of an agreement and an all-gather, by where the messages go."""
     signal, own = torch.zeros(2, dtype=torch.float64), torch.zeros(GATHERED_BYTES, dtype=torch.uint8)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    collectives = Collectives()
+    collectives.join()
 
     def agree() -> None:
-        dist.all_reduce(signal, op=dist.ReduceOp.MAX)
+        collectives.start_all_reduce_max(signal.clone(), "an agreement").read()
 
     def gather() -> None:
-        dist.all_gather(gathered, own)
+        collectives.all_gather(own)
 
-    return {
-        "agreement": seconds_of_waiting(steps, agree),
-        "both": seconds_of_waiting(steps, agree, gather),
-    }
+    measured = {}
+    for way in WAYS:
+        if way == DIRECT:
+            collectives.send_to_each()
+        measured[f"agreement {way}"] = seconds_of_waiting(steps, agree)
+        measured[f"both {way}"] = seconds_of_waiting(steps, agree, gather)
+    return measured
 
 
 def replica(folder: Path, steps: int, nbytes: int) -> None:
@@ -141,16 +148,19 @@ def print_lab(rates: list[str], latencies: list[str], transfer_seconds: float, s
 def print_columns(rate: str, steps: int) -> None:
     """Print what the columns of the rows of ``print_collectives`` are."""
     print(f"\non links of {rate}, {steps} steps in a row")
-    print(f"{'replicas':>10}{'latency':>10}{'agreement':>12}{'in latencies':>14}{'all-gather':>14}{'in latencies':>14}")
+    columns = f"{'agreement':>12}{'in latencies':>14}{'all-gather':>14}{'in latencies':>14}"
+    print(f"{'replicas':>10}{'latency':>10}{'sent':>9}{columns}")
 
 
 def print_collectives(replicas: int, latency: str, measured: dict[str, float]) -> None:
     """Print what agreements and all-gathers cost."""
-    cells = f"{replicas:>10}{latency:>10}"
-    for time_taken in (measured["agreement"], measured["both"] - measured["agreement"]):
-        in_latencies = f"{time_taken / seconds(latency):.1f}" if latency != "0ms" else ""
-        cells += f"{1000 * time_taken:>9.1f} ms{in_latencies:>14}"
-    print(cells, flush=True)
+    for way in WAYS:
+        cells = f"{replicas:>10}{latency:>10}{way:>9}"
+        agreement, both = measured[f"agreement {way}"], measured[f"both {way}"]
+        for time_taken in (agreement, both - agreement):
+            in_latencies = f"{time_taken / seconds(latency):.1f}" if latency != "0ms" else ""
+            cells += f"{1000 * time_taken:>9.1f} ms{in_latencies:>14}"
+        print(cells, flush=True)
 
 
 def measure_replicas(rate: str, counts: list[int], latencies: list[str], steps: int) -> None:
@@ -173,7 +183,7 @@ def main() -> int:
                 print_lab(["50mbit"], ["10ms"], transfer_seconds=0.5, steps=4)
             else:
                 print_lab(["12mbit", "100mbit", "500mbit", "1gbit"], ["0ms", "25ms"], transfer_seconds=4.0)
-                measure_replicas("100mbit", [2, 3, 4], ["0ms", "10ms", "25ms", "50ms"], steps=20)
+                measure_replicas("100mbit", [2, 3, 4, 8], ["0ms", "10ms", "25ms"], steps=20)
     except LabError as error:
         print(error, file=sys.stderr)
         return 1

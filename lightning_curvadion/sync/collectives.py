@@ -43,7 +43,7 @@ from .pending_numbers import PendingNumbers
 from .row_flags import indices_set_anywhere, packed_flags
 from .settings import CHUNK
 from .sparse_rows import far_rows
-from .transfers import SentBytes, Transfer, complete, differing_in
+from .transfers import MaximumTransfer, SentBytes, Transfer, complete, differing_in
 
 
 class Collectives:
@@ -70,6 +70,7 @@ class Collectives:
         self.places = ["rank 0"]
         # Of a group that is not the default one.
         self._ranks: list[int] = []
+        self._sends_to_each = False
         self._group = group
         self._chunk = chunk
 
@@ -85,13 +86,21 @@ class Collectives:
         if self._group is not None:
             self._ranks = dist.get_process_group_ranks(self._group)
 
+    def send_to_each(self) -> None:
+        """Let each replica send to each other one what all of them are to know, where gloo would send around a ring.
+
+        A ring takes a round trip for each replica, and this takes one (``examples/benchmarks/latency.py``); the link
+        carries the headers of more messages. Every rank calls it.
+        """
+        self._sends_to_each = self.backend == "gloo"
+
     @property
     def bytes_sent(self) -> int:
         """Payload of this replica so far, in all process groups that share the count.
 
-        An all-reduce of n bytes counts n, an all-gather this replica's share, an all-to-all what goes to other
-        replicas, a broadcast counts at its source. The mean of a quantized tensor of n bytes thus counts n, however
-        many replicas there are.
+        An all-reduce of n bytes counts n, an all-gather this replica's share, an all-to-all of shards what goes to
+        other replicas, a broadcast counts at its source. The mean of a quantized tensor of n bytes thus counts n,
+        however many replicas there are.
         """
         return self._sent.total
 
@@ -121,6 +130,8 @@ class Collectives:
         )
         collectives = Collectives(group, self._chunk, self._sent)
         collectives.join(self.device)
+        if self._sends_to_each:
+            collectives.send_to_each()
         return collectives
 
     def _make_as_many_groups(self) -> None:
@@ -147,10 +158,26 @@ class Collectives:
             message: Of one size on every rank; nobody else may use the tensor.
             purpose: What the collective is for, in an error.
         """
+        return PendingNumbers(*self._start_maximum(message, purpose), purpose, self._ranks)
+
+    def _start_maximum(self, message: Tensor, purpose: str) -> tuple[dist.Work, Tensor]:
+        """A collective, and what it writes: tensors of the message's shape, of which the maximum is wanted."""
         self._sent.total += message.nbytes
         with self._explained(purpose):
+            if self._sends_to_each:
+                return self._start_gather(message)
             work = dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return PendingNumbers(work, message, purpose, self._ranks)
+        return work, message.unsqueeze(0)
+
+    def _start_gather(self, own: Tensor) -> tuple[dist.Work, Tensor]:
+        r"""A collective, and what it writes: the tensor of every replica, shape (replicas, \*shape)."""
+        gathered = own.new_empty(self.world_size, *own.shape)
+        if self._sends_to_each:
+            outgoing = own.expand_as(gathered).contiguous().view(-1)
+            work = dist.all_to_all_single(gathered.view(-1), outgoing, group=self._group, async_op=True)
+        else:
+            work = dist.all_gather(list(gathered), own, group=self._group, async_op=True)
+        return work, gathered
 
     def maximum_(self, message: Tensor, purpose: str) -> None:
         """Replace some numbers by their element-wise maximum. On a GPU the host does not wait for it."""
@@ -183,10 +210,8 @@ class Collectives:
 
     def start_maximum_of_digests(self, extremes: Tensor) -> Transfer:
         """Start the maximum of :meth:`extremes_of` over the replicas."""
-        self._sent.total += extremes.nbytes
-        with self._explained("the comparison of digests"):
-            work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return Transfer(work, extremes, "the comparison of digests", self._ranks)
+        purpose = "the comparison of digests"
+        return MaximumTransfer(*self._start_maximum(extremes, purpose), purpose, self._ranks)
 
     def start_all_reduce_sum(self, flat: Tensor) -> Transfer:
         """Start to replace ``flat`` by its sum over the replicas."""
@@ -219,11 +244,9 @@ class Collectives:
 
     def start_all_gather(self, own: Tensor) -> Transfer:
         """The flat tensor of every replica, shape (replicas, elements)."""
-        gathered = own.new_empty(self.world_size, own.numel())
         self._sent.total += own.nbytes
         with self._explained("an all-gather"):
-            work = dist.all_gather(list(gathered), own, group=self._group, async_op=True)
-        return Transfer(work, gathered, "an all-gather", self._ranks)
+            return Transfer(*self._start_gather(own), "an all-gather", self._ranks)
 
     def all_gather(self, own: Tensor) -> Tensor:
         """The flat tensor of every replica, shape (replicas, elements)."""
@@ -391,7 +414,10 @@ class Collectives:
             for bucket, packed in zip(buckets, gathered, strict=True):
                 received = bucket.dequantize(packed)
                 bucket.rows.sub_(received[self.rank])
-                bucket.write_back(received.sum(dim=0).div_(self.world_size))
+                mean, *others = received
+                for other in others:
+                    mean.add_(other)
+                bucket.write_back(mean.div_(self.world_size))
 
     @torch.no_grad()
     def mean_by_all_to_all(

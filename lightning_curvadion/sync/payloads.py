@@ -205,14 +205,14 @@ class DisplacementPayload(Payload):
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
             self._residual[self._owned(start, stop)].copy_(error)
-        difference = mean - self._displacement(start, stop) if self._correct_momenta is not None else None
+        own = self._displacement(start, stop) if self._correct_momenta is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
         if self._meter is not None:
             self._meter.observe(self._flat[start:stop], self._anchor[start:stop])
-        if difference is not None:
-            # The parameter is free to hold it: it becomes the anchor when all of it is written.
-            self._flat[start:stop].copy_(difference)
+        if own is not None:
+            # The parameter is free to hold the difference: it becomes the anchor when all of it is written.
+            torch.sub(mean, own, out=self._flat[start:stop])
 
     def finish(self) -> None:  # noqa: D102
         if self._correct_momenta is not None:

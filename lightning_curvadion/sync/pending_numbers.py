@@ -21,7 +21,8 @@ class PendingNumbers:
 
     Args:
         work: The collective.
-        numbers: What it writes; nobody else may use the tensor.
+        numbers: What it writes, of which the element-wise maximum over the first dimension is meant; nobody else may
+            use the tensor.
         purpose: What the collective is for, in an error.
         ranks: Of its process group; none for all.
     """
@@ -52,7 +53,7 @@ class PendingNumbers:
                 self._copied.synchronize()
             else:
                 self._work.wait()
-            return cast(list[float], self._numbers.tolist())
+            return cast(list[float], self._numbers.amax(dim=0).tolist())
 
 
 def _stream_of(device: torch.device) -> Any:

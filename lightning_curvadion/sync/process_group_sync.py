@@ -280,6 +280,9 @@ class ProcessGroupSync:
         report_uncaught_exceptions(other_than=ReplicaLostError)
         if not self._optimizers:
             self._configure(settings)
+            if settings.lag or settings.overlap:
+                # Without delays a step's collective is one all-reduce, and can be counted as such from outside.
+                self._collectives.send_to_each()
         for parameter in parameters:
             optimizer.state[parameter].pop("residual", None)
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]

@@ -54,7 +54,7 @@ class _ShardComparison(Transfer):
         own = self._transfer.wait()
         differs = (own[0] != ~own[1]).to(own.dtype)
         self._inner.collectives.maximum_(differs, "the comparison of digests")
-        self.result.copy_(torch.stack([differs, ~torch.zeros_like(differs)]))
+        self.result = torch.stack([differs, ~torch.zeros_like(differs)])
         differing = differing_in(self.result, self._tensors).values()
         self._inner.collectives.broadcast([tensor for tensor in differing if not is_sharded(tensor)])
         return self.result

@@ -43,6 +43,14 @@ class Transfer:
         return self.result
 
 
+class MaximumTransfer(Transfer):
+    """The same, of which the element-wise maximum over the first dimension is the result."""
+
+    def wait(self) -> Tensor:  # noqa: D102
+        self.result = super().wait().amax(dim=0)
+        return self.result
+
+
 def complete(mean: Iterator[Transfer]) -> None:
     """Let the mean of a chunk go on to its end."""
     for transfer in mean:

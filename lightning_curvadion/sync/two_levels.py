@@ -120,13 +120,13 @@ class ToldTransfer(Transfer):
         inner: InnerProcesses,
         compared: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.result = result if transfer is None else transfer.result
+        self.result = result
         self._transfer, self._inner, self._compared = transfer, inner, compared
 
     @override
     def wait(self) -> Tensor:
         if self._transfer is not None:
-            self._transfer.wait()
+            self.result = self._transfer.wait()
         self._inner.collectives.broadcast([self.result])
         if self._compared is not None:
             self._inner.collectives.broadcast(list(differing_in(self.result, self._compared).values()))
@@ -211,7 +211,14 @@ class TwoLevelCollectives(Collectives):
         collectives = type(self)(group, self._inner, self._chunk, self._sent)
         collectives._join_counterparts(self.device)
         collectives.places = collectives._outer.places = self.places
+        if self._sends_to_each:
+            collectives.send_to_each()
         return collectives
+
+    @override
+    def send_to_each(self) -> None:
+        super().send_to_each()
+        self._outer.send_to_each()
 
     # -- by the first process ----------------------------------------------------------------------------------------
 

@@ -71,7 +71,10 @@ def counted_collectives() -> Iterator[CountedCollectives]:
             # The tensor that is sent comes last: all_to_all_single and its like take the one that receives first.
             size = tensors[-1].nbytes if tensors else 0
             if name == "all_to_all_single":
-                size = size // dist.get_world_size() * (dist.get_world_size() - 1)
+                others = dist.get_world_size() - 1
+                rows = tensors[-1].view(others + 1, -1)
+                # A row that goes to all counts as one that is gathered.
+                size = rows[0].nbytes * (1 if torch.equal(rows, rows[:1].expand_as(rows)) else others)
             if name == "broadcast" and dist.get_rank() != kwargs.get("src", args[1] if len(args) > 1 else None):
                 size = 0
             calls.append((name, size))

@@ -185,3 +185,27 @@ def mean_of_ones(rank, world):
 def test_the_zeros_that_fill_up_a_block_do_not_change_the_mean_of_its_numbers(replicas, world):
     for means in replicas.run(world, mean_of_ones):
         assert set(means.values()) == {1}, means
+
+
+def told(rank, world, directly):
+    collectives = Collectives()
+    collectives.join()
+    if directly:
+        collectives.send_to_each()
+    own = torch.tensor([rank, world - rank], dtype=torch.float64)
+    with counted_collectives() as calls:
+        largest = collectives.start_all_reduce_max(own.clone(), "a test").read()
+        gathered = collectives.all_gather(own)
+        differing = collectives.differing({"equal": torch.ones(3), "other": own})
+    return largest, gathered.tolist(), list(differing), collectives.bytes_sent, {name for name, _ in calls}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_what_all_are_to_know_is_the_same_around_a_ring_and_directly(replicas, world):
+    ring, direct = (replicas.run(world, told, directly) for directly in (False, True))
+    assert [answer[:4] for answer in ring] == [answer[:4] for answer in direct] == [ring[0][:4]] * world
+    largest, gathered, differing, *_ = ring[0]
+    assert largest == [world - 1, world] and gathered == [[rank, world - rank] for rank in range(world)]
+    assert differing == (["other"] if world > 1 else [])
+    assert all(answer[-1] == {"all_reduce", "all_gather"} for answer in ring)
+    assert all(answer[-1] == {"all_to_all_single"} for answer in direct)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ALL_REDUCE, ALL_GATHER, ALL_TO_ALL, BROADCAST = "all-reduce", "all-gather", "all-to-all", "broadcast"
+# The maximum over the replicas of an agreement's numbers, or of digests.
+MAXIMUM = "maximum"
 # Payload of a full Ethernet frame of 1500 bytes with TCP timestamps, over all bytes that the link carries for it.
 FRAME_PAYLOAD = 1448 / 1514
 # Under gloo, two replicas that send to each other at once partly take turns: the later one's notice that it is ready to
@@ -29,7 +31,7 @@ GLOO_DUPLEX_FACTOR = 1.5
 # sent ahead. So all kinds but an all-reduce wait for more latencies than their messages. Measured in the network lab
 # (python examples/benchmarks/latency.py).
 GLOO_NOTICE = 1
-# An all-reduce of so few bytes is one chunk of gloo's ring: an agreement.
+# An all-reduce of so few bytes is one chunk of gloo's ring.
 _SMALL_BYTES = 64
 
 
@@ -70,9 +72,9 @@ class Collective:
     """One collective, as one replica calls it.
 
     Args:
-        kind: ``"all-reduce"``, ``"all-gather"``, ``"all-to-all"`` or ``"broadcast"``.
-        nbytes: Bytes of the replica's input: the buffer to reduce, its share of a gather, its rows for all replicas, or
-            what rank 0 broadcasts.
+        kind: ``"all-reduce"``, ``"maximum"``, ``"all-gather"``, ``"all-to-all"`` or ``"broadcast"``.
+        nbytes: Bytes of the replica's input: the buffer to reduce, the numbers, its share of a gather, its rows for all
+            replicas, or what rank 0 broadcasts.
     """
 
     kind: str
@@ -190,21 +192,26 @@ class Network:
         backend: ``"gloo"`` has rings, takes turns where two replicas send to each other (``GLOO_DUPLEX_FACTOR``), and
             sends no message before the receiver's notice (``GLOO_NOTICE``). Any other backend is taken for NCCL: rings
             or trees, whichever is faster, and both directions at once.
+        to_each: Whether under gloo each replica sends to each other one what all are to know, as with a lag or an
+            overlap (``Collectives.send_to_each``).
 
     Raises:
         ValueError: Fewer than one replica.
 
     Example::
 
-        >>> agreement = Collective(ALL_REDUCE, 16)
+        >>> agreement = Collective(MAXIMUM, 16)
         >>> link = Link(1e9, latency=0.05)
         >>> [round(Network(link, 64, backend).seconds(agreement), 3) for backend in ("gloo", "nccl")]
         [3.3, 0.6]
+        >>> round(Network(link, 64, to_each=True).seconds(agreement), 3)
+        0.1
     """
 
     link: Link
     replicas: int
     backend: str = "gloo"
+    to_each: bool = False
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -214,6 +221,7 @@ class Network:
         """Duration of a collective, from when the last replica has joined it."""
         formulas: dict[str, list[Callable[[float, int, Link], float]]] = {
             ALL_REDUCE: [ring_all_reduce, tree_all_reduce],
+            MAXIMUM: [ring_all_reduce, tree_all_reduce],
             ALL_GATHER: [ring_all_gather, tree_all_gather],
             ALL_TO_ALL: [direct_all_to_all],
             BROADCAST: [tree_broadcast],
@@ -222,20 +230,28 @@ class Network:
             return self._gloo_seconds(collective, formulas[collective.kind][0])
         return min(algorithm(collective.nbytes, self.replicas, self.link) for algorithm in formulas[collective.kind])
 
+    def _is_sent_to_each(self, kind: str) -> bool:
+        return self.backend == "gloo" and self.to_each and kind in (MAXIMUM, ALL_GATHER)
+
     def _gloo_seconds(self, collective: Collective, algorithm: Callable[[float, int, Link], float]) -> float:
         kind, nbytes, others = collective.kind, collective.nbytes, self.replicas - 1
-        if kind == ALL_REDUCE and nbytes <= _SMALL_BYTES:
+        if self._is_sent_to_each(kind):
+            return self._gloo_seconds(Collective(ALL_TO_ALL, self.replicas * nbytes), direct_all_to_all)
+        if kind == MAXIMUM and nbytes <= _SMALL_BYTES:
             return small_ring_all_reduce(nbytes, self.replicas, self.link)
         duplex = kind == ALL_TO_ALL or (kind == ALL_GATHER and self.replicas == 2)
-        notices = {ALL_REDUCE: 0, ALL_GATHER: others}.get(kind, min(1, others)) * GLOO_NOTICE
+        waits = {ALL_REDUCE: 0, MAXIMUM: 0, ALL_GATHER: others}
+        notices = waits.get(kind, min(1, others)) * GLOO_NOTICE
         factor = GLOO_DUPLEX_FACTOR if duplex else 1.0
         return algorithm(factor * nbytes, self.replicas, self.link) + notices * self.link.latency
 
     def link_bytes(self, collective: Collective) -> float:
         """Bytes of payload that rank 0 puts on its link for a collective."""
         others = self.replicas - 1
+        reduced = 2 * others / self.replicas
         shares = {
-            ALL_REDUCE: 2 * others / self.replicas,
+            ALL_REDUCE: reduced,
+            MAXIMUM: others if self._is_sent_to_each(MAXIMUM) else reduced,
             ALL_GATHER: others,
             ALL_TO_ALL: others / self.replicas,
             BROADCAST: math.ceil(math.log2(self.replicas)),

@@ -24,7 +24,7 @@ from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.replica_checks import verify_wire_formats
 from ...sync.settings import SyncSettings
 from ...sync.transfers import Transfer
-from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, Collective
+from .collective_costs import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BROADCAST, MAXIMUM, Collective
 from .launch_counter import LaunchCounter
 
 # Copies of a chunk during a sync step: its flat buffer, its quantized form, and what is dequantized from that. The
@@ -91,13 +91,13 @@ class CollectiveRecorder(Collectives):
         self.buffers_differ = True
 
     def record_agreement(self, message: Tensor) -> None:
-        """The all-reduce of a step's numbers."""
-        self._record(ALL_REDUCE, message.nbytes, bytes_sent=message.nbytes)
+        """The maximum of a step's numbers."""
+        self._record(MAXIMUM, message.nbytes, bytes_sent=message.nbytes)
 
     def differing(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: D102
         if tensors:
             nbytes = 2 * torch.int64.itemsize * len(tensors)
-            self._record(ALL_REDUCE, nbytes, bytes_sent=nbytes)
+            self._record(MAXIMUM, nbytes, bytes_sent=nbytes)
         return {
             name: tensor
             for name, tensor in tensors.items()
@@ -209,7 +209,7 @@ def dry_run_step(optimizer: CurvaDion, sync: DryRunSync, synced: bool) -> StepTr
         >>> with torch.device("meta"):
         ...     optimizer.register_sync_hook(sync)
         ...     dry_run_step(optimizer, sync, synced=False).collectives
-        [Collective(kind='all-reduce', nbytes=16)]
+        [Collective(kind='maximum', nbytes=16)]
     """
     optimizer._cap = LocalStepCap(EveryNSteps(1 if synced else 2), None)
     traffic = sync.recorder.traffic = StepTraffic()

@@ -65,7 +65,7 @@ def measure_footprint(module: nn.Module, optimizer: CurvaDion, settings: SyncSet
         >>> defaults = CurvaDionStrategy().sync.settings
         >>> footprint = measure_footprint(model, CurvaDion(split_parameters(model)), defaults, replicas=2)
         >>> footprint.local.collectives, footprint.sync.collectives[1:]
-        ([Collective(kind='all-reduce', nbytes=16)], [Collective(kind='all-gather', nbytes=13999)])
+        ([Collective(kind='maximum', nbytes=16)], [Collective(kind='all-gather', nbytes=13999)])
     """
     module, optimizer = copy.deepcopy((module, optimizer))
     sync = DryRunSync(settings, replicas)

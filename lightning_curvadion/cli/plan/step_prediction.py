@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...sync.overlap import stage_ends
@@ -117,8 +117,8 @@ class StepPrediction:
         overlap: How many steps the mean of a sync step may take.
 
     Example:
-        >>> from lightning_curvadion.cli.plan.collective_costs import Link
-        >>> agreement, mean, dion = (Collective(ALL_REDUCE, nbytes) for nbytes in (16, 10**6, 4 * 10**6))
+        >>> from lightning_curvadion.cli.plan.collective_costs import MAXIMUM, Link
+        >>> agreement, mean, dion = Collective(MAXIMUM, 16), *(Collective(ALL_REDUCE, n) for n in (10**6, 4 * 10**6))
         >>> local, sync = StepTraffic([agreement]), StepTraffic([agreement, mean], stages=[[mean]])
         >>> footprint = Footprint(local, sync, (4 * 10**6,), 0, 0, 0, 0, 0, 0)
         >>> network = Network(Link(1e8, latency=0.001), replicas=2)
@@ -177,7 +177,7 @@ class StepPrediction:
         """Seconds that replicas wait for the mean of a sync step."""
         if not self.overlap:
             return self.mean_collective_seconds
-        stages = [sum(map(self.network.seconds, stage)) for stage in self.footprint.sync.stages]
+        stages = [self._seconds(stage) for stage in self.footprint.sync.stages]
         waiting = overlapped_waiting_seconds(stages, self.overlap, self.local_seconds, self.period)
         return max(0.0, waiting - self._spared)
 
@@ -190,7 +190,16 @@ class StepPrediction:
     def mean_collective_seconds(self) -> float:
         """Seconds of what a sync step sends beside its agreement."""
         after_agreement = self.footprint.sync.collectives[len(self.footprint.local.collectives) :]
-        return sum(map(self.network.seconds, after_agreement))
+        return self._seconds(after_agreement)
+
+    def _seconds(self, collectives: Iterable[Collective]) -> float:
+        """Seconds of collectives of the hook, one after the other."""
+        return sum(map(self._own_network.seconds, collectives))
+
+    @property
+    def _own_network(self) -> Network:
+        """The network as the hook uses it."""
+        return replace(self.network, to_each=bool(self.lag or self.overlap))
 
     def hidden(self, overlaps: bool = True) -> "StepPrediction":
         """The same steps, with the smallest lag and overlap that leave as little waiting as any.
@@ -198,11 +207,11 @@ class StepPrediction:
         Args:
             overlaps: Whether the settings allow an overlap.
         """
-        lag = math.ceil(self.agreement_seconds / self.compute_seconds)
+        lag = math.ceil(replace(self, lag=1).agreement_seconds / self.compute_seconds)
         lagged = replace(self, lag=lag)
         # As many steps as the longest stage takes, for each of them. After a whole period nothing is left to wait for.
         stages = self.footprint.sync.stages
-        longest = max((sum(map(self.network.seconds, stage)) for stage in stages), default=0.0)
+        longest = max(map(lagged._seconds, stages), default=0.0)
         enough = min(len(stages) * math.ceil(longest / self.compute_seconds), self.period)
         candidates = [replace(lagged, overlap=overlap) for overlap in range(math.ceil(enough) + 1)]
         return min(candidates, key=lambda steps: steps.sync_seconds) if overlaps else lagged
@@ -225,12 +234,12 @@ class StepPrediction:
 
     def link_bytes(self, traffic: StepTraffic) -> float:
         """Bytes of payload that a replica puts on its link in a step."""
-        return sum(self.network.link_bytes(collective) for collective in traffic.collectives)
+        return sum(map(self._own_network.link_bytes, traffic.collectives))
 
     @property
     def agreement_seconds(self) -> float:
         """Seconds of an agreement."""
-        return sum(self.network.seconds(collective) for collective in self.footprint.local.collectives)
+        return self._seconds(self.footprint.local.collectives)
 
     @property
     def mean_payload(self) -> float:
