@@ -32,8 +32,8 @@ from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync import quantization
 from lightning_curvadion.sync.chunks import PayloadSlice
-from lightning_curvadion.sync.collectives import Collectives
 from lightning_curvadion.sync.payload_checks import PayloadCheck
+from lightning_curvadion.sync.payload_collectives import PayloadCollectives
 from lightning_curvadion.sync.payloads import TensorPayload
 from lightning_curvadion.sync.transfers import complete
 
@@ -119,7 +119,7 @@ def sync_step_seconds(wire_format: str, layers: int, width: int, rounds: int) ->
 
 def print_collective_seconds(numel: int, rounds: int) -> None:
     """Print the time of one all-gather beside an all-to-all and an all-gather. Both replicas call it."""
-    collectives = Collectives()
+    collectives = PayloadCollectives()
     collectives.join()
     for wire_format in ("int8", "int2"):
         payload = TensorPayload("numbers", torch.randn(numel), wire_format)

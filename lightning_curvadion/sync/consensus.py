@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import averageable_state, set_averaged_state
-from .collectives import Collectives
 from .digests import digest
 from .parameter_payloads import ParameterPayloads
+from .payload_collectives import PayloadCollectives
 from .payloads import Payload, full_width_payloads
 from .untrained_tensors import UntrainedTensors
 
@@ -37,7 +37,9 @@ class Consensus:
         untrained: Tensors of the module that no step trains.
     """
 
-    def __init__(self, collectives: Collectives, parameters: ParameterPayloads, untrained: UntrainedTensors) -> None:
+    def __init__(
+        self, collectives: PayloadCollectives, parameters: ParameterPayloads, untrained: UntrainedTensors
+    ) -> None:
         self._collectives = collectives
         self._parameters = parameters
         self._untrained = untrained

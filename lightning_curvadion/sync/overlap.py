@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..optim.curvadion import CurvaDion
-from .collectives import Collectives
 from .digests import digest
 from .parameter_payloads import ParameterPayloads
+from .payload_collectives import PayloadCollectives
 from .payloads import Payload, full_width_payloads, is_averaged
 from .row_flags import indices_set_anywhere, packed_flags
 from .sync_step import SyncStep
@@ -44,7 +44,7 @@ class Flight:
 
     def __init__(
         self,
-        collectives: Collectives,
+        collectives: PayloadCollectives,
         parameters: ParameterPayloads,
         untrained: Mapping[str, Tensor],
         optimizer: CurvaDion,
@@ -173,7 +173,7 @@ class Overlap:
         """Whether a mean is taken over in the step that is taken now."""
         return optimizer in self._flights and self._flights[optimizer].ends_in_this_step
 
-    def start(self, optimizer: CurvaDion, collectives: Collectives) -> None:
+    def start(self, optimizer: CurvaDion, collectives: PayloadCollectives) -> None:
         """Begin the flight of a sync step. One that ends in this step ends first."""
         self.finish(optimizer)
         untrained = self._sync_step.untrained(optimizer)

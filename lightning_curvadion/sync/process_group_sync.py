@@ -16,7 +16,6 @@ from torch.profiler import record_function
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
 from .agreement import Agreed, Agreement
-from .collectives import Collectives
 from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
@@ -25,6 +24,7 @@ from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
 from .overlap import Overlap
 from .parameter_payloads import ParameterPayloads
+from .payload_collectives import PayloadCollectives
 from .replica_checks import (
     check_data_parallel,
     describe_module,
@@ -165,7 +165,7 @@ class ProcessGroupSync:
         self._inner_group = inner_group
         self._collectives = self._make_collectives(group, chunk)
         # Of the means that run in the background.
-        self._background: Collectives | None = None
+        self._background: PayloadCollectives | None = None
         self._untrained = UntrainedTensors()
         self.agreement = Agreement(self._collectives, lag)
         self._optimizers: list[CurvaDion] = []
@@ -191,9 +191,9 @@ class ProcessGroupSync:
             return self.settings
         return resolve_settings(**self._arguments, quantizable=False)
 
-    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
+    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> PayloadCollectives:
         if self._inner_group is None:
-            return Collectives(group, chunk)
+            return PayloadCollectives(group, chunk)
         if group is None:
             raise ValueError(
                 "give group as well as inner_group: inner_group holds the processes of this replica, group this process"

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..optim.curvadion import CurvaDion
 from ..optim.parameter_groups import GROUP_OPTIONS
-from .collectives import Collectives
 from .errors import ReplicaLostError
+from .payload_collectives import PayloadCollectives
 from .payloads import TensorPayload
 from .sharding_checks import is_fully_sharded
 
@@ -83,7 +83,7 @@ def describe_module(module: nn.Module) -> list[str]:
     return [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors]
 
 
-def verify_same_across_replicas(collectives: Collectives, description: list[str], device: torch.device) -> None:
+def verify_same_across_replicas(collectives: PayloadCollectives, description: list[str], device: torch.device) -> None:
     """Compare descriptions through their digests, in one small all-gather.
 
     Raises:
@@ -96,7 +96,7 @@ def verify_same_across_replicas(collectives: Collectives, description: list[str]
 
 
 def verify_wire_formats(
-    collectives: Collectives, optimizer: CurvaDion, formats: dict[str, str], device: torch.device
+    collectives: PayloadCollectives, optimizer: CurvaDion, formats: dict[str, str], device: torch.device
 ) -> None:
     """Check that the parameters can be quantized, and by a try that the backend carries quantized numbers.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from ..optim.shards import Shards, is_sharded, local_of
 from ..optim.shared_work import SharedWork
@@ -70,9 +70,8 @@ class ShardedReplicaCollectives(TwoLevelCollectives):
     holds_shards = False
 
     @override
-    def in_group_of_its_own(self, backend: str | None = None) -> TwoLevelCollectives:
+    def in_group_of_its_own(self, backend: str | None = None) -> Self:
         collectives = super().in_group_of_its_own(backend)
-        assert isinstance(collectives, ShardedReplicaCollectives)
         collectives.holds_shards = self.holds_shards
         return collectives
 

@@ -1,7 +1,7 @@
 """The communication of a sync step: at most two means, each of everything at once, whatever the depth of the model.
 
 A mean is one collective at full width or between two replicas, and two where more replicas send quantized numbers
-(``collectives.py``).
+(``payload_collectives.py``).
 
 ===================  =============================  ================================
 momentum             first mean                     second mean
@@ -39,8 +39,8 @@ from torch import Tensor
 
 from ..optim import dion
 from ..optim.curvadion import CurvaDion
-from .collectives import Collectives
 from .parameter_payloads import ParameterPayloads
+from .payload_collectives import PayloadCollectives
 from .payloads import FactorPayload, Payload, TensorPayload, full_width_payloads
 from .quantization import bits_of
 from .settings import SyncSettings
@@ -60,7 +60,7 @@ class SyncStep:
     def __init__(
         self,
         settings: SyncSettings,
-        collectives: Collectives,
+        collectives: PayloadCollectives,
         parameters: ParameterPayloads,
         untrained: UntrainedTensors,
     ) -> None:

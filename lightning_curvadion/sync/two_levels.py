@@ -23,12 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from .chunks import PayloadSlice, split_slices
-from .collectives import Collectives, is_wide, quantized_of
+from .collectives import Collectives
 from .errors import lost_replica
 from .payload_checks import PayloadCheck
+from .payload_collectives import PayloadCollectives, is_wide, quantized_of
 from .payloads import Payload
 from .pending_numbers import PendingNumbers
 from .sparse_rows import far_rows
@@ -169,7 +170,7 @@ class _OwnPart(Payload):
         return [self.mean, self.error]
 
 
-class TwoLevelCollectives(Collectives):
+class TwoLevelCollectives(PayloadCollectives):
     """Collectives among replicas of several processes, with the interface of those among processes.
 
     Every process of every replica calls them. ``rank`` and ``world_size`` are those of replicas, and so are the bytes
@@ -186,7 +187,7 @@ class TwoLevelCollectives(Collectives):
         super().__init__(group, chunk, sent)
         self._inner = inner
         # Their count is that of this process alone, which nobody reads.
-        self._outer = Collectives(group, chunk)
+        self._outer = PayloadCollectives(group, chunk)
 
     @override
     def join(self, device: torch.device | None = None) -> None:
@@ -205,7 +206,7 @@ class TwoLevelCollectives(Collectives):
         self._outer.join(device)
 
     @override
-    def in_group_of_its_own(self, backend: str | None = None) -> "TwoLevelCollectives":
+    def in_group_of_its_own(self, backend: str | None = None) -> Self:
         group = self._outer.in_group_of_its_own(backend).group
         assert group is not None
         collectives = type(self)(group, self._inner, self._chunk, self._sent)

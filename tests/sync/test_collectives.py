@@ -6,7 +6,7 @@ from replicas import counted_collectives
 
 from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
 from lightning_curvadion.sync import quantization
-from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.payload_collectives import PayloadCollectives
 from lightning_curvadion.sync.payloads import DisplacementPayload, TensorPayload
 
 CODED = [f for f in quantization.WIRE_FORMATS if f != "float32"]
@@ -22,7 +22,7 @@ def averaged(rank, world, chunk):
     """Each format by itself: what came out, the collectives, and what was counted."""
     answers = {}
     for wire_format in quantization.WIRE_FORMATS:
-        collectives = Collectives(chunk=chunk)
+        collectives = PayloadCollectives(chunk=chunk)
         collectives.join()
         tensors = values(rank)
         with counted_collectives() as calls:
@@ -61,7 +61,7 @@ def test_the_mean_is_the_same_bits_on_all_replicas_and_close_to_the_mean(replica
 
 def moves(rank, world, steps, residual_dtype):
     """Random moves of one parameter for each format, all in one exchange: what arrived, what is kept, and the moves."""
-    collectives = Collectives()
+    collectives = PayloadCollectives()
     collectives.join()
     generator = torch.Generator().manual_seed(rank)
     parameters, anchors, residuals, moved = ({f: torch.zeros(40, 10) for f in CODED} for _ in range(4))
@@ -103,7 +103,7 @@ def test_residuals_of_sixteen_bits_lose_what_their_rounding_loses(replicas):
 def launches(rank, world):
     """Operators called by one mean in each format: two chunks of so many numbers that all shards are whole blocks."""
     chunk = 3 * 4 * 5 * 128
-    collectives = Collectives(chunk=chunk)
+    collectives = PayloadCollectives(chunk=chunk)
     collectives.join()
     counts = {}
     for wire_format in CODED:
@@ -148,7 +148,7 @@ def tensors_to_broadcast(rank):
 
 
 def broadcast(rank, world, chunk):
-    collectives = Collectives(chunk=chunk)
+    collectives = PayloadCollectives(chunk=chunk)
     collectives.join()
     tensors = tensors_to_broadcast(rank)
     with counted_collectives() as calls:
@@ -170,7 +170,7 @@ def test_a_broadcast_sends_the_bytes_of_any_dtype_once_and_a_chunk_at_a_time(rep
 
 
 def mean_of_ones(rank, world):
-    collectives = Collectives()
+    collectives = PayloadCollectives()
     collectives.join()
     means = {}
     for wire_format in quantization.BLOCK_FORMATS:
@@ -188,7 +188,7 @@ def test_the_zeros_that_fill_up_a_block_do_not_change_the_mean_of_its_numbers(re
 
 
 def told(rank, world, directly):
-    collectives = Collectives()
+    collectives = PayloadCollectives()
     collectives.join()
     if directly:
         collectives.send_to_each()

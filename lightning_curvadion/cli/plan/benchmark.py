@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ...sync.chunks import flatten, split_into_chunks, write_back
-from ...sync.collectives import Collectives
+from ...sync.payload_collectives import PayloadCollectives
 from ...sync.payloads import DisplacementPayload, TensorPayload
 from ...sync.transfers import Transfer
 from ..errors import PlanError
@@ -28,7 +28,7 @@ _TRAINER_OPTIONS = ("precision", "accumulate_grad_batches", "gradient_clip_val",
 _ASK_FOR_STEP_TIME = "give the time of a step on a device of the cluster, such as --step-time 0.8s"
 
 
-class _LoopbackCollectives(Collectives):
+class _LoopbackCollectives(PayloadCollectives):
     """Two replicas in one process: the other one sends the same as this one."""
 
     def __init__(self, chunk: int) -> None:

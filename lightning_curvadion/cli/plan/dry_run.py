@@ -17,8 +17,8 @@ from ...optim.optimizer_state import state_tensors
 from ...optim.triggers import EveryNSteps, LocalStepCap
 from ...sync.agreement import Agreed
 from ...sync.chunks import FULL_WIDTH
-from ...sync.collectives import Collectives
 from ...sync.payload_checks import PayloadCheck
+from ...sync.payload_collectives import PayloadCollectives
 from ...sync.payloads import FactorPayload, Payload
 from ...sync.process_group_sync import ProcessGroupSync
 from ...sync.replica_checks import verify_wire_formats
@@ -71,7 +71,7 @@ class Arrived(Transfer):
         return self.result
 
 
-class CollectiveRecorder(Collectives):
+class CollectiveRecorder(PayloadCollectives):
     """Collectives that send nothing and record what they would send.
 
     Args:
@@ -164,7 +164,7 @@ class DryRunSync(ProcessGroupSync):
         # background where no process group was made for it.
         super().__init__(group=None, **{**vars(settings), "lag": 0})
 
-    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> Collectives:
+    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> PayloadCollectives:
         return self.recorder
 
     def include_module(self, module: nn.Module) -> None:  # noqa: D102

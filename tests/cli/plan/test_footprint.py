@@ -13,7 +13,7 @@ from lightning_curvadion.cli.plan.collective_costs import ALL_GATHER, ALL_TO_ALL
 from lightning_curvadion.cli.plan.dry_run import CollectiveRecorder
 from lightning_curvadion.cli.plan.footprint import ddp_buckets, dion_step_traffic, measure_footprint
 from lightning_curvadion.cli.plan.launch_counter import LaunchCounter
-from lightning_curvadion.sync.collectives import Collectives
+from lightning_curvadion.sync.payload_collectives import PayloadCollectives
 from lightning_curvadion.sync.payloads import TensorPayload
 from lightning_curvadion.sync.quantization import WIRE_FORMATS
 
@@ -88,7 +88,7 @@ def launches_of_a_mean(collectives, device):
 
 
 def real_launches(rank, world):
-    collectives = Collectives(chunk=2000)
+    collectives = PayloadCollectives(chunk=2000)
     collectives.join()
     return launches_of_a_mean(collectives, "cpu")
 
