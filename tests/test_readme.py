@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.benchmarks import compare_report, models, quantization_training, scaling, two_levels
-from examples.benchmarks.compare_plan import RATES, RESULTS, STEPS, read, without_delays
+from examples.benchmarks.compare_plan import RATES, RESULTS, STEPS, read
 from examples.benchmarks.compare_report import DENSE, USUAL, gap, kernel_share, pace, rows_at
 from examples.benchmarks.methods import DEFAULT
 from examples.benchmarks.model_replica import finished
@@ -154,7 +154,7 @@ def test_the_predictions_for_large_models_are_those_that_are_printed(monkeypatch
 
 
 def test_the_figures_in_the_prose_of_the_readme():
-    rows = without_delays(read(RESULTS))
+    rows = read(RESULTS)
     text = prose(README)
     two, four = ({name: rows_at(rows, method=name, replicas=n) for name in (DENSE, USUAL, DEFAULT)} for n in (2, 4))
     slow, fast = RATES[-1], RATES[0]

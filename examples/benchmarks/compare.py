@@ -22,7 +22,6 @@ replicas share the loopback interface, without a count and without slow links. T
 - ``elsewhere``: another text, and a model of a million parameters
 - ``links``: time at three link speeds; leave the machine idle
 - ``distant``: time on links with latency; leave the machine idle
-- ``delays``: time with lag and overlap, beside no communication; leave the machine idle
 - ``races``: whole runs on the slowest link
 """
 

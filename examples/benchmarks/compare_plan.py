@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from examples.benchmarks.compare_replica import Outcome, Run
-from examples.benchmarks.methods import DEFAULT, DELAYS, HALF_RANK, METHODS, PERIODS
+from examples.benchmarks.methods import DEFAULT, HALF_RANK, METHODS, PERIODS
 
 RESULTS = Path(__file__).parent / "results" / "compare.csv"
 
@@ -84,19 +84,8 @@ TIMED = (*QUOTED, "DDP, PowerSGD", "Dion factors, rank 1/4, every step")
 RACERS = ("DDP, AdamW", USUAL, DEFAULT, "no communication")
 # Another text, and another size with its steps.
 ELSEWHERE = (("headers", "131k", STEPS), ("python", "1m", 600))
-# Steps of a timed run: few if every step synchronises, more if the sync rate must settle. With delays another number,
-# so that no row of ``links`` stands in for a run beside them.
-FEWEST, FEW, MANY, IN_TURN = 10, 40, 250, 200
-# A round trip of 50 ms, and a slow link.
-DELAYED = ("100mbit+25ms", "12mbit")
-MUON_ALONE = "no communication, Muon"
-_LAGS = {delays: f"ours: lag {delays[0]}, overlap {delays[1]}" for delays in DELAYS}
-# Who waits for whom, by model and number of replicas. The larger model has a slow link only.
-WAITERS: dict[tuple[str, int], tuple[str, ...]] = {
-    ("131k", 2): ("DDP, AdamW", MUON_ALONE, *(_LAGS[d] for d in ((0, 0), (1, 0), (1, 1), (5, 3), (5, 5)))),
-    ("131k", 4): (MUON_ALONE, *(_LAGS[d] for d in ((1, 0), (5, 3)))),
-    ("1m", 2): ("DDP, AdamW", MUON_ALONE, *(_LAGS[d] for d in ((0, 0), (1, 0), (1, 1), (1, 2)))),
-}
+# Steps of a timed run: few if every step synchronises, more if the sync rate must settle.
+FEW, MANY = 40, 250
 
 
 @dataclass(frozen=True)
@@ -170,23 +159,6 @@ def distant(rows: list[Row]) -> list[Run]:
     return [run for rate in DISTANT for run in timed(tuned(RACERS, rows, rate=rate))]
 
 
-def delays(rows: list[Row]) -> list[Run]:
-    """Timed runs with and without delays, in turn: another seed is another measurement."""
-    return [
-        replace(run, stop=FEWEST if METHODS[run.method].ddp else IN_TURN)
-        for (model, replicas), methods in WAITERS.items()
-        for rate in (DELAYED if model == BASE.model else DELAYED[1:])
-        for seed in SEEDS
-        for run in tuned(methods, rows, rate=rate, seed=seed, replicas=replicas, model=model)
-    ]
-
-
-def without_delays(rows: list[Row]) -> list[Row]:
-    """Rows that are not of ``delays``, whose runs are shorter and of another model."""
-    delayed = set(delays(rows))
-    return [row for row in rows if row.run not in delayed]
-
-
 def timed(runs: Iterable[Run]) -> list[Run]:
     """The runs, shortened to what a time needs."""
     dense = [name for name, method in METHODS.items() if method.ddp or name.endswith("every step")]
@@ -244,7 +216,6 @@ PLANS: dict[str, Callable[[list[Row]], list[Run]]] = {
     "elsewhere": elsewhere,
     "links": links,
     "distant": distant,
-    "delays": delays,
     "races": races,
 }
 STAGES = tuple(PLANS)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from examples.benchmarks.compare_plan import RATES, STEPS, read, without_delays
+from examples.benchmarks.compare_plan import RATES, STEPS, read
 from examples.benchmarks.compare_report import CHOICES, pace, points, rows_at
 from examples.benchmarks.methods import DEFAULT, HALF_RANK
 
@@ -31,7 +31,7 @@ def plots(results: Path, folder: Path, steps: int = STEPS) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = without_delays(read(results))
+    rows = read(results)
     for name, label in (("bytes", "MB that a replica sent"), ("seconds", f"seconds on a link of {_LINK}")):
         figure, axes = pyplot.subplots(figsize=(9, 5.5))
         for method, color in _COLORS.items():

@@ -10,24 +10,20 @@ from typing import Any
 from examples.benchmarks.compare_plan import (
     BASE,
     BATCHES,
-    DELAYED,
     DISTANT,
     ELSEWHERE,
-    MUON_ALONE,
     QUOTED,
     RATES,
     STEPS,
     SWEEPS,
     TRIGGERS,
     USUAL,
-    WAITERS,
     Row,
     best_rates,
     plan,
     read,
     swept,
     with_rates,
-    without_delays,
 )
 from examples.benchmarks.methods import DEFAULT, HALF_RANK, METHODS
 
@@ -117,8 +113,7 @@ def kernel_share(row: Row, dense: list[Row], total: bool = True) -> float:
 
 def tables(results: Path, steps: int = STEPS) -> None:
     """Print all tables as Markdown."""
-    all_rows = read(results)
-    rows = without_delays(all_rows)
+    rows = read(results)
     choice_table(rows, steps)
     sweep_table(rows)
     for replicas in SWEEPS:
@@ -131,7 +126,6 @@ def tables(results: Path, steps: int = STEPS) -> None:
     sync_distribution_table(rows)
     links_table(rows)
     links_table(rows, DISTANT)
-    delays_table(all_rows)
 
 
 def line(*cells: object) -> None:
@@ -336,19 +330,3 @@ def links_table(rows: list[Row], links: Sequence[str] = RATES) -> None:
         with_link, without = pace(rows, DENSE, rate), pace([row for row in rows if row.run.stop], DENSE, "")
         if with_link and without:
             print(f"\n{DENSE} spends {100 * (1 - with_link / without):.0f} % of a step waiting for a link of {rate}.")
-
-
-def delays_table(rows: list[Row]) -> None:
-    """Steps per second with and without delays, beside the same steps without communication: medians."""
-    timed_runs = set(plan("delays", rows))
-    mine = [row for row in rows if row.run in timed_runs]
-    links = [cell for rate in DELAYED for cell in (rate, f"of none, {rate}")]
-    header("Delays, steps a second", "parameters", "replicas", "method", *links)
-    for (model, replicas), methods in WAITERS.items():
-        of_model = [row for row in mine if row.run.model == model]
-        for method in methods:
-            cells = []
-            for rate in DELAYED:
-                value, most = (pace(of_model, name, rate, replicas) for name in (method, MUON_ALONE))
-                cells += [f"{value:.1f}", f"{100 * value / most:.0f} %"] if value and most else ["-", "-"]
-            line(model, replicas, method, *cells)
