@@ -87,7 +87,7 @@ ELSEWHERE = {
     f"{BENCHMARKS}/scaling.py": "test_readme.py::test_the_predictions_for_large_models (the smallest model)",
     f"{BENCHMARKS}/delay_line.py 0.025 port0 port1":
         "examples/benchmarks/test_netlab.py::test_every_frame_takes_the_latency (by the lab)",
-    f"{BENCHMARKS}/delays.py --smoke": "examples/benchmarks/test_delays.py::test_the_smoke_run",
+    f"{BENCHMARKS}/delays.py --smoke": "examples/benchmarks/test_delays_benchmark.py::test_the_smoke_run",
     f"{BENCHMARKS}/latency.py --smoke": "examples/benchmarks/test_latency.py::test_the_smoke_run",
     f"{BENCHMARKS}/netlab.py --hosts 2 --rate 30mbit --latency 25ms -- train.py --max_steps 100":
         "examples/benchmarks/test_netlab.py::start_hanging_lab (another script and latency)",
