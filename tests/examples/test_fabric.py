@@ -42,7 +42,7 @@ def step_under_fabric(rank, world):
 
 def test_a_local_step_stays_on_its_replica(replicas):
     first, second = replicas.run(2, step_under_fabric)
-    assert first[0] == [("all_reduce", 16)]
+    assert first[0] == [("all_to_all_single", 16)]
     for gradients_or_parameters in (1, 2):
         pairs = zip(first[gradients_or_parameters], second[gradients_or_parameters], strict=True)
         assert not any(torch.equal(a, b) for a, b in pairs)
