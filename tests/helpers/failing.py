@@ -93,7 +93,9 @@ class Sabotage(Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self.trainer = trainer
-        collectives = {"agreement": ["all_reduce"], "sync": ["all_gather", "all_to_all_single"]}
+        # The strategy's default has a lag.
+        agreement = "all_to_all_single" if any(self.job.delays or (1,)) else "all_reduce"
+        collectives = {"agreement": [agreement], "sync": ["all_gather", "all_to_all_single"]}
         for name in collectives.get(self.job.where, []):
             original = getattr(dist, name)
 

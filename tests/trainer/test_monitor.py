@@ -119,7 +119,7 @@ def test_the_last_row_is_logged_when_everything_is_sent_and_its_parts_add_up(rep
 
 
 def test_the_monitor_itself_sends_nothing(replicas, tmp_path, monitored):
-    without = replicas.run(2, fit, str(tmp_path), False)
+    without = replicas.run(2, fit, str(tmp_path), False, {"lag": 0})
     assert [rank["calls"] for rank in monitored[1]] == [rank["calls"] for rank in without]
 
 
