@@ -288,12 +288,7 @@ class ProcessGroupSync:
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
         verify_same_across_replicas(self._collectives, description, device)
         self.settings.check_trigger(optimizer.trigger)
-        formats = {
-            "wire_format": self.settings.wire_format,
-            "vector_format": self.settings.embedding_format,
-            "factor_format": self.settings.factor_format,
-        }
-        verify_wire_formats(self._collectives, optimizer, formats, device)
+        verify_wire_formats(self._collectives, optimizer, self.settings, device)
         state = state_tensors(optimizer)
         self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})
         set_step_counts(optimizer, state)

@@ -13,6 +13,7 @@ from ..optim.parameter_groups import GROUP_OPTIONS
 from .errors import ReplicaLostError
 from .payload_collectives import PayloadCollectives
 from .payloads import TensorPayload
+from .settings import SyncSettings
 from .sharding_checks import is_fully_sharded
 
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,7 +97,7 @@ def verify_same_across_replicas(collectives: PayloadCollectives, description: li
 
 
 def verify_wire_formats(
-    collectives: PayloadCollectives, optimizer: CurvaDion, formats: dict[str, str], device: torch.device
+    collectives: PayloadCollectives, optimizer: CurvaDion, settings: SyncSettings, device: torch.device
 ) -> None:
     """Check that the parameters can be quantized, and by a try that the backend carries quantized numbers.
 
@@ -105,12 +106,17 @@ def verify_wire_formats(
     Args:
         collectives: Of the process group.
         optimizer: Holds the parameters.
-        formats: Arguments by name, and their values.
+        settings: Of the hook.
         device: Of the parameters.
 
     Raises:
         ValueError: Naming the parameter or the backend, and what can be used instead.
     """
+    formats = {
+        "wire_format": settings.wire_format,
+        "vector_format": settings.embedding_format,
+        "factor_format": settings.factor_format,
+    }
     quantized = {name: wire_format for name, wire_format in formats.items() if wire_format != "float32"}
     chosen = ", ".join(f"{name}={wire_format!r}" for name, wire_format in quantized.items())
     if not quantized:

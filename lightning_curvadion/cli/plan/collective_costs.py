@@ -28,8 +28,8 @@ FRAME_PAYLOAD = 1448 / 1514
 # 1.5 times.
 GLOO_DUPLEX_FACTOR = 1.5
 # Under gloo a message waits for the receiver's notice that it is ready, which takes a latency, where the notice was not
-# sent ahead. So all kinds but an all-reduce wait for more latencies than their messages. Measured in the network lab
-# (python examples/benchmarks/latency.py).
+# sent ahead. So all kinds but an all-reduce and a maximum wait for more latencies than their messages. Measured in the
+# network lab (python examples/benchmarks/latency.py).
 GLOO_NOTICE = 1
 # An all-reduce of so few bytes is one chunk of gloo's ring.
 _SMALL_BYTES = 64
@@ -240,8 +240,7 @@ class Network:
         if kind == MAXIMUM and nbytes <= _SMALL_BYTES:
             return small_ring_all_reduce(nbytes, self.replicas, self.link)
         duplex = kind == ALL_TO_ALL or (kind == ALL_GATHER and self.replicas == 2)
-        waits = {ALL_REDUCE: 0, MAXIMUM: 0, ALL_GATHER: others}
-        notices = waits.get(kind, min(1, others)) * GLOO_NOTICE
+        notices = {ALL_REDUCE: 0, MAXIMUM: 0, ALL_GATHER: others}.get(kind, min(1, others)) * GLOO_NOTICE
         factor = GLOO_DUPLEX_FACTOR if duplex else 1.0
         return algorithm(factor * nbytes, self.replicas, self.link) + notices * self.link.latency
 

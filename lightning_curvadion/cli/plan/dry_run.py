@@ -174,12 +174,7 @@ class DryRunSync(ProcessGroupSync):
 
     def _attach(self, optimizer: CurvaDion) -> None:
         self._compare_descriptions()
-        formats = {
-            "wire_format": self.settings.wire_format,
-            "vector_format": self.settings.embedding_format,
-            "factor_format": self.settings.factor_format,
-        }
-        verify_wire_formats(self.recorder, optimizer, formats, torch.device("meta"))
+        verify_wire_formats(self.recorder, optimizer, self.settings, torch.device("meta"))
         self.recorder.differing({**dict(optimizer.named_parameters()), **state_tensors(optimizer)})
         self._register(optimizer)
 

@@ -16,8 +16,9 @@ from plan_replica import HOOKS, SHAPE
 from examples.benchmarks.netlab import Lab, bits_per_second, missing, seconds
 from examples.byte_gpt import GPT
 from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters
-from lightning_curvadion.cli.plan.collective_costs import Link, Network
-from lightning_curvadion.cli.plan.footprint import measure_footprint
+from lightning_curvadion.cli.plan.collective_costs import MAXIMUM, Collective, Link, Network
+from lightning_curvadion.cli.plan.dry_run import StepTraffic
+from lightning_curvadion.cli.plan.footprint import Footprint, measure_footprint
 from lightning_curvadion.cli.plan.step_prediction import StepPrediction
 
 pytestmark = pytest.mark.alone
@@ -121,6 +122,19 @@ def test_steps_on_a_slow_link_take_as_long_as_predicted(measured, replicas):
     slow = {kind: took for rate, kind, took, _ in rows if rate == RATES[0]}
     assert slow["sync, int8"] > 1.5 * slow["local"]
     assert slow["ddp"] > 1.5 * slow["sync, int8"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "latencies", "sent"), [("gloo", (10, 2), (2 * 7 / 8, 7)), ("nccl", (6, 6), (2 * 7 / 8, 2 * 7 / 8))]
+)
+def test_with_a_lag_gloo_takes_one_round_trip_for_an_agreement_of_any_number(backend, latencies, sent):
+    agreement = StepTraffic([Collective(MAXIMUM, 16)])
+    footprint = Footprint(agreement, agreement, (4,), 0, 0, 0, 0, 0, 0)
+    network = Network(Link(1e9, latency=0.025), replicas=8, backend=backend)
+    steps = StepPrediction(footprint, agreement, 0.1, {}, network, sync_rate=0.25)
+    delayed = [replace(steps, lag=lag) for lag in (0, 1)]
+    assert [each.agreement_seconds / 0.025 for each in delayed] == pytest.approx(latencies, rel=0.01)
+    assert [each.link_bytes(agreement) / 16 for each in delayed] == pytest.approx(sent)
 
 
 @needs_network
