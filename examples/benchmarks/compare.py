@@ -47,7 +47,7 @@ from examples.benchmarks.compare_replica import Run  # noqa: E402
 from examples.benchmarks.compare_report import tables  # noqa: E402
 from examples.benchmarks.corpora import CORPORA  # noqa: E402
 from examples.benchmarks.methods import DEFAULT  # noqa: E402
-from examples.benchmarks.netlab import Lab, LabError, interruptible, missing  # noqa: E402
+from examples.benchmarks.netlab import Lab, LabError, exit_status, missing, quiet_environment  # noqa: E402
 
 EVALUATIONS, VAL_SEQUENCES = 8, 1024
 
@@ -72,14 +72,7 @@ def run(runs: Sequence[Run], results: Path, evaluations: int = EVALUATIONS, val_
 
 def _environment() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "COMPARE_COMMIT": commit.strip(),
-        # Hosts of the lab have no names, of which torch would warn at every connection.
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
+    return {**quiet_environment(ROOT), "COMPARE_COMMIT": commit.strip()}
 
 
 def smoke(folder: Path) -> None:
@@ -108,21 +101,19 @@ def main() -> int:
     options = parser.parse_args()
     smoke_folder = options.smoke.resolve() if options.smoke is not None and options.smoke.name else None
     os.chdir(ROOT)
-    try:
-        with interruptible():
-            if options.smoke is not None:
-                with tempfile.TemporaryDirectory() as folder:
-                    # The default is an empty folder: finished runs in a folder are not repeated.
-                    smoke(smoke_folder or Path(folder))
-            if options.run is not None:
-                for stage in options.run or compare_plan.STAGES:
-                    run(compare_plan.plan(stage, compare_plan.read(compare_plan.RESULTS)), compare_plan.RESULTS)
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are in the CSV, and the same command continues", file=sys.stderr)
-        return 130
+
+    def work() -> None:
+        if options.smoke is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                # The default is an empty folder: finished runs in a folder are not repeated.
+                smoke(smoke_folder or Path(folder))
+        if options.run is not None:
+            for stage in options.run or compare_plan.STAGES:
+                run(compare_plan.plan(stage, compare_plan.read(compare_plan.RESULTS)), compare_plan.RESULTS)
+
+    status = exit_status(work, "interrupted; finished runs are in the CSV, and the same command continues")
+    if status:
+        return status
     if options.tables:
         tables(compare_plan.RESULTS)
     if options.plots:

@@ -40,7 +40,7 @@ from examples.benchmarks.compare_plan import RESULTS, best_rates, read  # noqa: 
 from examples.benchmarks.compare_replica import CONTEXT  # noqa: E402
 from examples.benchmarks.corpora import CORPORA, SIZES  # noqa: E402
 from examples.benchmarks.methods import METHODS  # noqa: E402
-from examples.benchmarks.netlab import Lab, LabError, interruptible, missing  # noqa: E402
+from examples.benchmarks.netlab import Lab, exit_status, missing, quiet_environment  # noqa: E402
 from examples.byte_gpt import GPT, WHOLE, warmup_and_cooldown  # noqa: E402
 from lightning_curvadion import CurvaDion, ProcessGroupSync, split_parameters  # noqa: E402
 
@@ -200,9 +200,7 @@ def run(setup: Setup, rounds: int, steps: int, loopback: bool = False) -> None:
     rate, latency = (None, None) if loopback else (setup.rate, None if setup.latency == "0ms" else setup.latency)
     with Lab(setup.replicas, rate, loopback, latency) as lab:
         script = [__file__, json.dumps(asdict(setup)), str(rounds), str(steps)]
-        # Hosts of the lab have no names, of which torch would warn at every connection.
-        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        lab.run(script, environment=environment)
+        lab.run(script, environment=quiet_environment(ROOT))
 
 
 def main() -> int:
@@ -220,24 +218,16 @@ def main() -> int:
     CORPORA[CORPUS]().prepare_data()
     print_cells(COLUMNS)
     print_cells(["---"] * len(COLUMNS))
-    try:
-        with interruptible():
-            if options.smoke:
-                run(Setup("12mbit", lags=LAGS[1:3]), rounds=1, steps=6, loopback=bool(missing()))
-            elif options.rate:
-                run(
-                    Setup(options.rate, options.latency, options.replicas, options.model), options.rounds, options.steps
-                )
-            else:
-                for setup in SETUPS:
-                    run(setup, options.rounds, options.steps)
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> None:
+        if options.smoke:
+            run(Setup("12mbit", lags=LAGS[1:3]), rounds=1, steps=6, loopback=bool(missing()))
+            return
+        own = Setup(options.rate, options.latency, options.replicas, options.model)
+        for setup in (own,) if options.rate else SETUPS:
+            run(setup, options.rounds, options.steps)
+
+    return exit_status(work, "interrupted")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if "RANK" not in os.environ:
     sys.path.insert(0, str(ROOT))
 
-from examples.benchmarks.netlab import Lab, LabError, bits_per_second, interruptible, seconds  # noqa: E402
+from examples.benchmarks.netlab import Lab, bits_per_second, exit_status, quiet_environment, seconds  # noqa: E402
 from lightning_curvadion.sync.collectives import Collectives  # noqa: E402
 
 PORT = 29600
@@ -116,14 +116,9 @@ def replica(folder: Path, steps: int, nbytes: int) -> None:
 def run(lab: Lab, steps: int = 0, nbytes: int = 0) -> dict[str, float]:
     """What the replicas of a lab measured."""
     with tempfile.TemporaryDirectory() as folder:
-        lab.run([__file__, folder, str(steps), str(nbytes)], environment=_environment(), timeout=120)
+        lab.run([__file__, folder, str(steps), str(nbytes)], environment=quiet_environment(ROOT), timeout=120)
         measured: dict[str, float] = json.loads(Path(folder, "measured.json").read_text())
         return measured
-
-
-def _environment() -> dict[str, str]:
-    # Hosts of the lab have no names, of which torch would warn at every connection.
-    return {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def print_lab(rates: list[str], latencies: list[str], transfer_seconds: float, steps: int = 0) -> None:
@@ -176,21 +171,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one link, two replicas, a few steps")
     options = parser.parse_args()
-    try:
-        with interruptible():
-            if options.smoke:
-                # One lab for both.
-                print_lab(["50mbit"], ["10ms"], transfer_seconds=0.5, steps=4)
-            else:
-                print_lab(["12mbit", "100mbit", "500mbit", "1gbit"], ["0ms", "25ms"], transfer_seconds=4.0)
-                measure_replicas("100mbit", [2, 3, 4, 8], ["0ms", "10ms", "25ms"], steps=20)
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> None:
+        if options.smoke:
+            # One lab for both.
+            print_lab(["50mbit"], ["10ms"], transfer_seconds=0.5, steps=4)
+        else:
+            print_lab(["12mbit", "100mbit", "500mbit", "1gbit"], ["0ms", "25ms"], transfer_seconds=4.0)
+            measure_replicas("100mbit", [2, 3, 4, 8], ["0ms", "10ms", "25ms"], steps=20)
+
+    return exit_status(work, "interrupted")
 
 
 if __name__ == "__main__":

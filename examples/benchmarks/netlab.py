@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -347,6 +347,36 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def exit_status(work: Callable[[], None], interrupted: str) -> int:
+    """Do the work of a command line, and return its exit status.
+
+    Args:
+        work: Runs labs.
+        interrupted: What to say where it is interrupted.
+    """
+    try:
+        with interruptible():
+            work()
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return 0
+
+
+def quiet_environment(root: Path) -> dict[str, str]:
+    """Environment of a script that imports from a folder, on one thread, and prints no warnings."""
+    return {
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        # Hosts of the lab have no names, of which torch would warn at every connection.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
 def main() -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -358,8 +388,9 @@ def main() -> int:
     parser.add_argument("--loopback", action="store_true", help="no namespaces: needs no root, but counts no bytes")
     parser.add_argument("script", nargs="+", help="after --: the script and its arguments, or -m and a module")
     options = parser.parse_args()
-    try:
-        with interruptible(), Lab(options.hosts, options.rate, options.loopback, options.latency) as lab:
+
+    def run() -> None:
+        with Lab(options.hosts, options.rate, options.loopback, options.latency) as lab:
             start = time.perf_counter()
             lab.run(options.script, options.nproc_per_node, timeout=options.timeout)
             elapsed = time.perf_counter() - start
@@ -367,13 +398,8 @@ def main() -> int:
             for host, traffic in enumerate(lab.traffic()):
                 sent, received = traffic.sent / 1e6, traffic.received / 1e6
                 print(f"host {host} ({lab.address(host)}): sent {sent:.3f} MB, received {received:.3f} MB")
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; all hosts and processes are removed", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(run, "interrupted; all hosts and processes are removed")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from examples.benchmarks import compare_plan  # noqa: E402
 from examples.benchmarks.compare_replica import Run, train  # noqa: E402
 from examples.benchmarks.corpora import CORPORA  # noqa: E402
 from examples.benchmarks.methods import DEFAULT, METHODS  # noqa: E402
-from examples.benchmarks.netlab import Lab, interruptible, missing  # noqa: E402
+from examples.benchmarks.netlab import Lab, interruptible, missing, quiet_environment  # noqa: E402
 from lightning_curvadion import CurvaDionStrategy  # noqa: E402
 
 RESULTS = ROOT / "examples/benchmarks/results/two_levels.csv"
@@ -148,10 +148,8 @@ def run(jobs: Sequence[Job], results: Path) -> None:
     layouts = {**LAYOUTS, **TIMED}
     for per_host in sorted({layouts[job.layout].per_host for job in todo}, reverse=True):
         mine = [asdict(job) for job in todo if layouts[job.layout].per_host == per_host]
-        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
         with Lab(HOSTS, todo[0].rate or None, loopback=bool(missing())) as lab:
-            lab.run([__file__, "--train", json.dumps(mine), str(results)], per_host, environment)
+            lab.run([__file__, "--train", json.dumps(mine), str(results)], per_host, quiet_environment(ROOT))
 
 
 def table(jobs: Sequence[Job], results: Path) -> str:
