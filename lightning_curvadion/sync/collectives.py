@@ -26,6 +26,10 @@ from .settings import CHUNK
 from .sparse_rows import far_rows
 from .transfers import MaximumTransfer, SentBytes, Transfer, differing_in
 
+# So many bytes go from each replica to each other one. Of more, gloo's ring makes better use of a link: two replicas
+# that send to each other at once partly take turns.
+DIRECT_BYTES = 2**15
+
 
 class Collectives:
     """Collectives of one process group, with a count of the bytes sent.
@@ -68,7 +72,7 @@ class Collectives:
             self._ranks = dist.get_process_group_ranks(self._group)
 
     def send_to_each(self) -> None:
-        """Let each replica send to each other one what all of them are to know, where gloo would send around a ring.
+        """Let each replica send few bytes that all are to know to each other one, where gloo would use a ring.
 
         A ring takes a round trip for each replica, and this takes one (``examples/benchmarks/latency.py``); the link
         carries the headers of more messages. Every rank calls it.
@@ -143,15 +147,18 @@ class Collectives:
         """A collective, and what it writes: tensors of the message's shape, of which the maximum is wanted."""
         self._sent.total += message.nbytes
         with self._explained(purpose):
-            if self._sends_to_each:
+            if self._goes_to_each(message):
                 return self._start_gather(message)
             work = dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return work, message.unsqueeze(0)
 
+    def _goes_to_each(self, own: Tensor) -> bool:
+        return self._sends_to_each and own.nbytes <= DIRECT_BYTES
+
     def _start_gather(self, own: Tensor) -> tuple[dist.Work, Tensor]:
         r"""A collective, and what it writes: the tensor of every replica, shape (replicas, \*shape)."""
         gathered = own.new_empty(self.world_size, *own.shape)
-        if self._sends_to_each:
+        if self._goes_to_each(own):
             outgoing = own.expand_as(gathered).contiguous().view(-1)
             work = dist.all_to_all_single(gathered.view(-1), outgoing, group=self._group, async_op=True)
         else:

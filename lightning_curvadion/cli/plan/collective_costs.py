@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...sync.collectives import DIRECT_BYTES
+
 ALL_REDUCE, ALL_GATHER, ALL_TO_ALL, BROADCAST = "all-reduce", "all-gather", "all-to-all", "broadcast"
 # The maximum over the replicas of an agreement's numbers, or of digests.
 MAXIMUM = "maximum"
@@ -192,8 +194,8 @@ class Network:
         backend: ``"gloo"`` has rings, takes turns where two replicas send to each other (``GLOO_DUPLEX_FACTOR``), and
             sends no message before the receiver's notice (``GLOO_NOTICE``). Any other backend is taken for NCCL: rings
             or trees, whichever is faster, and both directions at once.
-        to_each: Whether under gloo each replica sends to each other one what all are to know, as with a lag or an
-            overlap (``Collectives.send_to_each``).
+        to_each: Whether under gloo each replica sends few bytes that all are to know to each other one, as with a lag
+            or an overlap (``Collectives.send_to_each``).
 
     Raises:
         ValueError: Fewer than one replica.
@@ -230,12 +232,13 @@ class Network:
             return self._gloo_seconds(collective, formulas[collective.kind][0])
         return min(algorithm(collective.nbytes, self.replicas, self.link) for algorithm in formulas[collective.kind])
 
-    def _is_sent_to_each(self, kind: str) -> bool:
-        return self.backend == "gloo" and self.to_each and kind in (MAXIMUM, ALL_GATHER)
+    def _is_sent_to_each(self, collective: Collective) -> bool:
+        is_told_to_all = collective.kind in (MAXIMUM, ALL_GATHER) and collective.nbytes <= DIRECT_BYTES
+        return self.backend == "gloo" and self.to_each and is_told_to_all
 
     def _gloo_seconds(self, collective: Collective, algorithm: Callable[[float, int, Link], float]) -> float:
         kind, nbytes, others = collective.kind, collective.nbytes, self.replicas - 1
-        if self._is_sent_to_each(kind):
+        if self._is_sent_to_each(collective):
             return self._gloo_seconds(Collective(ALL_TO_ALL, self.replicas * nbytes), direct_all_to_all)
         if kind == MAXIMUM and nbytes <= _SMALL_BYTES:
             return small_ring_all_reduce(nbytes, self.replicas, self.link)
@@ -250,7 +253,7 @@ class Network:
         reduced = 2 * others / self.replicas
         shares = {
             ALL_REDUCE: reduced,
-            MAXIMUM: others if self._is_sent_to_each(MAXIMUM) else reduced,
+            MAXIMUM: others if self._is_sent_to_each(collective) else reduced,
             ALL_GATHER: others,
             ALL_TO_ALL: others / self.replicas,
             BROADCAST: math.ceil(math.log2(self.replicas)),
