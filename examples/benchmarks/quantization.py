@@ -25,12 +25,11 @@ from torch import Tensor, nn
 # A script has its own folder on the path, not the root of the clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import lightning_curvadion.sync.collectives
 from examples.benchmarks import quantization_training
 from examples.benchmarks.replica_training import CONTEXT, cross_entropy, on_replicas, parameter_groups
 from examples.byte_gpt import GPT, StandardLibrary, Windows
 from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
-from lightning_curvadion.sync import quantization
+from lightning_curvadion.sync import payload_collectives, quantization, transfers
 from lightning_curvadion.sync.chunks import PayloadSlice
 from lightning_curvadion.sync.payload_checks import PayloadCheck
 from lightning_curvadion.sync.payload_collectives import PayloadCollectives
@@ -85,7 +84,8 @@ class Stopwatch:
 
 def print_sync_step_shares(layers: int, width: int, rounds: int) -> None:
     """Print the seconds of a sync step, of its quantization and of its collectives. Every replica calls it."""
-    vars(lightning_curvadion.sync.collectives)["record_function"] = Stopwatch
+    for module in (payload_collectives, transfers):
+        vars(module)["record_function"] = Stopwatch
     if dist.get_rank() == 0:
         print("\nA sync step, seconds (momentum=local, gloo over loopback, one thread per replica)\n")
         print("| replicas | matrices | format | step | quantization | share | collectives |\n|" + " --- |" * 7)
@@ -93,8 +93,8 @@ def print_sync_step_shares(layers: int, width: int, rounds: int) -> None:
         step, quantizing, sending = sync_step_seconds(wire_format, layers, width, rounds)
         if dist.get_rank() == 0:
             matrices = f"{layers} of {width} x {4 * width}"
-            row = f"{dist.get_world_size()} | {matrices} | {wire_format} | {step:.2f} | {quantizing:.2f}"
-            print(f"| {row} | {100 * quantizing / step:.0f} % | {sending:.2f} |", flush=True)
+            row = f"{dist.get_world_size()} | {matrices} | {wire_format} | {step:.4f} | {quantizing:.4f}"
+            print(f"| {row} | {100 * quantizing / step:.0f} % | {sending:.4f} |", flush=True)
 
 
 def sync_step_seconds(wire_format: str, layers: int, width: int, rounds: int) -> tuple[float, ...]:
