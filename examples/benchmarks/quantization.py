@@ -87,14 +87,14 @@ def print_sync_step_shares(layers: int, width: int, rounds: int) -> None:
     for module in (payload_collectives, transfers):
         vars(module)["record_function"] = Stopwatch
     if dist.get_rank() == 0:
-        print("\nA sync step, seconds (momentum=local, gloo over loopback, one thread per replica)\n")
+        print("\nA sync step, milliseconds (momentum=local, gloo over loopback, one thread per replica)\n")
         print("| replicas | matrices | format | step | quantization | share | collectives |\n|" + " --- |" * 7)
     for wire_format in quantization.WIRE_FORMATS:
         step, quantizing, sending = sync_step_seconds(wire_format, layers, width, rounds)
         if dist.get_rank() == 0:
             matrices = f"{layers} of {width} x {4 * width}"
-            row = f"{dist.get_world_size()} | {matrices} | {wire_format} | {step:.4f} | {quantizing:.4f}"
-            print(f"| {row} | {100 * quantizing / step:.0f} % | {sending:.4f} |", flush=True)
+            row = f"{dist.get_world_size()} | {matrices} | {wire_format} | {1e3 * step:.3f} | {1e3 * quantizing:.3f}"
+            print(f"| {row} | {100 * quantizing / step:.0f} % | {1e3 * sending:.3f} |", flush=True)
 
 
 def sync_step_seconds(wire_format: str, layers: int, width: int, rounds: int) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ def quantization_smoke(folder):
 
 
 def test_the_smoke_run_prints_every_table(quantization_smoke):
-    for line in ("| int2 |", "between two replicas", "A sync step, seconds", "Relative error", "gated 3, seed 0"):
+    for line in ("| int2 |", "between two replicas", "A sync step, milliseconds", "Relative error", "gated 3, seed 0"):
         assert line in quantization_smoke
     row = r"^\| [24] \| .* \| (int8|sign) \| [\d.]+ \| ([\d.]+) \| .* \| ([\d.]+) \|$"
     steps = re.findall(row, quantization_smoke, re.MULTILINE)
