@@ -25,6 +25,7 @@ import torch
 import torch.distributed.run
 from failing import Job
 from launching import free_port
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from preloaded import Process
 
 from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
@@ -183,14 +184,23 @@ def kill_once(folder: Path, world: int, victim: int, step: int, where: str, dela
     return max(end.seconds for end in result)
 
 
-def kill_in_replica(folder: Path, victim: int, where: str = "forward") -> float:
+def kill_in_replica(folder: Path, victim: int, where: str = "forward", sharded: bool = False) -> float:
     """``kill -9`` on a process of one of two replicas; the seconds until all processes of both have ended.
 
     Each says which one is lost. Those of the victim's replica notice it inside of the replica, the others in the next
     agreement or mean.
     """
     job = Job(
-        str(folder), steps=10**6, devices=4, replica_size=2, victim=victim, step=5, what="kill", where=where, save=False
+        str(folder),
+        steps=10**6,
+        devices=4,
+        replica_size=2,
+        sharded=sharded,
+        victim=victim,
+        step=5,
+        what="kill",
+        where=where,
+        save=False,
     )
     result = ends(job, start(job), within=30)
     for rank, end in enumerate(result):
@@ -254,7 +264,12 @@ def restart(folder: Path) -> None:
 
 
 def terminate(
-    folder: Path, victim: int = 1, world: int = 2, delays: tuple[int, ...] = (0, 0), replica_size: int = 1
+    folder: Path,
+    victim: int = 1,
+    world: int = 2,
+    delays: tuple[int, ...] = (0, 0),
+    replica_size: int = 1,
+    sharded: bool = False,
 ) -> float:
     """SIGTERM on one rank: all stop after the same step and have saved their consensus."""
     job = Job(
@@ -266,12 +281,17 @@ def terminate(
         what="term",
         delays=delays,
         replica_size=replica_size,
+        sharded=sharded,
     )
     result = ends(job, start(job), within=30)
     assert {end.report["how"] for end in result} == {"SIGTERMException"}, [end.output[-2000:] for end in result]
-    assert len({(end.report["step"], end.report["digest"]) for end in result}) == 1, [end.report for end in result]
-    saved = torch.load(folder / "on_exception.ckpt", weights_only=True)
-    assert saved["global_step"] == result[0].report["step"] and "momentum" in saved["optimizer_states"][0]["state"][0]
+    models = {(end.report["step"], end.report["digest"]) for end in result}
+    # Each process of a replica has shards of its own.
+    assert len(models) == (replica_size if sharded else 1), [end.report for end in result]
+    path = folder / "on_exception.ckpt"
+    saved = _load_distributed_checkpoint(path) if sharded else torch.load(path, weights_only=True)
+    (state,) = [saved["optimizer_0"]] if sharded else saved["optimizer_states"]
+    assert saved["global_step"] == result[0].report["step"] and "momentum" in state["state"]["0" if sharded else 0]
     seconds = max(end.seconds for end in result)
     print(f"SIGTERM on rank {victim} of {world}: all stopped after step {saved['global_step']}, {seconds:.1f} s later")
     return seconds
@@ -387,9 +407,22 @@ def exception(folder: Path) -> float:
     return seconds
 
 
-def exception_in_replica(folder: Path, victim: int) -> float:
-    """An exception on one process of one of two replicas: all end, and it reaches the user from that process."""
-    job = Job(str(folder), steps=10**6, devices=4, replica_size=2, victim=victim, step=7, what="raise", save=False)
+def exception_in_replica(folder: Path, victim: int, sharded: bool = False) -> float:
+    """An exception on one process of one of two replicas: all end, and it reaches the user from that process.
+
+    Where the replicas are sharded none of them can save itself, and they say so.
+    """
+    job = Job(
+        str(folder),
+        steps=10**6,
+        devices=4,
+        replica_size=2,
+        sharded=sharded,
+        victim=victim,
+        step=7,
+        what="raise",
+        save=sharded,
+    )
     result = ends(job, start(job), within=30)
     assert all(end.status == 1 for end in result), [end.status for end in result]
     for rank, end in enumerate(result):
@@ -398,6 +431,9 @@ def exception_in_replica(folder: Path, victim: int) -> float:
     tells = f"Mend what ended rank {victim}: ArithmeticError: the batch is broken."
     (other,) = {rank for rank in range(4) if rank // 2 == victim // 2} - {victim}
     assert tells in result[other].output, result[other].output[-3000:]
+    if sharded:
+        assert "on_exception.ckpt is not written" in result[0].output, result[0].output[-3000:]
+        assert not (folder / "on_exception.ckpt").exists()
     return max(end.seconds for end in result)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..optim.matrix_stacks import STACK_ELEMENTS
 from ..optim.rmmc import tensor_norms
+from ..optim.shards import Shards, local_of, whole_norms
 from .anchors import Anchors
 
 
@@ -18,6 +19,7 @@ class DisplacementMeter:
 
     Args:
         anchors: The last consensus.
+        shards: The processes that hold the parameters, which measure together; ``None`` where they are whole.
 
     Example:
         >>> anchors, parameters = Anchors(), [torch.tensor([3.0, 0.0]), torch.tensor([4.0])]
@@ -28,8 +30,8 @@ class DisplacementMeter:
         0.2
     """
 
-    def __init__(self, anchors: Anchors) -> None:
-        self._anchors = anchors
+    def __init__(self, anchors: Anchors, shards: Shards | None = None) -> None:
+        self._anchors, self._shards = anchors, shards
         # The norm of the anchors, and of which: it changes where an anchor moves, or other parameters are trained.
         self._norm: tuple[tuple[int, list[int]], Tensor] | None = None
 
@@ -42,24 +44,27 @@ class DisplacementMeter:
             parameters: At least one; each has an anchor.
         """
         distances = [tensor_norms(self._displacements(batch)) for batch in _batches(parameters)]
-        norm = self._norm_of_anchors(parameters)
-        drift = torch.cat(distances).norm() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        return drift.double().nan_to_num(nan=torch.inf, posinf=torch.inf).view(1)
+        distance, norm = torch.cat(distances).norm().view(1), self._norm_of_anchors(parameters)
+        if self._shards is not None:
+            distance, norm = whole_norms(self._shards, [distance, norm])
+        drift = distance / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return drift.double().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def _displacements(self, parameters: list[Tensor]) -> Sequence[Tensor]:
+        own = [local_of(parameter) for parameter in parameters]
         starts = [self._anchors.of(parameter) for parameter in parameters]
-        if starts[0].dtype != parameters[0].dtype:
+        if starts[0].dtype != own[0].dtype:
             # A narrow parameter started from the rounded anchor, not from the anchor.
-            rounded = [torch.empty_like(parameter) for parameter in parameters]
+            rounded = [torch.empty_like(tensor) for tensor in own]
             torch._foreach_copy_(rounded, starts)
             starts = rounded
-        return torch._foreach_sub(parameters, starts)
+        return torch._foreach_sub(own, starts)
 
     def _norm_of_anchors(self, parameters: Sequence[Tensor]) -> Tensor:
         key = self._anchors.moves, list(map(id, parameters))
         if self._norm is None or self._norm[0] != key:
             norms = tensor_norms([self._anchors.of(parameter) for parameter in parameters])
-            self._norm = key, norms.norm()
+            self._norm = key, norms.norm().view(1)
         return self._norm[1]
 
 

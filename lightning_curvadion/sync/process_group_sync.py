@@ -230,13 +230,7 @@ class ProcessGroupSync:
         return self._parameters.anchors.nbytes
 
     def measure_drift(self) -> None:
-        """Measure :attr:`drift` from now on: one more pass over the parameters at a sync step, and nothing sent.
-
-        Raises:
-            ValueError: The parameters are sharded.
-        """
-        for optimizer in self._optimizers:
-            check_sharding(optimizer, self._inner_group, self.settings, measures_drift=True)
+        """Measure :attr:`drift` from now on: one more pass over the parameters at a sync step, and nothing sent."""
         self._parameters.meter = DriftMeter()
 
     @property
@@ -245,7 +239,8 @@ class ProcessGroupSync:
 
         ``None`` where neither the last step nor anything since has reached one. It covers the parameters that were
         averaged: with the consensus ``"none"`` and ``"factors"`` a sync step averages none or some of them,
-        :meth:`reach_consensus` all. Reading it waits for the device.
+        :meth:`reach_consensus` all. Where they are sharded it is that of this process's shards. Reading it waits for
+        the device.
         """
         meter = self._parameters.meter
         return meter.drift if meter is not None else None
@@ -269,9 +264,8 @@ class ProcessGroupSync:
             )
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
         device = parameters[0].device
-        measures_drift = self._parameters.meter is not None
         settings = self.settings_for(optimizer)
-        check_sharding(optimizer, self._inner_group, settings, self._optimizers, measures_drift)
+        check_sharding(optimizer, self._inner_group, settings, self._optimizers)
         self._collectives.join(device)
         if holds_shards(optimizer):
             optimizer.shards = self._collectives.hold_shards()
@@ -306,7 +300,7 @@ class ProcessGroupSync:
         if optimizer.trigger.watches_drift:
             self.agreement.carries_drift = True
             self._parameters.keep_anchors(optimizer)
-            self._displacement_meters[optimizer] = DisplacementMeter(self._parameters.anchors)
+            self._displacement_meters[optimizer] = DisplacementMeter(self._parameters.anchors, optimizer.shards)
         if self.world_size > 1:
             self._parameters.capture_anchors(optimizer)
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))

@@ -14,7 +14,7 @@ from .errors import ReplicaLostError
 from .payload_collectives import PayloadCollectives
 from .payloads import TensorPayload
 from .settings import SyncSettings
-from .sharding_checks import is_fully_sharded
+from .sharding_checks import is_fully_sharded, refuse_flat_parameters
 
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 _REMEDY = "build the same model and the same optimizer, in the same order, in every process"
@@ -44,10 +44,12 @@ def check_data_parallel(module: nn.Module, inner_group: ProcessGroup | None, sha
         sharded: Whether the optimizers hold sharded parameters, which ``fully_shard`` gathers and averages.
 
     Raises:
-        ValueError: ``fully_shard`` was called on one of module and optimizer alone. Otherwise: a part of it is wrapped
+        ValueError: A part is wrapped in ``FullyShardedDataParallel``, or ``fully_shard`` was called on one of module
+            and optimizer alone. Otherwise: a part of it is wrapped
             in ``DistributedDataParallel`` where a replica is one process; where it is several, the module is not, or in
             one of another group.
     """
+    refuse_flat_parameters(module)
     if is_fully_sharded(module) != sharded:
         raise ValueError(
             "call fully_shard on the module that you include, and make the optimizer after that: its parameters are"

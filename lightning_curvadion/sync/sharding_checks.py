@@ -22,7 +22,6 @@ def check_sharding(
     inner_group: ProcessGroup | None,
     settings: SyncSettings,
     others: Sequence[CurvaDion] = (),
-    measures_drift: bool = False,
 ) -> None:
     """Check that the sharded parameters of an optimizer can be trained.
 
@@ -31,7 +30,6 @@ def check_sharding(
         inner_group: The processes of this replica; ``None`` where it is one process.
         settings: Of the hook.
         others: The optimizers that the hook has already.
-        measures_drift: Whether the hook measures the drift.
 
     Raises:
         ValueError: They cannot, naming the parameter or the setting and the remedy.
@@ -50,13 +48,6 @@ def check_sharding(
             f" which send nothing but shards: not consensus={settings.consensus!r}, momentum={settings.momentum!r},"
             f" outer_lr={settings.outer_lr}, outer_momentum={settings.outer_momentum}. For these, wrap the module in"
             " DistributedDataParallel instead of fully_shard"
-        )
-    if measures_drift:
-        raise ValueError("leave out measure_drift with sharded parameters: no process knows how far all shards are")
-    if optimizer.trigger.watches_drift:
-        raise ValueError(
-            f"use another trigger than {type(optimizer.trigger).__name__} with sharded parameters, such as"
-            " IntegratedRMMC: no process knows how far all shards have moved"
         )
 
 
@@ -92,7 +83,25 @@ def reshard(module: nn.Module) -> None:
         part.reshard()
 
 
+def refuse_flat_parameters(module: nn.Module) -> None:
+    """Check that no matrix is hidden in a flat parameter.
+
+    Raises:
+        ValueError: A part is wrapped in ``FullyShardedDataParallel``.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, _fsdp_class("FullyShardedDataParallel")):
+            raise ValueError(
+                f"shard by fully_shard in place of FullyShardedDataParallel, which makes one vector of the matrices of"
+                f" {name or 'the module'}"
+            )
+
+
 def _sharded_parts(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if isinstance(part, _fsdp_class("FSDPModule"))]
+
+
+def _fsdp_class(name: str) -> Any:
     # It takes seconds to import: where nobody has, nothing is sharded.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+    return () if fsdp is None else getattr(fsdp, name)

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,40 +37,52 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
+        part = part_beside(place)
         try:
             with part.open("xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _remove_abandoned_parts(place.parent, now=part.stat().st_mtime)
+            remove_abandoned_parts(place.parent, now=part.stat().st_mtime)
             os.replace(part, place)
         finally:
             part.unlink(missing_ok=True)
-        _sync_directory(place.parent)
+        sync_directory(place.parent)
 
     @override
     def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
         if Path(path).is_dir():
             raise MisconfigurationException(
-                f"{path} is a directory, as sharded checkpoints are; the curvadion strategy reads files, since every"
-                f" replica holds the whole model. `python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`"
-                " makes a file of it"
+                f"{path} is a directory, as checkpoints of sharded modules are, and this module is whole."
+                f" `python -m lightning.pytorch.utilities.consolidate_checkpoint {path}` makes a file of it"
             )
         return super().load_checkpoint(path, *args, **options)
 
 
-def _remove_abandoned_parts(folder: Path, now: float) -> None:
+def part_beside(place: Path) -> Path:
+    """A new path beside a checkpoint's, for what is not complete yet or is about to go."""
+    return place.with_name(f".{place.name}.{secrets.token_hex(8)}.part")
+
+
+def remove_abandoned_parts(folder: Path, now: float) -> None:
     """Remove what killed processes left. ``now`` is by the clock of the file system, which may be another machine's."""
     for path in folder.iterdir():
         if _PART.fullmatch(path.name):
             # Another process may remove it too.
             with suppress(OSError):
                 if path.stat().st_mtime < now - _ABANDONED_AFTER:
-                    path.unlink()
+                    remove(path)
 
 
-def _sync_directory(folder: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync_directory(folder: Path) -> None:
     """Flush a rename to the disk: the caller may delete an earlier checkpoint next."""
     # Not every system opens directories, and not every file system flushes them.
     with suppress(OSError):

@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..optim.curvadion import CurvaDion
-from ..optim.shards import is_sharded
 
 # Arguments that make sense for other strategies, so that more is to be said than that they are unknown.
 _DDP_ARGUMENTS = {
@@ -20,6 +19,12 @@ _DDP_ARGUMENTS = {
     "ddp_comm_wrapper",
     "model_averaging_period",
     "state_dict_type",
+}
+# Of ModelParallelStrategy, with what to write instead.
+_SHARDING_ARGUMENTS = {
+    "data_parallel_size": "replica_size is the number of processes over which fully_shard shards a model",
+    "tensor_parallel_size": "shard the model by fully_shard alone, over the replica_size processes of a replica",
+    "save_distributed_checkpoint": "the checkpoint of a sharded module is a directory, of any other a file",
 }
 
 
@@ -57,21 +62,6 @@ def refuse_sparse_embeddings(module: nn.Module) -> None:
             )
 
 
-def refuse_shards(module: nn.Module) -> None:
-    """Check that every process holds whole parameters.
-
-    Raises:
-        MisconfigurationException: ``fully_shard`` or tensor parallelism has sharded one.
-    """
-    for name, parameter in module.named_parameters():
-        if is_sharded(parameter):
-            raise MisconfigurationException(
-                f"leave out fully_shard and tensor parallelism under the curvadion strategy, which saves whole modules:"
-                f" {name} is sharded. In a loop of your own ProcessGroupSync(inner_group=...) takes a module under"
-                " fully_shard, see examples/guide.md"
-            )
-
-
 def refuse_arguments(arguments: Iterable[str], known: Iterable[str]) -> None:
     """Check that nothing is left of a strategy's arguments once the known ones are taken out.
 
@@ -85,6 +75,10 @@ def refuse_arguments(arguments: Iterable[str], known: Iterable[str]) -> None:
     """
     arguments = list(arguments)
     for argument in arguments:
+        if argument in _SHARDING_ARGUMENTS:
+            raise MisconfigurationException(
+                f"{argument}: CurvaDionStrategy has no such argument; {_SHARDING_ARGUMENTS[argument]}"
+            )
         if argument not in _DDP_ARGUMENTS:
             nearest = get_close_matches(argument, list(known), n=1)
             suggestion = f"; did you mean {nearest[0]}?" if nearest else ""

@@ -7,14 +7,20 @@ package allows, and 2.6.6. ``tests/trainer/test_lightning_internals.py`` fails w
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistryType
+from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
 from torch import nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "SignalHandler",
@@ -24,7 +30,9 @@ __all__ = [
     "configured_optimizers",
     "detach_trainer",
     "disable_sigterm_broadcast",
+    "give_device_mesh",
     "is_logging_step",
+    "materialize_shards",
     "optimizer_steps",
     "replace_signal_handlers",
     "requeue_job",
@@ -104,6 +112,22 @@ def detach_trainer(module: "pl.LightningModule") -> None:
     ``LightningModule._trainer``: 2.5.0, 2.6.6.
     """
     module._trainer = None
+
+
+def give_device_mesh(module: "pl.LightningModule", mesh: "DeviceMesh") -> None:
+    """Let ``LightningModule.device_mesh`` be a mesh, as under ``ModelParallelStrategy``.
+
+    ``LightningModule._device_mesh``: 2.5.0, 2.6.6.
+    """
+    module._device_mesh = mesh
+
+
+def materialize_shards(module: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a module memory where they are on the meta device, and let its parts initialise them.
+
+    ``lightning.fabric.utilities.init._materialize_distributed_module``: 2.5.0, 2.6.6.
+    """
+    _materialize_distributed_module(module, device)
 
 
 def optimizer_steps(trainer: "pl.Trainer") -> int:

@@ -3,21 +3,24 @@
 import atexit
 import inspect
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.profiler import record_function
@@ -29,10 +32,17 @@ from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
+from . import sharded_checkpoints
 from .checkpoint_io import AtomicCheckpointIO
-from .configuration_checks import refuse_arguments, refuse_shards, refuse_sparse_embeddings, require_curvadion
+from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
 from .consensus_callback import ConsensusCallback, moving_averages
-from .lightning_internals import StrategyRegistryType, WrappingCheckpointIO, trainer_of
+from .lightning_internals import (
+    StrategyRegistryType,
+    WrappingCheckpointIO,
+    give_device_mesh,
+    materialize_shards,
+    trainer_of,
+)
 from .mixed_precision import share_gradient_scaler
 from .replica_processes import (
     DDP_ARGUMENTS,
@@ -42,7 +52,11 @@ from .replica_processes import (
     processes_per_replica,
     synchronize_batch_norm_inside,
 )
+from .sharded_modules import check_shards, holds_shards, may_be_sharded, mesh_of_replica
 from .signals import StopRequests
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +187,7 @@ class CurvaDionStrategy(DDPStrategy):
         # This process's counterparts in the other replicas, and the processes of its own, where it has several.
         self._group: ProcessGroup | None = None
         self._inner_group: ProcessGroup | None = None
+        self._device_mesh: DeviceMesh | None = None
         self.sync = self.make_sync_hook()
         self._callbacks: list[pl.Callback] = []
         self._stop_requests: StopRequests | None = None
@@ -204,8 +219,13 @@ class CurvaDionStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         super().setup_distributed()
-        if self.replica_size > 1 and self._inner_group is None:
+        shardable = self._replica_size != 1 and may_be_sharded(self.lightning_module)
+        if self._inner_group is None and (self.replica_size > 1 or shardable):
             self._group, self._inner_group = make_replica_groups(self.replica_size, self._timeout)
+        if shardable:
+            assert self._inner_group is not None and self.lightning_module is not None
+            self._device_mesh = self._device_mesh or mesh_of_replica(self._inner_group, self.root_device)
+            give_device_mesh(self.lightning_module, self._device_mesh)
         if self.replica_size == 1 and min(self.num_nodes, self.num_processes) > 1:
             rank_zero_info(
                 f"{self.__class__.__name__}: each of the {self.num_processes} processes of a node is a replica, and"
@@ -215,14 +235,44 @@ class CurvaDionStrategy(DDPStrategy):
         atexit.unregister(_leave_process_group)
         atexit.register(_leave_process_group)
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether ``configure_model`` has sharded the module over the processes of this replica."""
+        return holds_shards(self.lightning_module)
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        if not self._sharded:
+            super().setup(trainer)
+            return
+        assert self.model is not None
+        check_shards(self.model, self._device_mesh)
+        if self._ddp_arguments:
+            raise MisconfigurationException(
+                f"leave out {', '.join(self._ddp_arguments)}: the module is sharded by fully_shard, and not wrapped in"
+                " DistributedDataParallel"
+            )
+        materialize_shards(self.model, self.root_device)
+        # DDPStrategy's would send whole parameters to all processes where it does not train.
+        super(ParallelStrategy, self).setup(trainer)
+
+    @override
+    def _setup_model(self, model: nn.Module) -> Any:
+        """Wrap nothing that is sharded: ``fully_shard`` gathers parameters and averages gradients inside a replica."""
+        if not self._sharded:
+            return super()._setup_model(model)
+        assert self._inner_group is not None, "checked before"
+        synchronize_batch_norm_inside(model, self._inner_group)
+        return model
+
     @override
     def configure_ddp(self) -> None:
         """Wrap nothing where a replica is one process: without a reducer, backward communicates nothing."""
-        assert self.model is not None
-        refuse_shards(self.model)
-        if self._inner_group is None:
+        if self.replica_size == 1:
+            self._group = self._inner_group = None
             log.debug(f"{self.__class__.__name__}: leaving the module unwrapped")
             return
+        assert self.model is not None and self._inner_group is not None
         synchronize_batch_norm_inside(self.model, self._inner_group)
         self._ddp_kwargs = {**self._ddp_arguments, "process_group": self._inner_group}
         super().configure_ddp()
@@ -258,7 +308,7 @@ class CurvaDionStrategy(DDPStrategy):
         try:
             for optimizer in optimizers:
                 optimizer.register_sync_hook(self.sync)
-            trained = self.lightning_module if self._inner_group is None else self.model
+            trained = self.lightning_module if self._inner_group is None or self._sharded else self.model
             assert trained is not None
             self.sync.include_module(trained)
         except ValueError as error:
@@ -364,6 +414,50 @@ class CurvaDionStrategy(DDPStrategy):
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Shards are read into the place that they have on the device."""
+        return self._sharded
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        """As in ``DDPStrategy``; of a sharded module a directory, to which every process writes.
+
+        Raises:
+            MisconfigurationException: A sharded module is to be saved elsewhere than in a folder.
+        """
+        if not self._sharded:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif self._alone:
+            log.warning(
+                f"{filepath} is not written: after an exception of one process its shards are no whole model. Restart"
+                " from the newest checkpoint"
+            )
+        else:
+            sharded_checkpoints.save(checkpoint, str(filepath), self.broadcast)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """As in ``DDPStrategy``; a sharded module also reads the directory of one, and takes its shards of a file.
+
+        Raises:
+            MisconfigurationException: The module is whole and the checkpoint a directory.
+        """
+        path = Path(checkpoint_path)
+        if self._sharded and sharded_checkpoints.is_sharded_checkpoint(path):
+            assert self.lightning_module is not None
+            return sharded_checkpoints.load(path, self.lightning_module, self.optimizers, weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._sharded:
+            assert self.lightning_module is not None
+            sharded_checkpoints.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
+        else:
+            super().load_model_state_dict(checkpoint, strict)
 
     # -- Lightning's own collectives ---------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class Job:
         accelerator: ``"cpu"`` or ``"gpu"``.
         delays: The strategy's lag and overlap; empty for its defaults.
         replica_size: Processes of a replica.
+        sharded: Whether they share one module.
     """
 
     folder: str
@@ -66,14 +67,23 @@ class Job:
     accelerator: str = "cpu"
     delays: tuple[int, ...] = ()
     replica_size: int = 1
+    sharded: bool = False
 
 
 class Module(pl.LightningModule):
     """Its data depend on the rank and the step alone, so that a run can resume at any step."""
 
-    def __init__(self) -> None:
+    def __init__(self, sharded: bool = False) -> None:
         super().__init__()
         self.net = Net()
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            # Seconds to import.
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * self.trainer.global_rank + self.trainer.global_step)
@@ -177,7 +187,7 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(), DataLoader(torch.zeros(10**6), batch_size=1), ckpt_path=job.resume)
+    trainer.fit(Module(job.sharded), DataLoader(torch.zeros(10**6), batch_size=1), ckpt_path=job.resume)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvadion import CurvaDion, CurvaDionStrategy, EveryNSteps, split_parameters
+from lightning_curvadion.optim.shards import local_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,9 +110,9 @@ def same(a, b):
 
 
 def fingerprint(tensors):
-    """A digest of the bits of tensors, in place of tensors that are compared and nothing else."""
+    """A digest of the bits of tensors, or of the shards here, where they are compared and nothing else."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in map(local_of, tensors):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

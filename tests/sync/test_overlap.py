@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import build, equal, parameters_of, state_of, train_step
 from moves import recorded_moves
 from replicas import counted_collectives
@@ -54,7 +55,15 @@ def schedule(rank, world, seed):
 
 
 def schedules(rank, world, seeds):
-    return [schedule(rank, world, seed) for seed in seeds]
+    ended = []
+    own = set(dist.distributed_c10d._world.pg_map)
+    for seed in seeds:
+        ended.append(schedule(rank, world, seed))
+        # Each has groups of its own, of three threads each.
+        dist.barrier()
+        for group in set(dist.distributed_c10d._world.pg_map) - own:
+            dist.destroy_process_group(group)
+    return ended
 
 
 @pytest.mark.timeout(1800)

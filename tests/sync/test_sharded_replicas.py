@@ -15,7 +15,6 @@ from two_levels import attach
 
 from lightning_curvadion import (
     CurvaDion,
-    DriftThreshold,
     EveryNSteps,
     IntegratedRMMC,
     ProcessGroupSync,
@@ -339,7 +338,7 @@ def test_an_error_of_one_process_is_raised_by_all_and_names_its_replica(replicas
 
 def refused(rank, world):
     # Seconds to import.
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "inner"))
@@ -364,13 +363,12 @@ def refused(rank, world):
     )
     attaching('need consensus="average"', {"momentum": "factors"})
     attaching("no outer step", {"outer_momentum": 0.5})
-    attaching("use another trigger than DriftThreshold", trigger=DriftThreshold(0.1))
     optimizer = CurvaDion(split_parameters(model))
     optimizer.register_sync_hook(sync := ProcessGroupSync(group, inner_group=inner_group))
-    with pytest.raises(ValueError, match="leave out measure_drift"):
-        sync.measure_drift()
     with pytest.raises(ValueError, match="this module is whole"):
         sync.include_module(layers())
+    with pytest.raises(ValueError, match="fully_shard in place of FullyShardedDataParallel"):
+        sync.include_module(FullyShardedDataParallel(nn.Linear(4, 4), inner_group, device_id=torch.device("cpu")))
     with pytest.raises(ValueError, match="nothing makes their matrices whole"):
         CurvaDion(split_parameters(model)).step()
 

@@ -19,17 +19,19 @@ def test_survivors_of_a_kill_end_with_an_error_that_names_the_loss(tmp_path, wor
     assert breaking.kill_once(tmp_path, world, victim=world - 1, step=5, where=where, delays=delays) < 30
 
 
-def test_a_killed_process_ends_its_replica_and_the_others_say_so(tmp_path):
-    assert breaking.kill_in_replica(tmp_path, victim=3) < 30
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_killed_process_ends_its_replica_and_the_others_say_so(tmp_path, sharded):
+    assert breaking.kill_in_replica(tmp_path, victim=3, sharded=sharded) < 30
 
 
-@pytest.mark.parametrize("victim", [1, 2])
-def test_sigterm_on_a_process_of_a_replica_stops_all_after_one_step(tmp_path, victim):
-    assert breaking.terminate(tmp_path, victim, world=4, delays=(1, 1), replica_size=2) < 30
+@pytest.mark.parametrize(("victim", "sharded"), [(1, False), (2, False), (2, True)])
+def test_sigterm_on_a_process_of_a_replica_stops_all_after_one_step(tmp_path, victim, sharded):
+    assert breaking.terminate(tmp_path, victim, world=4, delays=(1, 1), replica_size=2, sharded=sharded) < 30
 
 
-def test_an_exception_in_a_replica_reaches_the_user_from_the_process_that_had_it(tmp_path):
-    assert breaking.exception_in_replica(tmp_path, victim=3) < 30
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_exception_in_a_replica_reaches_the_user_from_the_process_that_had_it(tmp_path, sharded):
+    assert breaking.exception_in_replica(tmp_path, victim=3, sharded=sharded) < 30
 
 
 def test_torchrun_restarts_a_killed_run_from_its_newest_checkpoint(tmp_path):

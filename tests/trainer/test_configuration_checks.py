@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from training import Module, trainer_for
 
 from lightning_curvadion import CurvaDionStrategy, DriftThreshold
@@ -35,24 +34,6 @@ def fit_with_sparse_embedding(rank, world):
 
 def test_a_sparse_embedding(replicas):
     replicas.run(2, fit_with_sparse_embedding)
-
-
-class Sharded(Module):
-    def configure_model(self):
-        # Seconds to import.
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(self.net, mesh=init_device_mesh("cpu", (2,)))
-
-
-def fit_sharded(rank, world, options):
-    with pytest.raises(MisconfigurationException, match=r"leave out fully_shard .*: net\..* is sharded"):
-        trainer_for(rank, world, CurvaDionStrategy(**options)).fit(Sharded())
-
-
-@pytest.mark.parametrize("options", [{}, {"replica_size": 2}])
-def test_a_sharded_module(replicas, options):
-    replicas.run(2, fit_sharded, options)
 
 
 def fit_different_models(rank, world):

@@ -162,3 +162,13 @@ def test_configure_optimizers_is_read_in_any_form():
     module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     (optimizer,) = internals.configured_optimizers(module)
     assert isinstance(optimizer, torch.optim.SGD)
+
+
+def test_a_device_mesh_is_the_modules_and_a_module_without_memory_gets_some():
+    with torch.device("meta"):
+        module = BoringModel()
+    # Any object: the module looks at none of it.
+    internals.give_device_mesh(module, mesh := object())
+    assert module.device_mesh is mesh
+    internals.materialize_shards(module, torch.device("cpu"))
+    assert torch.isfinite(module.layer.weight).all() and module.layer.weight.device.type == "cpu"
