@@ -76,14 +76,16 @@ def save(checkpoint: dict[str, Any], path: str, broadcast: Callable[[str], str])
             remove(before)
 
 
-def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], weights_only: bool | None) -> dict[str, Any]:
+def load(
+    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], read: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
     """Read a Trainer's checkpoint from a directory of shards; every process calls it.
 
     Args:
         path: Of the directory.
         module: Sharded. Its tensors are overwritten by those of their names.
         optimizers: Of the module; none where it is only evaluated.
-        weights_only: Whether all that is no tensor must be plain, as in ``torch.load``.
+        read: Reads a file, for all that is no tensor of these.
 
     Returns:
         The checkpoint, whole but for tensors, which are sharded as the module's are. Names that only one of the two has
@@ -110,7 +112,7 @@ def load(path: Path, module: nn.Module, optimizers: Sequence[Optimizer], weights
     state = {"model": {name: present[name] for name in present if name in weights}, **saved}
     # The state of an optimizer may have more, such as residuals of a quantized format, which start anew.
     load_shards(state, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=True))
-    loaded: dict[str, Any] = torch.load(path / _OTHERS, map_location="cpu", weights_only=weights_only)
+    loaded = read(path / _OTHERS)
     loaded["state_dict"] = {**state["model"], **{name: torch.empty(0) for name in weights - present.keys()}}
     if saved:
         loaded["optimizer_states"] = [state[key] for key in saved]

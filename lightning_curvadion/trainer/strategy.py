@@ -1,13 +1,9 @@
 """CurvaDionStrategy: replicas that train alone, as a strategy of Lightning's Trainer."""
 
-import atexit
 import inspect
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -15,13 +11,9 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 from typing_extensions import override
@@ -32,36 +24,18 @@ from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
-from . import sharded_checkpoints
-from .checkpoint_io import AtomicCheckpointIO
 from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
 from .consensus_callback import ConsensusCallback, moving_averages
-from .lightning_internals import (
-    StrategyRegistryType,
-    WrappingCheckpointIO,
-    give_device_mesh,
-    materialize_shards,
-    trainer_of,
-)
+from .lightning_internals import StrategyRegistryType, trainer_of
 from .mixed_precision import share_gradient_scaler
-from .replica_processes import (
-    DDP_ARGUMENTS,
-    ReplicaSize,
-    check_replica_size,
-    make_replica_groups,
-    processes_per_replica,
-    synchronize_batch_norm_inside,
-)
-from .sharded_modules import check_shards, holds_shards, may_be_sharded, mesh_of_replica
+from .replica_processes import DDP_ARGUMENTS, ReplicaSize
+from .replica_strategy import ReplicaStrategy
 from .signals import StopRequests
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
 
-class CurvaDionStrategy(DDPStrategy):
+class CurvaDionStrategy(ReplicaStrategy):
     """Data-parallel training without gradient all-reduces: replicas step alone until their optimizer's trigger fires.
 
     Launching, devices, samplers and checkpoints are those of Lightning's ``DDPStrategy``. The module is not wrapped in
@@ -92,7 +66,9 @@ class CurvaDionStrategy(DDPStrategy):
         overlap: How many steps the mean of a sync step may take while the replicas train on.
         replica_size: Number of consecutive processes that form a replica; ``"node"`` for those of a node. Inside of it
             gradients are averaged at every step, as under ``"ddp"``, and its processes hold the same bits. So a node
-            sends what one process would, and fewer replicas lose less against DDP (``sync/two_levels.py``).
+            sends what one process would, and fewer replicas lose less against DDP (``sync/two_levels.py``). Where
+            ``configure_model`` calls ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``, its processes share
+            one model instead, and a checkpoint is a directory (``sharded_checkpoints.py``).
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
         cluster_environment: What launches the processes.
@@ -117,8 +93,8 @@ class CurvaDionStrategy(DDPStrategy):
 
     Raises:
         MisconfigurationException: On a bad argument, on a number of processes that ``replica_size`` does not divide, on
-            optimizers other than CurvaDion, on a module that differs
-            between ranks, and on sparse embeddings.
+            optimizers other than CurvaDion, on a module that differs between ranks or is sharded otherwise than over
+            the processes of a replica, and on sparse embeddings.
 
     Example:
         >>> strategy = CurvaDionStrategy(wire_format="bfloat16")
@@ -153,12 +129,13 @@ class CurvaDionStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **ddp_arguments: Any,
     ) -> None:
-        check_replica_size(replica_size)
         # Named one by one above: a command line that reads signatures must not offer DistributedDataParallel's.
         accepted = DDP_ARGUMENTS if replica_size != 1 else set()
         refused = [name for name in ddp_arguments if name not in accepted]
         refuse_arguments(refused, {*inspect.signature(CurvaDionStrategy).parameters, *accepted})
         super().__init__(
+            replica_size,
+            ddp_arguments,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -183,11 +160,6 @@ class CurvaDionStrategy(DDPStrategy):
             "lag": lag,
             "overlap": overlap,
         }
-        self._replica_size, self._ddp_arguments = replica_size, ddp_arguments
-        # This process's counterparts in the other replicas, and the processes of its own, where it has several.
-        self._group: ProcessGroup | None = None
-        self._inner_group: ProcessGroup | None = None
-        self._device_mesh: DeviceMesh | None = None
         self.sync = self.make_sync_hook()
         self._callbacks: list[pl.Callback] = []
         self._stop_requests: StopRequests | None = None
@@ -204,96 +176,6 @@ class CurvaDionStrategy(DDPStrategy):
             return ProcessGroupSync(**self._sync_settings, group=self._group, inner_group=self._inner_group)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-
-    @property
-    def replica_size(self) -> int:
-        """Number of processes of a replica."""
-        return processes_per_replica(self._replica_size, self.num_processes, self.world_size)
-
-    @override
-    def set_world_ranks(self) -> None:
-        super().set_world_ranks()
-        # An error before processes are started.
-        processes_per_replica(self._replica_size, self.num_processes, self.world_size)
-
-    @override
-    def setup_distributed(self) -> None:
-        super().setup_distributed()
-        shardable = self._replica_size != 1 and may_be_sharded(self.lightning_module)
-        if self._inner_group is None and (self.replica_size > 1 or shardable):
-            self._group, self._inner_group = make_replica_groups(self.replica_size, self._timeout)
-        if shardable:
-            assert self._inner_group is not None and self.lightning_module is not None
-            self._device_mesh = self._device_mesh or mesh_of_replica(self._inner_group, self.root_device)
-            give_device_mesh(self.lightning_module, self._device_mesh)
-        if self.replica_size == 1 and min(self.num_nodes, self.num_processes) > 1:
-            rank_zero_info(
-                f"{self.__class__.__name__}: each of the {self.num_processes} processes of a node is a replica, and"
-                " sends to other nodes. With replica_size='node' they are one replica, and send as much as one of them."
-            )
-        # Lightning does it for NCCL alone. A process that ends with gloo's threads alive aborts now and then.
-        atexit.unregister(_leave_process_group)
-        atexit.register(_leave_process_group)
-
-    @property
-    def _sharded(self) -> bool:
-        """Whether ``configure_model`` has sharded the module over the processes of this replica."""
-        return holds_shards(self.lightning_module)
-
-    @override
-    def setup(self, trainer: "pl.Trainer") -> None:
-        if not self._sharded:
-            super().setup(trainer)
-            return
-        assert self.model is not None
-        check_shards(self.model, self._device_mesh)
-        if self._ddp_arguments:
-            raise MisconfigurationException(
-                f"leave out {', '.join(self._ddp_arguments)}: the module is sharded by fully_shard, and not wrapped in"
-                " DistributedDataParallel"
-            )
-        materialize_shards(self.model, self.root_device)
-        # DDPStrategy's would send whole parameters to all processes where it does not train.
-        super(ParallelStrategy, self).setup(trainer)
-
-    @override
-    def _setup_model(self, model: nn.Module) -> Any:
-        """Wrap nothing that is sharded: ``fully_shard`` gathers parameters and averages gradients inside a replica."""
-        if not self._sharded:
-            return super()._setup_model(model)
-        assert self._inner_group is not None, "checked before"
-        synchronize_batch_norm_inside(model, self._inner_group)
-        return model
-
-    @override
-    def configure_ddp(self) -> None:
-        """Wrap nothing where a replica is one process: without a reducer, backward communicates nothing."""
-        if self.replica_size == 1:
-            self._group = self._inner_group = None
-            log.debug(f"{self.__class__.__name__}: leaving the module unwrapped")
-            return
-        assert self.model is not None and self._inner_group is not None
-        synchronize_batch_norm_inside(self.model, self._inner_group)
-        self._ddp_kwargs = {**self._ddp_arguments, "process_group": self._inner_group}
-        super().configure_ddp()
-
-    @override
-    def training_step(self, *args: Any, **options: Any) -> STEP_OUTPUT:
-        with self._explained("the buffers of a replica"):
-            return super().training_step(*args, **options)
-
-    @override
-    def backward(self, *args: Any, **options: Any) -> Tensor:
-        with self._explained("the gradients of a replica"):
-            return super().backward(*args, **options)
-
-    def _explained(self, what: str) -> AbstractContextManager[None]:
-        """Where DistributedDataParallel sends something inside of a replica, let an error say what is lost."""
-        if self._inner_group is None:
-            return nullcontext()
-        return explain_failure(
-            f"the all-reduce of {what}", torch.distributed.get_process_group_ranks(self._inner_group)
-        )
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -400,27 +282,6 @@ class CurvaDionStrategy(DDPStrategy):
         self._training = False
         super().teardown()
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Shards are read into the place that they have on the device."""
-        return self._sharded
-
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         """As in ``DDPStrategy``; of a sharded module a directory, to which every process writes.
@@ -428,36 +289,13 @@ class CurvaDionStrategy(DDPStrategy):
         Raises:
             MisconfigurationException: A sharded module is to be saved elsewhere than in a folder.
         """
-        if not self._sharded:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        elif self._alone:
+        if self._sharded and self._alone:
             log.warning(
                 f"{filepath} is not written: after an exception of one process its shards are no whole model. Restart"
                 " from the newest checkpoint"
             )
         else:
-            sharded_checkpoints.save(checkpoint, str(filepath), self.broadcast)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """As in ``DDPStrategy``; a sharded module also reads the directory of one, and takes its shards of a file.
-
-        Raises:
-            MisconfigurationException: The module is whole and the checkpoint a directory.
-        """
-        path = Path(checkpoint_path)
-        if self._sharded and sharded_checkpoints.is_sharded_checkpoint(path):
-            assert self.lightning_module is not None
-            return sharded_checkpoints.load(path, self.lightning_module, self.optimizers, weights_only)
-        return super().load_checkpoint(checkpoint_path, weights_only)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._sharded:
-            assert self.lightning_module is not None
-            sharded_checkpoints.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
-        else:
-            super().load_model_state_dict(checkpoint, strict)
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     # -- Lightning's own collectives ---------------------------------------------------------------------------------
 
@@ -514,8 +352,3 @@ class CurvaDionStrategy(DDPStrategy):
             start_method="popen",
             replica_size="node",
         )
-
-
-def _leave_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
