@@ -119,7 +119,7 @@ PARSED = [
     f"{BENCHMARKS}/two_levels.py",
     f"{BENCHMARKS}/two_levels.py --seeds 0",
     f"{BENCHMARKS}/two_levels.py --smoke",  # two labs, a minute
-    f"{BENCHMARKS}/two_levels.py --rate 12mbit --stop 60 --seeds 0",
+    f"{BENCHMARKS}/two_levels.py --rate 12mbit --stop 120",
     f"{BENCHMARKS}/vocabulary.py",
     f"{BENCHMARKS}/vocabulary.py --shares 0 0.03 --seeds 0 1",
     f"{BENCHMARKS}/vocabulary.py --shares 0 0.01 0.03 0.1 0.3 --seeds 0 1",

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/two_levels.py                       # losses, three seeds
     python examples/benchmarks/two_levels.py --seeds 0
-    python examples/benchmarks/two_levels.py --rate 12mbit --stop 60 --seeds 0    # steps a second on a slow link
+    python examples/benchmarks/two_levels.py --rate 12mbit --stop 120    # steps a second on a slow link
     python examples/benchmarks/two_levels.py --smoke
 
 Every row takes as many sequences a step. Two hosts of a network lab (``netlab.py``) have two processes each, but for
