@@ -43,9 +43,15 @@ class PayloadCollectives(Collectives):
             ValueError: A quantized tensor of some replica holds a number that is not finite, or far too large. Raised
                 on all replicas, naming the rank and the tensor, before any tensor of any payload has changed. Numbers
                 at full width are not checked.
+            ReplicaLostError: Another rank has ended, or does not arrive. What has arrived before is taken over.
         """
-        for mean in self.means(payloads):
-            complete(mean)
+        try:
+            for mean in self.means(payloads):
+                complete(mean)
+        except BaseException:
+            for payload in payloads:
+                payload.break_off()
+            raise
         for payload in payloads:
             payload.finish()
 

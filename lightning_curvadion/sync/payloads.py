@@ -72,6 +72,12 @@ class Payload:
     def finish(self) -> None:
         """Called once, after all elements are written."""
 
+    def break_off(self) -> None:
+        """Called in place of :meth:`finish` where another rank is lost: no more elements will be written.
+
+        Those that are stay the mean, and the others what they were: a state that can be saved.
+        """
+
 
 class TensorPayload(Payload):
     """A tensor that becomes the mean, in place. Its quantization error is dropped."""
@@ -100,6 +106,9 @@ class TensorPayload(Payload):
     def finish(self) -> None:  # noqa: D102
         if not self._tensor.is_contiguous():
             self._tensor.copy_(self._flat.view(self._tensor.shape))
+
+    def break_off(self) -> None:  # noqa: D102
+        self.finish()
 
 
 class FactorPayload(Payload):
@@ -179,6 +188,7 @@ class DisplacementPayload(Payload):
         self._outer_step = outer_step
         self._meter = meter
         self._correct_momenta = correct_momenta
+        self._written: list[tuple[int, int]] = []
 
     @property
     def difference(self) -> Tensor:
@@ -213,12 +223,18 @@ class DisplacementPayload(Payload):
         if own is not None:
             # The parameter is free to hold the difference: it becomes the anchor when all of it is written.
             torch.sub(mean, own, out=self._flat[start:stop])
+        self._written.append((start, stop))
 
     def finish(self) -> None:  # noqa: D102
         if self._correct_momenta is not None:
             # The first of the mean's payloads does it for all: every difference is written by now.
             self._correct_momenta()
         self._parameter.copy_(self._anchor.view(self._parameter.shape))
+
+    def break_off(self) -> None:  # noqa: D102
+        for start, stop in self._written:
+            self._flat[start:stop].copy_(self._anchor[start:stop])
+        self._parameter.copy_(self._flat.view(self._parameter.shape))
 
 
 def share_of(count: int, process: int, processes: int) -> tuple[int, int]:

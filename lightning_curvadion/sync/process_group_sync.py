@@ -1,30 +1,24 @@
 """ProcessGroupSync: the sync hook that lets the replicas of a process group synchronise.
 
-What a step sends is in ``agreement.py`` and ``sync_step.py``, what a consensus outside of a step sends in
-``consensus.py``. This class joins them into one hook.
+What a step asks of it is in ``step_hook.py``, what a consensus outside of a step sends in ``consensus.py``. This class
+is what users see of both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.profiler import record_function
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
-from .agreement import Agreed, Agreement
-from .consensus import Consensus
+from ..optim.optimizer_state import set_step_counts, state_tensors
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .errors import ReplicaLostError
 from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
-from .overlap import Overlap
-from .parameter_payloads import ParameterPayloads
-from .payload_collectives import PayloadCollectives
 from .replica_checks import (
     check_data_parallel,
     describe_module,
@@ -33,14 +27,11 @@ from .replica_checks import (
     verify_wire_formats,
 )
 from .settings import CHUNK, SyncSettings, resolve_settings
-from .sharded_replicas import ShardedReplicaCollectives
 from .sharding_checks import check_sharding, holds_shards
-from .sync_step import SyncStep
-from .two_levels import InnerProcesses
-from .untrained_tensors import UntrainedTensors
+from .step_hook import StepHook
 
 
-class ProcessGroupSync:
+class ProcessGroupSync(StepHook):
     """Synchronises the replicas of a process group: a sync hook for :class:`~lightning_curvadion.CurvaDion`.
 
     Works in a plain torch loop, under Fabric, and inside :class:`~lightning_curvadion.CurvaDionStrategy`. One object
@@ -147,7 +138,7 @@ class ProcessGroupSync:
         overlap: int | None = None,
         inner_group: ProcessGroup | None = None,
     ) -> None:
-        self._arguments: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
             "vector_format": vector_format,
@@ -162,54 +153,13 @@ class ProcessGroupSync:
             "lag": lag,
             "overlap": overlap,
         }
-        self._inner_group = inner_group
-        self._collectives = self._make_collectives(group, chunk)
-        # Of the means that run in the background.
-        self._background: PayloadCollectives | None = None
-        self._untrained = UntrainedTensors()
-        self.agreement = Agreement(self._collectives, lag)
-        self._optimizers: list[CurvaDion] = []
-        self._stepping: CurvaDion | None = None
-        # Of the optimizers whose trigger watches the drift.
-        self._displacement_meters: dict[CurvaDion, DisplacementMeter] = {}
-        self._configure(resolve_settings(**self._arguments))
-
-    def _configure(self, settings: SyncSettings) -> None:
-        self.settings = settings
-        self._momentum = settings.momentum
-        self._sync_rank_fraction = settings.sync_rank_fraction
-        self._averages_vector_gradients = settings.consensus == "none"
-        self._lag = settings.lag
-        self._parameters = ParameterPayloads(settings, *self._collectives.place_inside)
-        self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
-        self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
-        self._overlap = Overlap(settings.overlap, self._parameters, self._sync_step)
+        super().__init__(arguments, group, inner_group)
 
     def settings_for(self, optimizer: CurvaDion) -> SyncSettings:
         """The settings with which the parameters of an optimizer synchronise: parameters in float64 have others."""
         if all(parameter.dtype != torch.float64 for _, parameter in optimizer.named_parameters()):
             return self.settings
         return resolve_settings(**self._arguments, quantizable=False)
-
-    def _make_collectives(self, group: ProcessGroup | None, chunk: int) -> PayloadCollectives:
-        if self._inner_group is None:
-            return PayloadCollectives(group, chunk)
-        if group is None:
-            raise ValueError(
-                "give group as well as inner_group: inner_group holds the processes of this replica, group this process"
-                " and its counterparts in the other replicas"
-            )
-        return ShardedReplicaCollectives(group, InnerProcesses(self._inner_group, chunk), chunk)
-
-    @property
-    def rank(self) -> int:
-        """This replica."""
-        return self._collectives.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of replicas."""
-        return self._collectives.world_size
 
     @property
     def bytes_sent(self) -> int:
@@ -218,11 +168,6 @@ class ProcessGroupSync:
         Where a replica has several processes, each of them counts what they send together to other replicas.
         """
         return self._collectives.bytes_sent
-
-    @property
-    def _places(self) -> Sequence[str]:
-        """What errors call the replicas."""
-        return self._collectives.places
 
     @property
     def anchor_bytes(self) -> int:
@@ -345,119 +290,6 @@ class ProcessGroupSync:
     def _unsettle(self, optimizer: CurvaDion) -> None:
         self._consensus.unsettle(optimizer)
         self._overlap.discard(optimizer)
-
-    def _before_step(self, optimizer: CurvaDion) -> None:
-        self._stepping = optimizer
-        self._consensus.lose(optimizer)
-        if self._parameters.meter is not None:
-            self._parameters.meter.start()
-        if self.world_size > 1 and self.settings.consensus != "none":
-            self.agreement.settle_request = self._wants_to_settle(optimizer)
-            self._parameters.record_step(optimizer)
-
-    def _wants_to_settle(self, optimizer: CurvaDion) -> bool:
-        """Whether this replica asks the others to settle, prepared to do so where its parameters are now."""
-        unsettled = self.settings.consensus != "none" and self._consensus.is_unsettled(optimizer)
-        if unsettled:
-            self._consensus.prepare_to_settle(optimizer)
-        return unsettled
-
-    # -- what the optimizer asks of a sync hook ---------------------------------------------------------------------
-
-    def _agree(self, signal: Tensor) -> Agreed:
-        """The element-wise maximum of ``signal`` over the replicas, and of their drift: all that a local step sends.
-
-        With a lag, that of the step before. Where a replica's parameters were set to something else, all settle theirs.
-        """
-        optimizer = self._stepping
-        assert optimizer is not None
-        lag = self._lag if self.world_size > 1 else 0
-        if not lag:
-            self.agreement.start(optimizer, signal, self._own_drift())
-        agreed = self.agreement.take(optimizer)
-        self._settle_where_agreed(optimizer)
-        if lag and agreed.code < 1:
-            self.agreement.settle_request = self._wants_to_settle(optimizer)
-            self.agreement.start(optimizer, signal, self._own_drift())
-        if self.settings.momentum == "displacement":
-            # After it settled: displacements that start anew consist of this step.
-            self._parameters.record_learning_rates(optimizer)
-        return agreed
-
-    def _confirm(self) -> float:
-        """With a lag, wait for the agreement of this step where a sync step writes means beside its own step."""
-        return 0.0 if self.settings.sends_parameters_alone else self._confirm_step()
-
-    def _confirm_step(self) -> float:
-        """The largest code of this step, below 1 if none is unusable; 0 where it was read without a lag."""
-        if not self._lag:
-            return 0.0
-        assert self._stepping is not None
-        code = self.agreement.confirm(self._stepping)
-        self._settle_where_agreed(self._stepping)
-        return code
-
-    def _settle_where_agreed(self, optimizer: CurvaDion) -> None:
-        if self.agreement.agreed_to_settle:
-            with record_function("curvadion::consensus"):
-                self._consensus.settle(optimizer)
-
-    def _agreed_so_far(self, optimizer: CurvaDion) -> list[tuple[float, float]]:
-        """RMMC and drift that the next steps act on, with a lag: of the last ones."""
-        # One process of several may ask alone, and could read no more than it has. A consensus before has read all.
-        read = self.agreement.read if self._inner_group is None else self.agreement.arrived
-        return [(agreed.rmmc, agreed.drift) for agreed in read(optimizer)]
-
-    def _resume(self, optimizer: CurvaDion, agreed: Sequence[tuple[float, float]]) -> None:
-        """Let the next steps act on the agreements of a loaded state."""
-        if self._lag and self.world_size > 1:
-            self.agreement.resume(optimizer, [Agreed(rmmc, 0.0, drift) for rmmc, drift in agreed[-self._lag :]])
-
-    def _own_drift(self) -> Tensor | None:
-        """The drift of this replica as its trigger wants it, shape (1,); ``None`` where nobody watches it.
-
-        ``None`` also where all parameters are frozen, where a mean is under way that will end the drift, and where
-        anchors are missing, as after a state was loaded: the replicas settle in this step then.
-        """
-        optimizer = self._stepping
-        if optimizer is None or optimizer not in self._displacement_meters or self._overlap.under_way(optimizer):
-            return None
-        parameters = list(trainable_parameters(optimizer).values())
-        if not parameters or self._parameters.anchors.missing(parameters):
-            return None
-        with record_function("curvadion::drift"):
-            drift = self._displacement_meters[optimizer].measure(parameters)
-            return drift * optimizer.trigger.drift_factor(float(optimizer.param_groups[0]["lr"]))
-
-    def _mean_left(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-        """The first mean of a sync step."""
-        if self.settings.sends_parameters_alone and self._background is None:
-            # After the replica's own step, in which the agreement has arrived.
-            optimizer._raise_if_unusable(self._confirm_step())
-        return self._sync_step.mean_left(optimizer, factors, whole)
-
-    def _mean_right(self, optimizer: CurvaDion, factors: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-        """The second mean of a sync step, parameters and buffers included."""
-        if self._background is not None:
-            self._overlap.start(optimizer, self._background)
-            return []
-        means = self._sync_step.mean_right(optimizer, factors, whole)
-        if self.settings.consensus == "average" and self.settings.spread == 1:
-            self._consensus.reached_in_step(optimizer)
-        return means
-
-    def _may_sync(self, optimizer: CurvaDion) -> bool:
-        """Whether a mean could start in this step: one that is under way would have to be waited for."""
-        return self._overlap.may_start(optimizer)
-
-    def _corrects_momenta(self, optimizer: CurvaDion, synced: bool) -> bool:
-        """Whether a mean of displacements arrives in this step, and the momenta are corrected by it."""
-        arrives = synced if self._background is None else self._overlap.ends_in_this_step(optimizer)
-        return arrives and self.settings.momentum == "displacement"
-
-    def _proceed(self, optimizer: CurvaDion) -> None:
-        """Go on with a mean in the background."""
-        self._overlap.proceed(optimizer)
 
     # -- consensus outside of a step --------------------------------------------------------------------------------
 
