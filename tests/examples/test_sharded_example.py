@@ -1,5 +1,6 @@
 """``examples/sharded.py``: a process of a sharded replica holds a half of it, and trains the same model."""
 
+import logging
 import re
 import sys
 from unittest import mock
@@ -8,7 +9,10 @@ from launching import ROOT, free_port, run_as_torchrun
 
 
 def train(rank, world, port):
-    with mock.patch.object(sys, "argv", ["sharded.py", "--steps", "6", "--layers", "2", "--width", "64"]):
+    logger = logging.getLogger("lightning.pytorch")
+    words = ["sharded.py", "--steps", "6", "--layers", "2", "--width", "64"]
+    # A worker serves other tests after this one.
+    with mock.patch.object(sys, "argv", words), mock.patch.object(logger, "setLevel"):
         return run_as_torchrun(rank, world, ROOT / "examples/sharded.py", port)
 
 
