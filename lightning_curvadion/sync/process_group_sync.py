@@ -14,11 +14,13 @@ from torch.distributed import ProcessGroup
 
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import set_step_counts, state_tensors
+from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .errors import ReplicaLostError
 from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
+from .payload_collectives import PayloadCollectives
 from .replica_checks import (
     check_data_parallel,
     describe_module,
@@ -170,6 +172,11 @@ class ProcessGroupSync(StepHook):
         return self._collectives.bytes_sent
 
     @property
+    def optimizers(self) -> list[CurvaDion]:
+        """The optimizers that it is attached to."""
+        return list(self._optimizers)
+
+    @property
     def anchor_bytes(self) -> int:
         """Memory of the last consensus, in bytes; 0 where the settings need none."""
         return self._parameters.anchors.nbytes
@@ -207,6 +214,18 @@ class ProcessGroupSync(StepHook):
                 "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
+        report_uncaught_exceptions(other_than=ReplicaLostError)
+        self._join(optimizer)
+        optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
+        optimizer.register_load_state_dict_post_hook(lambda loaded: self._unsettle(cast(CurvaDion, loaded)))
+
+    def _join(self, optimizer: CurvaDion, trained: int = 0) -> None:
+        """Begin with an optimizer of all replicas.
+
+        Args:
+            optimizer: The same on all of them, but for values.
+            trained: The first so many ranks have trained before, and their mean counts; with 0 rank 0's values do.
+        """
         parameters = [parameter for _, parameter in optimizer.named_parameters()]
         device = parameters[0].device
         settings = self.settings_for(optimizer)
@@ -216,17 +235,20 @@ class ProcessGroupSync(StepHook):
             optimizer.shards = self._collectives.hold_shards()
         else:
             optimizer.shared_work = self._collectives.share_work()
-        report_uncaught_exceptions(other_than=ReplicaLostError)
         if not self._optimizers:
             self._configure(settings)
             if settings.lag or settings.overlap:
                 # Without delays a step's collective is one all-reduce, and can be counted as such from outside.
                 self._collectives.send_to_each()
-        for parameter in parameters:
-            optimizer.state[parameter].pop("residual", None)
         description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
         verify_same_across_replicas(self._collectives, description, device)
         self.settings.check_trigger(optimizer.trigger)
+        for parameter in parameters:
+            kept_back = optimizer.state[parameter].pop("residual", None)
+            if kept_back is not None and self.rank < trained:
+                parameter.detach().add_(kept_back)
+        if trained:
+            self._reach_consensus_of(optimizer, trained)
         verify_wire_formats(self._collectives, optimizer, self.settings, device)
         state = state_tensors(optimizer)
         self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})
@@ -236,7 +258,14 @@ class ProcessGroupSync(StepHook):
             self.agreement.use_several_groups()
             if self.settings.overlap:
                 self._background = self._collectives.in_group_of_its_own()
-        optimizer.register_load_state_dict_post_hook(lambda loaded: self._unsettle(cast(CurvaDion, loaded)))
+
+    def _reach_consensus_of(self, optimizer: CurvaDion, trained: int) -> None:
+        """Make the first ranks one model."""
+        group = dist.new_group(list(range(trained)))
+        if self.rank < trained:
+            collectives = PayloadCollectives(group, self._collectives.chunk)
+            collectives.join(self._collectives.device)
+            Consensus(collectives, self._parameters, self._untrained).reach([optimizer], include_state=True)
 
     def _register(self, optimizer: CurvaDion) -> None:
         """Take part in the steps of an optimizer whose parameters are equal on all replicas."""
@@ -248,7 +277,30 @@ class ProcessGroupSync(StepHook):
             self._displacement_meters[optimizer] = DisplacementMeter(self._parameters.anchors, optimizer.shards)
         if self.world_size > 1:
             self._parameters.capture_anchors(optimizer)
-        optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
+
+    def regroup(self, trained: int) -> None:
+        """Go on in another default process group, after replicas were lost or have come; every rank calls it.
+
+        What was under way is given up. The first ranks take over the mean of their parameters and states, with what
+        quantization has kept back on each of them, and the others take it over from them.
+
+        Args:
+            trained: So many ranks, from 0 on, have trained before. The values of the others count for nothing.
+
+        Raises:
+            ValueError: Replicas that differ, as where the hook is attached, or have several processes.
+            ReplicaLostError: One more is lost. Regroup again.
+        """
+        if self._inner_group is not None:
+            raise ValueError("regroup replicas of one process: of a replica of several, none can be lost alone")
+        optimizers, self._optimizers = self._optimizers, []
+        meter = self._parameters.meter
+        self._start_anew()
+        self._parameters.meter = meter
+        for optimizer in optimizers:
+            self._join(optimizer, trained)
+            optimizer.replicas_share_state()
+        self._take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
 
     def _take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
         """Send what is not equal already, as it is where every process has built the model from one seed."""

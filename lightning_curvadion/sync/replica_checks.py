@@ -29,7 +29,8 @@ def describe_optimizer(optimizer: CurvaDion) -> list[str]:
         options = {key: group[key] for key in GROUP_OPTIONS}
         for parameter in group["params"]:
             name, _ = next(names)
-            state = sorted(optimizer.state[parameter])
+            # A replica that has trained has residuals, and one that comes has none.
+            state = sorted(optimizer.state[parameter].keys() - {"residual"})
             frozen = "" if parameter.requires_grad else " frozen"
             lines.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}{frozen} {options} {state}")
     return lines

@@ -46,13 +46,17 @@ class StepHook:
         self, arguments: Mapping[str, Any], group: ProcessGroup | None, inner_group: ProcessGroup | None
     ) -> None:
         self._arguments = arguments
-        self._inner_group = inner_group
-        self._collectives = self._make_collectives(group, arguments["chunk"])
+        self._group, self._inner_group = group, inner_group
+        self._untrained = UntrainedTensors()
+        self._optimizers: list[CurvaDion] = []
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Begin where no process group has been used, and nothing is known of other replicas."""
+        self._collectives = self._make_collectives(self._group, self._arguments["chunk"])
         # Of the means that run in the background.
         self._background: PayloadCollectives | None = None
-        self._untrained = UntrainedTensors()
-        self.agreement = Agreement(self._collectives, arguments["lag"])
-        self._optimizers: list[CurvaDion] = []
+        self.agreement = Agreement(self._collectives, self._arguments["lag"])
         self._stepping: CurvaDion | None = None
         # Of the optimizers whose trigger watches the drift.
         self._displacement_meters: dict[CurvaDion, DisplacementMeter] = {}

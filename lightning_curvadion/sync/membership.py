@@ -1,0 +1,225 @@
+"""Membership: replicas of a run that may be lost, and may come, while it trains.
+
+Who takes part is decided by torch's own rendezvous (``torch.distributed.elastic``): it keeps the members of a round in
+a store at one address, notices by missing heartbeats who is gone, and forms the next round. Here is only what follows
+from a round: a process group of its members, and a common model.
+
+The store must outlive every replica. Whoever reaches it may join, and the rendezvous unpickles what lies there: keep it
+in a private network.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+from ..optim.curvadion import CurvaDion
+from ..optim.parameter_groups import GROUP_OPTIONS
+from .errors import ReplicaLostError, explain_failure
+from .process_group_sync import ProcessGroupSync
+
+log = logging.getLogger(__name__)
+
+# Whose stub names no stores.
+_stores: Any = dist
+
+# A member that has missed so many heartbeats is gone.
+_MISSED = 2
+# How long a round waits for more members once it has enough. The rendezvous looks for it once a second.
+_LAST_CALL = timedelta(seconds=1)
+# In the range of stop requests, see ``Agreement``.
+_REGROUP = 0.5
+
+
+class Membership:
+    """The replicas of a run, of which some may be lost and others come, in a loop of your own.
+
+    A process that makes one is a replica of its own at first: make the model, the optimizer and its hook then, and
+    :meth:`join`. Gloo only.
+
+    Args:
+        endpoint: ``"host:port"`` of the store that every replica reaches, see :func:`host_store`.
+        min_replicas: Fewer wait for others.
+        max_replicas: So many are the most.
+        run_id: Of the run; replicas of other runs may use the store too.
+        timeout: How long a collective waits for a replica that does not arrive, which then counts as lost.
+        join_timeout: How long a replica waits for ``min_replicas``.
+        heartbeat: How often a replica tells the store that it is there. One that has missed two is gone. The clocks
+            of all machines must agree to that, since the rendezvous compares them.
+
+    Attributes:
+        rounds: How many groups this replica has been a member of.
+
+    Raises:
+        ValueError: On a bad argument.
+
+    Example::
+
+        members = Membership("10.0.0.1:29400", min_replicas=2)
+        optimizer.register_sync_hook(sync := ProcessGroupSync())
+        step = members.join(sync, {"step": 0})["step"]
+        while step < 1000:
+            try:
+                loss = train_on_a_batch()  # ends with optimizer.step()
+                step += 1
+                if not members.should_regroup(sync):
+                    continue
+            except ReplicaLostError:
+                pass
+            step = members.join(sync, {"step": step})["step"]
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        min_replicas: int = 1,
+        max_replicas: int = 1024,
+        run_id: str = "curvadion",
+        timeout: timedelta = timedelta(seconds=30),
+        join_timeout: timedelta = timedelta(minutes=10),
+        heartbeat: timedelta = timedelta(seconds=1),
+    ) -> None:
+        host, _, port = endpoint.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f'endpoint must be "host:port" of a store that every replica reaches, not {endpoint!r}')
+        if not 1 <= min_replicas <= max_replicas:
+            raise ValueError(f"min_replicas must be from 1 to max_replicas={max_replicas}, not {min_replicas}")
+        if dist.is_initialized():
+            raise ValueError("make the Membership instead of calling torch.distributed.init_process_group")
+        # Or the rendezvous tells of a store of its first member at the first round alone, and a new one waits in vain.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        self._timeout = timeout
+        self._store = _stores.TCPStore(host, int(port), is_master=False, timeout=timeout)
+        self._rendezvous = DynamicRendezvousHandler.from_backend(
+            run_id,
+            self._store,
+            C10dRendezvousBackend(self._store, run_id),
+            min_replicas,
+            max_replicas,
+            timeout=RendezvousTimeout(join=join_timeout, last_call=_LAST_CALL),
+            # It takes whole seconds for granted, and any number for a timedelta's.
+            keep_alive_interval=cast(int, heartbeat.total_seconds()),
+            keep_alive_max_attempt=_MISSED,
+        )
+        self.rounds = 0
+        self._asked = 0.0
+        dist.init_process_group("gloo", store=_stores.HashStore(), rank=0, world_size=1)
+
+    @property
+    def size(self) -> int:
+        """Number of replicas now."""
+        return dist.get_world_size()
+
+    def join(self, sync: ProcessGroupSync, progress: Mapping[str, float]) -> dict[str, float]:
+        """Form a group of all that are there, and make them one model.
+
+        Replicas that have trained in a group before take over their mean, and new ones take it over from them, with the
+        state of the optimizers and their hyperparameters. Where all are new, the first one's values count.
+
+        Args:
+            sync: Attached to this replica's optimizers.
+            progress: Numbers that say how far the run is, such as the step.
+
+        Returns:
+            The same of a replica that has trained.
+
+        Raises:
+            ValueError: Another replica has another model or other settings.
+            RendezvousTimeoutError: ``min_replicas`` have not come in time.
+        """
+        while True:
+            try:
+                return self._join(sync, progress)
+            except ReplicaLostError as error:
+                log.warning(f"A replica was lost while the replicas formed a group, and they form another one. {error}")
+
+    def should_regroup(self, sync: ProcessGroupSync) -> bool:
+        """Whether all replicas are to :meth:`join` again now, since others wait to take part.
+
+        Call it after every step; the answer is the same on all replicas. It asks the store once a second.
+        """
+        if dist.get_rank() == 0 and time.monotonic() > self._asked + 1:
+            self._asked = time.monotonic()
+            if self._rendezvous.num_nodes_waiting() > 0:
+                sync.agreement.stop_request = _REGROUP
+        return sync.agreement.agreed_request == _REGROUP
+
+    def close(self) -> None:
+        """End the run for all: nobody joins any more."""
+        self._rendezvous.shutdown()
+        dist.destroy_process_group()
+
+    def _join(self, sync: ProcessGroupSync, progress: Mapping[str, float]) -> dict[str, float]:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        members = self._rendezvous.next_rendezvous()
+        with explain_failure("the forming of a group"):
+            rank, trained = self._rank_by_training(members.store, members.rank, members.world_size)
+            dist.init_process_group(
+                "gloo",
+                store=_stores.PrefixStore("group", members.store),
+                rank=rank,
+                world_size=members.world_size,
+                timeout=self._timeout,
+            )
+            if rank == 0:
+                members.store.set("common", json.dumps([dict(progress), plain_state(sync.optimizers)]))
+            common, states = json.loads(members.store.get("common"))
+        load_plain_state(sync.optimizers, states)
+        sync.regroup(trained)
+        self.rounds += 1
+        log.info(f"Rank {rank} of {members.world_size} replicas, of which {trained} have trained before.")
+        return dict(common)
+
+    def _rank_by_training(self, store: Any, number: int, size: int) -> tuple[int, int]:
+        """The rank of this replica, behind all that have trained if it has not, and how many those are."""
+        store.set(f"trained {number}", str(int(self.rounds > 0)))
+        trained = [store.get(f"trained {other}") == b"1" for other in range(size)]
+        order = sorted(range(size), key=lambda other: not trained[other])
+        return order.index(number), sum(trained)
+
+
+def plain_state(optimizers: Sequence[CurvaDion]) -> list[dict[str, Any]]:
+    """What optimizers hold beside tensors and step counts: numbers and names, for JSON."""
+    return [
+        {
+            "trigger": optimizer._cap.state_dict(),
+            "groups": [{option: group[option] for option in GROUP_OPTIONS} for group in optimizer.param_groups],
+        }
+        for optimizer in optimizers
+    ]
+
+
+def load_plain_state(optimizers: Sequence[CurvaDion], states: Sequence[Mapping[str, Any]]) -> None:
+    """Take over a :func:`plain_state`.
+
+    Raises:
+        ValueError: It is of other optimizers.
+    """
+    sizes = [len(optimizer.param_groups) for optimizer in optimizers]
+    if sizes != [len(state["groups"]) for state in states]:
+        raise ValueError(
+            f"build the same optimizers in every process: here they have {sizes} parameter groups, in the run that this"
+            f" replica joins {[len(state['groups']) for state in states]}"
+        )
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer._cap.load_state_dict(state["trigger"])
+        for group, options in zip(optimizer.param_groups, state["groups"], strict=True):
+            group.update({option: options[option] for option in GROUP_OPTIONS}, betas=tuple(options["betas"]))
+
+
+def host_store(port: int, host: str = "0.0.0.0") -> Any:
+    """The store of runs, at a port of this machine, for as long as the result lives.
+
+    Args:
+        port: 0 for any; the result's ``port`` tells which.
+        host: Address of the network interface that it listens to.
+    """
+    return _stores.TCPStore(host, port, is_master=True, wait_for_workers=False)

@@ -1,0 +1,142 @@
+"""Replicas that are lost and that come while a run trains, and what becomes of the others."""
+
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from elastic_run import a_run
+from models import build, parameters_of, train_step
+
+from lightning_curvadion import EveryNSteps, ProcessGroupSync
+from lightning_curvadion.sync.membership import Membership
+
+IN_BACKGROUND = {"overlap": 1}
+WAITED_FOR = {"lag": 0}
+
+
+def is_one_model(ends, steps, size):
+    assert len({end["digest"] for end in ends}) == 1
+    assert all(end["end"] == steps and end["size"] == size for end in ends)
+    # Uniform over the tokens is 2.4.
+    assert ends[0]["loss"] < 0.5
+
+
+@pytest.mark.parametrize("hook", [IN_BACKGROUND, WAITED_FOR])
+def test_the_others_train_on_where_one_is_killed(tmp_path, hook):
+    with a_run(tmp_path, steps=150, hook=hook, kill_at={"c": 60}) as run:
+        run.add("a", "b", "c")
+        ends = run.ends("a", "b")
+        is_one_model(ends, steps=150, size=2)
+        assert run.processes["c"].wait() == -signal.SIGKILL
+        for name in ("a", "b"):
+            joined = [line for line in run.lines(name) if "why" in line]
+            assert [line["why"] for line in joined] == ["start", "loss"]
+            assert [line["size"] for line in joined] == [3, 2]
+            # With a lag they notice it a step later.
+            assert 59 <= joined[1]["step"] <= 61
+            assert joined[1]["seconds"] < 10
+
+
+def test_a_replica_that_comes_takes_over_the_run(tmp_path):
+    with a_run(tmp_path, steps=400, hook=IN_BACKGROUND) as run:
+        run.add("a", "b")
+        run.wait_until(lambda: run.lines("a") and run.lines("b"))
+        time.sleep(1)
+        run.add("c")
+        ends = run.ends("a", "b", "c")
+        is_one_model(ends, steps=400, size=3)
+        steps = [next(line["step"] for line in run.lines(name) if line.get("size") == 3) for name in "abc"]
+        assert len(set(steps)) == 1 and steps[0] > 10
+        assert [line["why"] for line in run.lines("a") if "why" in line] == ["start", "join"]
+
+
+def test_fewer_than_the_fewest_wait_and_end_with_an_error(tmp_path):
+    with a_run(tmp_path, steps=10**6, join_timeout=6, kill_at={"b": 20}) as run:
+        run.add("a", "b")
+        run.wait_until(lambda: run.processes["a"].poll() is not None)
+        assert run.processes["a"].wait() == 1
+        assert "RendezvousTimeoutError" in run.text("a"), run.text("a")[-2000:]
+
+
+def test_a_replica_of_another_model_is_refused(tmp_path):
+    with a_run(tmp_path, steps=10**6) as run:
+        run.add("a", "b")
+        run.wait_until(lambda: run.lines("a") and run.lines("b"))
+        run.options["layers"] = 3
+        run.add("c")
+        run.wait_until(lambda: run.processes["c"].poll() is not None)
+        assert run.processes["c"].wait() == 1 and "ValueError" in run.text("c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("29400",), 'endpoint must be "host:port"'),
+        (("localhost:port",), 'endpoint must be "host:port"'),
+        (("localhost:1", 0), "min_replicas must be from 1"),
+        (("localhost:1", 3, 2), "min_replicas must be from 1 to max_replicas=2"),
+    ],
+)
+def test_a_bad_argument_is_one_clear_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Membership(*arguments)
+
+
+# -- what becomes one model -------------------------------------------------------------------------------------------
+
+
+def regrouped(rank, world, hook, trained):
+    """What each replica has walked and kept back, and the parameters after the first of them have met."""
+    model, optimizer = build(hook={"lag": 1, **hook}, trigger=EveryNSteps(3))
+    for step in range(8):
+        train_step(model, optimizer, step, shard=rank)
+    residuals = [optimizer.state[p].get("residual") for _, p in optimizer.named_parameters()]
+    parameters = [p for _, p in optimizer.named_parameters()]
+    own = [
+        p.detach().double() + (0 if kept is None else kept.double())
+        for p, kept in zip(parameters, residuals, strict=True)
+    ]
+    optimizer.sync_hook.regroup(trained)
+    after = parameters_of(model)
+    assert all("residual" not in optimizer.state[p] for p in parameters)
+    ordered = [p.detach().double() for p in parameters]
+    # And on: the hook works in the new group.
+    for step in range(8, 14):
+        train_step(model, optimizer, step, shard=rank)
+    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
+    dist.barrier()
+    return own, ordered, after, parameters_of(model), optimizer.sync_steps
+
+
+HOOKS = [
+    {"wire_format": "sign", "momentum": "displacement"},
+    {"wire_format": "int4", "momentum": "displacement", "overlap": 2},
+    {"wire_format": "float32", "momentum": "local"},
+]
+
+
+@pytest.mark.parametrize(("world", "trained"), [(3, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_mean_of_those_that_trained_counts_with_what_they_kept_back(replicas, world, trained, hook):
+    everyone = replicas.run(world, regrouped, hook, trained)
+    walked = [own for own, *_ in everyone[:trained]]
+    means = [sum(parts) / trained for parts in zip(*walked, strict=True)]
+    for _, after, same, end, syncs in everyone:
+        for mean, own in zip(means, after, strict=True):
+            torch.testing.assert_close(own, mean, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(same, everyone[0][2], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(end, everyone[0][3], strict=True))
+        assert syncs == everyone[0][4] > 2
+
+
+def regroup_of_several(rank, world):
+    inner = dist.new_group([rank], use_local_synchronization=True)
+    sync = ProcessGroupSync(dist.group.WORLD, inner_group=inner)
+    with pytest.raises(ValueError, match="regroup replicas of one process"):
+        sync.regroup(1)
+
+
+def test_replicas_of_several_processes_are_refused(replicas):
+    replicas.run(2, regroup_of_several)
