@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 # Whose stub names no stores.
 _stores: Any = dist
 
-# A member that has missed so many heartbeats is gone.
-_MISSED = 2
+# A member that has missed so many heartbeats is gone. While a round forms, they come a second late.
+_MISSED = 3
 # How long a round waits for more members once it has enough. The rendezvous looks for it once a second.
 _LAST_CALL = timedelta(seconds=1)
 # In the range of stop requests, see ``Agreement``.
@@ -51,11 +51,8 @@ class Membership:
         run_id: Of the run; replicas of other runs may use the store too.
         timeout: How long a collective waits for a replica that does not arrive, which then counts as lost.
         join_timeout: How long a replica waits for ``min_replicas``.
-        heartbeat: How often a replica tells the store that it is there. One that has missed two is gone. The clocks
+        heartbeat: How often a replica tells the store that it is there. One that has missed three is gone. The clocks
             of all machines must agree to that, since the rendezvous compares them.
-
-    Attributes:
-        rounds: How many groups this replica has been a member of.
 
     Raises:
         ValueError: On a bad argument.
@@ -108,7 +105,8 @@ class Membership:
             keep_alive_interval=cast(int, heartbeat.total_seconds()),
             keep_alive_max_attempt=_MISSED,
         )
-        self.rounds = 0
+        # Of the last group that this replica was a member of: the groups of a run are numbered from 1 on.
+        self._generation = 0
         self._asked = 0.0
         dist.init_process_group("gloo", store=_stores.HashStore(), rank=0, world_size=1)
 
@@ -120,8 +118,8 @@ class Membership:
     def join(self, sync: ProcessGroupSync, progress: Mapping[str, float]) -> dict[str, float]:
         """Form a group of all that are there, and make them one model.
 
-        Replicas that have trained in a group before take over their mean, and new ones take it over from them, with the
-        state of the optimizers and their hyperparameters. Where all are new, the first one's values count.
+        The replicas of the last group take over their mean, and others take it over from them, with the state of the
+        optimizers and their hyperparameters. Where all are new, the first one's values count.
 
         Args:
             sync: Attached to this replica's optimizers.
@@ -161,7 +159,7 @@ class Membership:
             dist.destroy_process_group()
         members = self._rendezvous.next_rendezvous()
         with explain_failure("the forming of a group"):
-            rank, trained = self._rank_by_training(members.store, members.rank, members.world_size)
+            rank, trained, generation = self._rank_by_training(members.store, members.rank, members.world_size)
             dist.init_process_group(
                 "gloo",
                 store=_stores.PrefixStore("group", members.store),
@@ -174,16 +172,24 @@ class Membership:
             common, states = json.loads(members.store.get("common"))
         load_plain_state(sync.optimizers, states)
         sync.regroup(trained)
-        self.rounds += 1
+        self._generation = generation
         log.info(f"Rank {rank} of {members.world_size} replicas, of which {trained} have trained before.")
         return dict(common)
 
-    def _rank_by_training(self, store: Any, number: int, size: int) -> tuple[int, int]:
-        """The rank of this replica, behind all that have trained if it has not, and how many those are."""
-        store.set(f"trained {number}", str(int(self.rounds > 0)))
-        trained = [store.get(f"trained {other}") == b"1" for other in range(size)]
+    def _rank_by_training(self, store: Any, number: int, size: int) -> tuple[int, int, int]:
+        """The rank of this replica, behind those of the last group if it was not one of them; their number, and the
+        number of the next group.
+
+        A replica that comes back after others went on without it takes over the run as a new one does.
+        """
+        if number >= size:
+            raise ReplicaLostError("a member of the round was taken for gone while it formed")
+        store.set(f"generation {number}", str(self._generation))
+        generations = [int(store.get(f"generation {other}")) for other in range(size)]
+        last = max(generations)
+        trained = [last > 0 and generation == last for generation in generations]
         order = sorted(range(size), key=lambda other: not trained[other])
-        return order.index(number), sum(trained)
+        return order.index(number), sum(trained), last + 1
 
 
 def plain_state(optimizers: Sequence[CurvaDion]) -> list[dict[str, Any]]:

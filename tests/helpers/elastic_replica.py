@@ -2,7 +2,8 @@
 
     python elastic_replica.py NAME JSON
 
-It prints a line of JSON for each group that it becomes a member of, every ten steps, and at its end.
+It prints a line of JSON for each group that it becomes a member of, every ten steps, and at its end: after some steps,
+or 50 steps after a group of some size has formed in the middle of the run.
 """
 
 import datetime
@@ -74,7 +75,7 @@ def main() -> None:
     members = Membership(
         options["endpoint"],
         min_replicas=options["min_replicas"],
-        timeout=datetime.timedelta(seconds=10),
+        timeout=datetime.timedelta(seconds=options.get("timeout", 10)),
         join_timeout=datetime.timedelta(seconds=options.get("join_timeout", 60)),
         heartbeat=datetime.timedelta(seconds=options.get("heartbeat", 1)),
     )
@@ -85,16 +86,21 @@ def main() -> None:
     optimizer.register_sync_hook(sync := ProcessGroupSync(**options["hook"]))
     sync.include_module(model)
 
+    end = options["steps"]
+
     def join(step: int, why: str) -> int:
+        nonlocal end
         step = members.join(sync, {"step": step})["step"]
         # Since its last step.
         seconds = time.perf_counter() - last
         print(json.dumps({"step": step, "size": members.size, "why": why, "seconds": seconds}), flush=True)
+        if step > 0 and members.size == options.get("until"):
+            end = step + 50
         return step
 
     last = time.perf_counter()
     step = join(0, "start")
-    while step < options["steps"]:
+    while step < end:
         try:
             task.step(step)
             time.sleep(options.get("sleep", 0.01))

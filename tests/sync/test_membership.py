@@ -16,9 +16,9 @@ IN_BACKGROUND = {"overlap": 1}
 WAITED_FOR = {"lag": 0}
 
 
-def is_one_model(ends, steps, size):
-    assert len({end["digest"] for end in ends}) == 1
-    assert all(end["end"] == steps and end["size"] == size for end in ends)
+def is_one_model(ends, size):
+    assert len({(end["digest"], end["end"]) for end in ends}) == 1
+    assert all(end["size"] == size for end in ends)
     # Uniform over the tokens is 2.4.
     assert ends[0]["loss"] < 0.5
 
@@ -28,7 +28,7 @@ def test_the_others_train_on_where_one_is_killed(tmp_path, hook):
     with a_run(tmp_path, steps=150, hook=hook, kill_at={"c": 60}) as run:
         run.add("a", "b", "c")
         ends = run.ends("a", "b")
-        is_one_model(ends, steps=150, size=2)
+        is_one_model(ends, size=2)
         assert run.processes["c"].wait() == -signal.SIGKILL
         for name in ("a", "b"):
             joined = [line for line in run.lines(name) if "why" in line]
@@ -40,16 +40,28 @@ def test_the_others_train_on_where_one_is_killed(tmp_path, hook):
 
 
 def test_a_replica_that_comes_takes_over_the_run(tmp_path):
-    with a_run(tmp_path, steps=400, hook=IN_BACKGROUND) as run:
+    with a_run(tmp_path, steps=10**6, until=3, hook=IN_BACKGROUND) as run:
         run.add("a", "b")
         run.wait_until(lambda: run.lines("a") and run.lines("b"))
         time.sleep(1)
         run.add("c")
         ends = run.ends("a", "b", "c")
-        is_one_model(ends, steps=400, size=3)
+        is_one_model(ends, size=3)
         steps = [next(line["step"] for line in run.lines(name) if line.get("size") == 3) for name in "abc"]
         assert len(set(steps)) == 1 and steps[0] > 10
         assert [line["why"] for line in run.lines("a") if "why" in line] == ["start", "join"]
+
+
+def test_one_that_stood_still_while_others_went_on_takes_over_the_run(tmp_path):
+    with a_run(tmp_path, steps=10**6, until=3, hook=IN_BACKGROUND, timeout=3) as run:
+        run.add("a", "b", "c")
+        run.wait_until(lambda: all(run.step(name) >= 30 for name in "abc"))
+        run.processes["c"].send_signal(signal.SIGSTOP)
+        run.wait_until(lambda: all(run.size(name) == 2 and run.step(name) >= 100 for name in "ab"))
+        run.processes["c"].send_signal(signal.SIGCONT)
+        is_one_model(run.ends("a", "b", "c"), size=3)
+        (came_back,) = [line for line in run.lines("c") if line.get("why") == "loss"]
+        assert came_back["step"] >= 100
 
 
 def test_fewer_than_the_fewest_wait_and_end_with_an_error(tmp_path):
