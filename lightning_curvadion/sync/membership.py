@@ -8,6 +8,7 @@ The store must outlive every replica. Whoever reaches it may join, and the rende
 in a private network.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
@@ -24,6 +26,7 @@ from ..optim.curvadion import CurvaDion
 from ..optim.parameter_groups import GROUP_OPTIONS
 from .errors import ReplicaLostError, explain_failure
 from .process_group_sync import ProcessGroupSync
+from .replica_checks import first_difference
 
 log = logging.getLogger(__name__)
 
@@ -159,12 +162,13 @@ class Membership:
             dist.destroy_process_group()
         members = self._rendezvous.next_rendezvous()
         with explain_failure("the forming of a group"):
-            rank, trained, generation = self._rank_by_training(members.store, members.rank, members.world_size)
+            others = self._compare(members, structure_of(sync))
+            rank, trained, generation = rank_by_training(others, members.rank)
             dist.init_process_group(
                 "gloo",
                 store=_stores.PrefixStore("group", members.store),
                 rank=rank,
-                world_size=members.world_size,
+                world_size=len(others),
                 timeout=self._timeout,
             )
             if rank == 0:
@@ -173,23 +177,57 @@ class Membership:
         load_plain_state(sync.optimizers, states)
         sync.regroup(trained)
         self._generation = generation
-        log.info(f"Rank {rank} of {members.world_size} replicas, of which {trained} have trained before.")
+        log.info(f"Rank {rank} of {len(others)} replicas, of which {trained} have trained before.")
         return dict(common)
 
-    def _rank_by_training(self, store: Any, number: int, size: int) -> tuple[int, int, int]:
-        """The rank of this replica, behind those of the last group if it was not one of them; their number, and the
-        number of the next group.
+    def _compare(self, members: RendezvousInfo, structure: list[str]) -> dict[int, int]:
+        """The last group of each member of a round that trains what the others train, by its number in the round.
 
-        A replica that comes back after others went on without it takes over the run as a new one does.
+        Raises:
+            ValueError: This one trains something else. The others go on without it.
+            ReplicaLostError: The round has changed meanwhile.
         """
-        if number >= size:
+        store, numbers = members.store, range(members.world_size)
+        if members.rank not in numbers:
             raise ReplicaLostError("a member of the round was taken for gone while it formed")
-        store.set(f"generation {number}", str(self._generation))
-        generations = [int(store.get(f"generation {other}")) for other in range(size)]
-        last = max(generations)
-        trained = [last > 0 and generation == last for generation in generations]
-        order = sorted(range(size), key=lambda other: not trained[other])
-        return order.index(number), sum(trained), last + 1
+        digest = hashlib.sha256("\n".join(structure).encode()).hexdigest()
+        store.set(f"structure {members.rank}", json.dumps(structure))
+        store.set(f"member {members.rank}", json.dumps([self._generation, digest]))
+        published = [json.loads(store.get(f"member {number}")) for number in numbers]
+        # The first of those that have trained counts.
+        reference = max(numbers, key=lambda number: (published[number][0], -number))
+        if digest != published[reference][1]:
+            theirs = json.loads(store.get(f"structure {reference}"))
+            raise ValueError(first_difference([theirs, structure], ["the run", "this replica"]))
+        return {number: published[number][0] for number in numbers if published[number][1] == digest}
+
+
+def rank_by_training(generations: Mapping[int, int], number: int) -> tuple[int, int, int]:
+    """The rank of a replica, behind those of the last group if it was not one of them; their number; the next group's.
+
+    A replica that comes back after others went on without it takes over the run as a new one does.
+
+    Args:
+        generations: The last group of each, 0 of a new one, by its number in the round.
+        number: Of the replica.
+
+    Example:
+        >>> [rank_by_training({0: 0, 1: 3, 2: 2, 3: 3}, number) for number in range(4)]
+        [(2, 2, 4), (0, 2, 4), (3, 2, 4), (1, 2, 4)]
+    """
+    last = max(generations.values())
+    trained = {other for other, generation in generations.items() if last > 0 and generation == last}
+    order = sorted(generations, key=lambda other: (other not in trained, other))
+    return order.index(number), len(trained), last + 1
+
+
+def structure_of(sync: ProcessGroupSync) -> list[str]:
+    """What two replicas must have in common to train together: all but values and hyperparameters."""
+    lines = [f"hook {sync.settings}"]
+    for optimizer in sync.optimizers:
+        lines.append(f"trigger {type(optimizer.trigger).__name__}")
+        lines += [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in optimizer.named_parameters()]
+    return lines
 
 
 def plain_state(optimizers: Sequence[CurvaDion]) -> list[dict[str, Any]]:

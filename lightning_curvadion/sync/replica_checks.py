@@ -96,7 +96,7 @@ def verify_same_across_replicas(collectives: PayloadCollectives, description: li
     digest = hashlib.sha256("\n".join(description).encode()).digest()
     own = torch.tensor(list(digest), dtype=torch.uint8, device=device)
     if not all(torch.equal(other, own) for other in collectives.all_processes(own)):
-        raise ValueError(_first_difference(collectives.all_gather_object(description)))
+        raise ValueError(first_difference(collectives.all_gather_object(description)))
 
 
 def verify_wire_formats(
@@ -142,12 +142,19 @@ def verify_wire_formats(
         ) from error
 
 
-def _first_difference(descriptions: Sequence[list[str]]) -> str:
+def first_difference(descriptions: Sequence[list[str]], places: Sequence[str] = ()) -> str:
+    """What an error says of descriptions that differ.
+
+    Args:
+        descriptions: Of each replica.
+        places: What the replicas are called; their ranks by default.
+    """
+    places = places or [f"rank {rank}" for rank in range(len(descriptions))]
     reference = descriptions[0]
-    for rank, other in enumerate(descriptions):
+    for place, other in zip(places, descriptions, strict=True):
         for expected, found in zip(reference, other, strict=False):
             if expected != found:
-                return f"replicas differ: rank 0 has [{expected}] where rank {rank} has [{found}]; {_REMEDY}"
+                return f"replicas differ: {places[0]} has [{expected}] where {place} has [{found}]; {_REMEDY}"
         if len(other) != len(reference):
-            return f"replicas differ: rank 0 has {len(reference)} entries and rank {rank} has {len(other)}; {_REMEDY}"
+            return f"replicas differ: {places[0]} has {len(reference)} entries and {place} has {len(other)}; {_REMEDY}"
     raise AssertionError("digests differ but descriptions do not")

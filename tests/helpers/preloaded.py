@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -73,26 +74,30 @@ class Server:
         )
         child.close()
         self._connection = Connection(parent.detach())
+        # Several threads may start and await scripts.
+        self._lock = threading.RLock()
         self._pids: list[int] = []
         self.statuses: dict[int, int] = {}
 
     def receive(self, timeout: float = 0.0) -> None:
         """Read what the server reports."""
-        while self._connection.poll(timeout):
-            pid, status = self._connection.recv()
-            if status is None:
-                # A pid may be used again.
-                self.statuses.pop(pid, None)
-                self._pids.append(pid)
-            else:
-                self.statuses[pid] = status
-            timeout = 0.0
+        with self._lock:
+            while self._connection.poll(timeout):
+                pid, status = self._connection.recv()
+                if status is None:
+                    # A pid may be used again.
+                    self.statuses.pop(pid, None)
+                    self._pids.append(pid)
+                else:
+                    self.statuses[pid] = status
+                timeout = 0.0
 
     def start(self, **request: object) -> Process:
-        self._connection.send(request)
-        while not self._pids:
-            self.receive(timeout=1.0)
-        return Process(self, self._pids.pop())
+        with self._lock:
+            self._connection.send(request)
+            while not self._pids:
+                self.receive(timeout=1.0)
+            return Process(self, self._pids.pop())
 
 
 _servers: list[Server] = []
