@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # Whose stub names no stores.
 _stores: Any = dist
 
-# A member that has missed so many heartbeats is gone. While a round forms, they come a second late.
+# A member that has missed so many heartbeats is gone. While a round forms, they come once a second at most.
 _MISSED = 3
 # How long a round waits for more members once it has enough. The rendezvous looks for it once a second.
 _LAST_CALL = timedelta(seconds=1)
@@ -84,7 +84,7 @@ class Membership:
         run_id: str = "curvadion",
         timeout: timedelta = timedelta(seconds=30),
         join_timeout: timedelta = timedelta(minutes=10),
-        heartbeat: timedelta = timedelta(seconds=1),
+        heartbeat: timedelta = timedelta(seconds=0.7),
     ) -> None:
         host, _, port = endpoint.rpartition(":")
         if not host or not port.isdigit():

@@ -77,7 +77,6 @@ def main() -> None:
         min_replicas=options["min_replicas"],
         timeout=datetime.timedelta(seconds=options.get("timeout", 10)),
         join_timeout=datetime.timedelta(seconds=options.get("join_timeout", 60)),
-        heartbeat=datetime.timedelta(seconds=options.get("heartbeat", 1)),
     )
     # Nobody has what a new replica begins with.
     torch.seed()
