@@ -69,8 +69,8 @@ def train(endpoint: str, steps: int, name: str) -> None:
             step += 1
             if not members.should_regroup(sync):
                 continue
-        except ReplicaLostError as error:
-            print(f"{name}: {error}", flush=True)
+        except ReplicaLostError:
+            print(f"{name}: a replica is lost", flush=True)
         step = join(step)
     sync.reach_consensus(optimizer, include_state=True)
     print(f"{name}: the run ends after {step} steps at a loss of {loss.item():.3f}", flush=True)

@@ -65,6 +65,11 @@ ELSEWHERE = {
     "python examples/fabric.py": "examples/test_fabric.py::test_the_script_trains (workers of the pool)",
     "torchrun --standalone --nproc-per-node 2 examples/plain_loop.py":
         "examples/test_plain_loop.py::test_the_plain_loop_trains (workers of the pool)",
+    "python examples/elastic.py": "sync/test_membership.py::killed (another script)",
+    "python examples/elastic.py --store 29400": "sync/test_membership.py::comes (another script)",
+    "python examples/elastic.py --join HOST:29400":
+        "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (workers of the pool)",
+    "python tests/storm.py": "sync/test_membership.py::killed (once, instead of 20 times)",
     "python examples/sharded.py": "examples/test_sharded_example.py::test_a_process_holds_a_half (workers of the pool)",
     "python examples/switch_before.py": "examples/test_switch.py::test_the_script_learns (forked)",
     "python examples/switch_after.py": "examples/test_switch.py::test_the_script_learns (forked)",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ahead import ahead
 from launching import outputs, start
 from training import ROOT, python_path
 
@@ -95,11 +96,10 @@ class FirstHour:
         return {name.strip(): value for name, value in re.findall(r"^  (\s*\S.*?)  +(\S.*)$", table, flags=re.M)}
 
 
-@pytest.fixture(scope="module")
-def hour(tmp_path_factory: pytest.TempPathFactory) -> FirstHour:
+@ahead
+def hour(folder: Path) -> FirstHour:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("a clone needs git, and a repository")
-    folder = tmp_path_factory.mktemp("hour")
     clone, other = folder / "clone", folder / "other"
     other.mkdir()
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True, timeout=60)
