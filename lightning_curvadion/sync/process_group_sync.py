@@ -296,11 +296,14 @@ class ProcessGroupSync(StepHook):
         optimizers, self._optimizers = self._optimizers, []
         meter = self._parameters.meter
         self._start_anew()
-        self._parameters.meter = meter
-        for optimizer in optimizers:
-            self._join(optimizer, trained)
-            optimizer.replicas_share_state()
-        self._take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
+        try:
+            for optimizer in optimizers:
+                self._join(optimizer, trained)
+                optimizer.replicas_share_state()
+            self._take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
+        finally:
+            # All of them, where one more replica is lost on the way.
+            self._optimizers, self._parameters.meter = optimizers, meter
 
     def _take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
         """Send what is not equal already, as it is where every process has built the model from one seed."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import preloaded
-from launching import ROOT
+from launching import ROOT, environment
 from training import python_path
 
 from lightning_curvadion.sync.membership import host_store
@@ -32,8 +32,7 @@ class Run:
                 json.dumps(self.options),
                 folder=self.folder,
                 output=log,
-                OMP_NUM_THREADS="1",
-                PYTHONPATH=paths,
+                **{**environment(), "PYTHONPATH": paths},
             )
 
     def lines(self, name):

@@ -101,6 +101,7 @@ class Server:
 
 
 _servers: list[Server] = []
+_making = threading.Lock()
 
 
 def start(
@@ -116,8 +117,9 @@ def start(
         errors: Where its errors go, if not there too.
         **environment: Its environment variables, beside those of this process.
     """
-    if not _servers:
-        _servers.append(Server())
+    with _making:
+        if not _servers:
+            _servers.append(Server())
     return _servers[0].start(
         arguments=[str(script), *arguments],
         folder=str(folder),

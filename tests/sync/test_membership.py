@@ -3,15 +3,19 @@
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from ahead import ahead
 from elastic_run import a_run
 from models import build, parameters_of, train_step
 
 from lightning_curvadion import EveryNSteps, ProcessGroupSync
+from lightning_curvadion.sync.errors import ReplicaLostError
 from lightning_curvadion.sync.membership import Membership
+from lightning_curvadion.sync.payload_collectives import PayloadCollectives
 
 IN_BACKGROUND = {"overlap": 1}
 WAITED_FOR = {"lag": 0}
@@ -68,13 +72,13 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module")
-def scenarios(tmp_path_factory):
+@ahead
+def scenarios(folder):
     """All at once, since their replicas wait for each other most of the time."""
+    for name in SCENARIOS:
+        (folder / name).mkdir()
     with ThreadPoolExecutor(len(SCENARIOS)) as threads:
-        return {
-            name: threads.submit(run, tmp_path_factory.mktemp(name.split(",")[0])) for name, run in SCENARIOS.items()
-        }
+        return {name: threads.submit(run, folder / name) for name, run in SCENARIOS.items()}
 
 
 def is_one_model(ends, size):
@@ -136,7 +140,7 @@ def test_a_bad_argument_is_one_clear_error(arguments, message):
 # -- what becomes one model -------------------------------------------------------------------------------------------
 
 
-def regrouped(rank, world, hook, trained):
+def regrouped(rank, world, hook, trained, lost_again=False):
     """What each replica has walked and kept back, and the parameters after the first of them have met."""
     model, optimizer = build(hook={"lag": 1, **hook}, trigger=EveryNSteps(3))
     for step in range(8):
@@ -147,6 +151,16 @@ def regrouped(rank, world, hook, trained):
         p.detach().double() + (0 if kept is None else kept.double())
         for p, kept in zip(parameters, residuals, strict=True)
     ]
+    average = PayloadCollectives.average
+
+    def broken_off(collectives, payloads):
+        average(collectives, payloads[: len(payloads) // 2])
+        raise ReplicaLostError("lost")
+
+    if lost_again:
+        broken = mock.patch.object(PayloadCollectives, "average", broken_off)
+        with broken, pytest.raises(ReplicaLostError):
+            optimizer.sync_hook.regroup(trained)
     optimizer.sync_hook.regroup(trained)
     after = parameters_of(model)
     assert all("residual" not in optimizer.state[p] for p in parameters)
@@ -178,6 +192,13 @@ def test_the_mean_of_those_that_trained_counts_with_what_they_kept_back(replicas
         assert all(torch.equal(a, b) for a, b in zip(same, everyone[0][2], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(end, everyone[0][3], strict=True))
         assert syncs == everyone[0][4] > 2
+
+
+def test_one_that_is_lost_while_they_regroup_takes_nothing_of_the_others(replicas):
+    (own, after, *_), (other, same, *_) = replicas.run(2, regrouped, HOOKS[0], 2, True)
+    for first, second, mean, again in zip(own, other, after, same, strict=True):
+        torch.testing.assert_close(mean, (first + second) / 2, rtol=1e-5, atol=1e-6)
+        assert torch.equal(mean, again)
 
 
 def regroup_of_several(rank, world):
