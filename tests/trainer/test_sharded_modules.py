@@ -175,7 +175,7 @@ def fit_mixed(rank, world, precision):
     return fit(rank, world, "shards", {}, steps=6, precision=precision)["loss"]
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(replicas, precision):
     losses = replicas.run(4, fit_mixed, precision, **PATIENT)
     assert len(set(losses)) == 1 and losses[0] < 2.4
