@@ -42,11 +42,10 @@ def storm(folder: Path, replicas: int, kills: int, steps: int, seed: int = 0) ->
             run.wait_until(lambda: all(run.size(name) == replicas - 1 for name in members))
             run.add(new := f"r{replicas + number}")
             members.append(new)
-            run.wait_until(
-                lambda: all(run.lines(name)[-1:] and run.lines(name)[-1].get("size") == replicas for name in members)
-            )
+            run.wait_until(lambda: all(run.size(name) == replicas for name in members))
         ends = run.ends(*members, within=600)
-        for name in members:
+        # Of those too that were killed later.
+        for name in run.processes:
             for line in run.lines(name):
                 if line.get("why") in ("loss", "join"):
                     (lost if line["why"] == "loss" else joined).append(line["seconds"])

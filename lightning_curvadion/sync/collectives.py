@@ -90,11 +90,6 @@ class Collectives:
         return self._sent.total
 
     @property
-    def chunk(self) -> int:
-        """Numbers that are quantized, sent and dequantized at a time."""
-        return self._chunk
-
-    @property
     def group(self) -> ProcessGroup | None:
         """The process group; ``None`` is the default group."""
         return self._group

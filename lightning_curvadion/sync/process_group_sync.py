@@ -263,7 +263,7 @@ class ProcessGroupSync(StepHook):
         """Make the first ranks one model."""
         group = dist.new_group(list(range(trained)))
         if self.rank < trained:
-            collectives = PayloadCollectives(group, self._collectives.chunk)
+            collectives = PayloadCollectives(group, self._arguments["chunk"])
             collectives.join(self._collectives.device)
             Consensus(collectives, self._parameters, self._untrained).reach([optimizer], include_state=True)
 
