@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "helpers")]
@@ -186,24 +187,18 @@ def kill_once(folder: Path, world: int, victim: int, step: int, where: str, dela
     return max(end.seconds for end in result)
 
 
+def job_of_two_replicas(folder: Path, victim: int, sharded: bool, **breaks: Any) -> Job:
+    """A run of two replicas of two processes each, of which one is hit."""
+    return Job(str(folder), steps=10**6, devices=4, replica_size=2, sharded=sharded, victim=victim, **breaks)
+
+
 def kill_in_replica(folder: Path, victim: int, where: str = "forward", sharded: bool = False) -> float:
     """``kill -9`` on a process of one of two replicas; the seconds until all processes of both have ended.
 
     Each says which one is lost. Those of the victim's replica notice it inside of the replica, the others in the next
     agreement or mean.
     """
-    job = Job(
-        str(folder),
-        steps=10**6,
-        devices=4,
-        replica_size=2,
-        sharded=sharded,
-        victim=victim,
-        step=5,
-        what="kill",
-        where=where,
-        save=False,
-    )
+    job = job_of_two_replicas(folder, victim, sharded, step=5, what="kill", where=where, save=False)
     result = ends(job, start(job), within=30)
     for rank, end in enumerate(result):
         if rank != victim:
@@ -414,17 +409,7 @@ def exception_in_replica(folder: Path, victim: int, sharded: bool = False) -> fl
 
     Where the replicas are sharded none of them can save itself, and they say so.
     """
-    job = Job(
-        str(folder),
-        steps=10**6,
-        devices=4,
-        replica_size=2,
-        sharded=sharded,
-        victim=victim,
-        step=7,
-        what="raise",
-        save=sharded,
-    )
+    job = job_of_two_replicas(folder, victim, sharded, step=7, what="raise", save=sharded)
     result = ends(job, start(job), within=30)
     assert all(end.status == 1 for end in result), [end.status for end in result]
     for rank, end in enumerate(result):

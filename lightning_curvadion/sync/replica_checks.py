@@ -45,10 +45,9 @@ def check_data_parallel(module: nn.Module, inner_group: ProcessGroup | None, sha
         sharded: Whether the optimizers hold sharded parameters, which ``fully_shard`` gathers and averages.
 
     Raises:
-        ValueError: A part is wrapped in ``FullyShardedDataParallel``, or ``fully_shard`` was called on one of module
-            and optimizer alone. Otherwise: a part of it is wrapped
-            in ``DistributedDataParallel`` where a replica is one process; where it is several, the module is not, or in
-            one of another group.
+        ValueError: A part is wrapped in ``FullyShardedDataParallel``. ``fully_shard`` was called on one of module and
+            optimizer alone. A replica is one process, and a part is wrapped in ``DistributedDataParallel``. A replica
+            is several, and the module is not wrapped in it, or in one of another group.
     """
     refuse_flat_parameters(module)
     if is_fully_sharded(module) != sharded:
