@@ -1,6 +1,7 @@
 """The command line: ``curvadion {fit,validate,test,predict} --config FILE``, or ``python -m lightning_curvadion``.
 
-Two more commands: ``report`` plots what a run has logged, ``plan`` predicts what a run would cost.
+Three more commands: ``report`` plots what a run has logged, ``plan`` predicts what a run would cost, and ``store``
+holds the address at which replicas that come and go meet.
 """
 
 import sys
@@ -33,6 +34,7 @@ _UNREGISTERED_STRATEGIES = ("auto", "hpu_parallel", "hpu_single")
 _EXTRA_COMMANDS = {
     "plan": (".plan.command", "Predict what a run would send and cost."),
     "report": (".report.command", "Plot what runs have logged."),
+    "store": (".store", "Hold the address of runs whose replicas come and go."),
 }
 _OPTIONS_HINT = (
     "The options of a class: --optimizer.help=CurvaDion, --trainer.strategy.help=CurvaDionStrategy; of a trigger:"

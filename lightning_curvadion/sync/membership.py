@@ -13,9 +13,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousInfo
@@ -27,8 +27,11 @@ from ..optim.parameter_groups import GROUP_OPTIONS
 from .errors import ReplicaLostError, explain_failure
 from .process_group_sync import ProcessGroupSync
 from .replica_checks import first_difference
+from .replica_groups import Group, Replica, arrange
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Whose stub names no stores.
 _stores: Any = dist
@@ -37,8 +40,12 @@ _stores: Any = dist
 _MISSED = 3
 # How long a round waits for more members once it has enough. The rendezvous looks for it once a second.
 _LAST_CALL = timedelta(seconds=1)
-# In the range of stop requests, see ``Agreement``.
-_REGROUP = 0.5
+# Where C10dRendezvousBackend keeps its state.
+_RENDEZVOUS = "torch.rendezvous."
+# Replicas that form a new group are none of the old one for a moment.
+_REGROUPING_POLLS, _POLL = 6, 0.5
+# In the range of stop requests, see ``Agreement``; below those of a strategy.
+REGROUP = 0.3
 
 
 class Membership:
@@ -108,15 +115,22 @@ class Membership:
             keep_alive_interval=cast(int, heartbeat.total_seconds()),
             keep_alive_max_attempt=_MISSED,
         )
-        # Of the last group that this replica was a member of: the groups of a run are numbered from 1 on.
-        self._generation = 0
-        self._asked = 0.0
+        self._run_id = run_id
+        # Of the last group in which this replica has trained: its number, this rank, its size.
+        self._generation = self._rank = self._members = 0
+        self._prepared = 0
+        self._asked, self._others_wait = 0.0, False
         dist.init_process_group("gloo", store=_stores.HashStore(), rank=0, world_size=1)
 
     @property
     def size(self) -> int:
         """Number of replicas now."""
         return dist.get_world_size()
+
+    @property
+    def store(self) -> Any:
+        """The store of the run."""
+        return _stores.PrefixStore(self._run_id, self._store)
 
     def join(self, sync: ProcessGroupSync, progress: Mapping[str, float]) -> dict[str, float]:
         """Form a group of all that are there, and make them one model.
@@ -135,53 +149,116 @@ class Membership:
             ValueError: Another replica has another model or other settings.
             RendezvousTimeoutError: ``min_replicas`` have not come in time.
         """
+
+        def make_one_model(group: Group) -> dict[str, float]:
+            own = json.dumps([dict(progress), plain_state(sync.optimizers)])
+            common, states = json.loads(group.exchange("common", own.encode()))
+            load_plain_state(sync.optimizers, states)
+            sync.regroup(group.trained)
+            return dict(common)
+
+        return cast(dict[str, float], self.form_group(structure_of(sync), {}, make_one_model))
+
+    def form_group(
+        self,
+        structure: list[str],
+        standing: Mapping[str, Any],
+        make_one_model: Callable[[Group], T],
+        waits: bool = True,
+    ) -> T | None:
+        """Form a group of all that are there, and another one where a replica is lost on the way.
+
+        Args:
+            structure: What the replicas must have in common, in lines.
+            standing: Where this one stands, for JSON. Replicas that have not trained with the others take part where
+                their ``standing["place"]`` is that of the others, and wait for the next group elsewhere.
+            make_one_model: Called in the new group.
+            waits: Whether to wait for the next group where one formed without this replica.
+
+        Returns:
+            What it returned; ``None`` where the group formed without this replica.
+
+        Raises:
+            ValueError: Another replica has another structure.
+            RendezvousTimeoutError: ``min_replicas`` have not come in time.
+        """
         while True:
             try:
-                return self._join(sync, progress)
+                group = self._form_group(structure, standing)
+                if group is None and waits:
+                    continue
+                if group is None:
+                    return None
+                result = make_one_model(group)
+                self._prepared = group.generation
+                with explain_failure("the barrier of a new group"):
+                    dist.barrier()
             except ReplicaLostError as error:
                 log.warning(f"A replica was lost while the replicas formed a group, and they form another one. {error}")
+                continue
+            self._generation, self._rank, self._members = group.generation, group.rank, group.size
+            log.info(f"Rank {group.rank} of {group.size} replicas, of which {group.trained} have trained before.")
+            return result
+
+    def waiting(self) -> bool:
+        """Whether others wait to take part, as the store knew a second ago."""
+        if time.monotonic() > self._asked + 1:
+            self._asked = time.monotonic()
+            self._others_wait = self._rendezvous.num_nodes_waiting() > 0
+        return self._others_wait
 
     def should_regroup(self, sync: ProcessGroupSync) -> bool:
         """Whether all replicas are to :meth:`join` again now, since others wait to take part.
 
         Call it after every step; the answer is the same on all replicas. It asks the store once a second.
         """
-        if dist.get_rank() == 0 and time.monotonic() > self._asked + 1:
-            self._asked = time.monotonic()
-            if self._rendezvous.num_nodes_waiting() > 0:
-                sync.agreement.stop_request = _REGROUP
-        return sync.agreement.agreed_request == _REGROUP
+        if dist.get_rank() == 0 and self.waiting():
+            sync.agreement.stop_request = REGROUP
+        return sync.agreement.agreed_request == REGROUP
+
+    def is_over(self) -> bool:
+        """Whether the run has ended, or has lost all its replicas: asked of a run that had begun."""
+        for _ in range(_REGROUPING_POLLS):
+            if self._rendezvous.is_closed():
+                return True
+            if self._rendezvous._state_holder.state.participants:
+                return False
+            time.sleep(_POLL)
+        return True
+
+    def end(self) -> None:
+        """Let nobody join any more."""
+        self._rendezvous.shutdown()
 
     def close(self) -> None:
         """End the run for all: nobody joins any more."""
-        self._rendezvous.shutdown()
-        dist.destroy_process_group()
+        self.leave()
+        self.end()
 
-    def _join(self, sync: ProcessGroupSync, progress: Mapping[str, float]) -> dict[str, float]:
+    def leave(self) -> None:
+        """Take no part any more; the others go on."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        members = self._rendezvous.next_rendezvous()
-        with explain_failure("the forming of a group"):
-            others = self._compare(members, structure_of(sync))
-            rank, trained, generation = rank_by_training(others, members.rank)
-            dist.init_process_group(
-                "gloo",
-                store=_stores.PrefixStore("group", members.store),
-                rank=rank,
-                world_size=len(others),
-                timeout=self._timeout,
-            )
-            if rank == 0:
-                members.store.set("common", json.dumps([dict(progress), plain_state(sync.optimizers)]))
-            common, states = json.loads(members.store.get("common"))
-        load_plain_state(sync.optimizers, states)
-        sync.regroup(trained)
-        self._generation = generation
-        log.info(f"Rank {rank} of {len(others)} replicas, of which {trained} have trained before.")
-        return dict(common)
 
-    def _compare(self, members: RendezvousInfo, structure: list[str]) -> dict[int, int]:
-        """The last group of each member of a round that trains what the others train, by its number in the round.
+    def _form_group(self, structure: list[str], standing: Mapping[str, Any]) -> Group | None:
+        """The group of the next round, and the default process group; ``None`` where it formed without this replica."""
+        self.leave()
+        members = self._rendezvous.next_rendezvous()
+        self._others_wait = False
+        with explain_failure("the forming of a group"):
+            replicas = self._compare(members, structure, standing)
+            group = arrange(replicas, members.rank, self._members, _stores.PrefixStore("group", members.store))
+            if group is None:
+                return None
+            dist.init_process_group(
+                "gloo", store=group.store, rank=group.rank, world_size=group.size, timeout=self._timeout
+            )
+        return group
+
+    def _compare(
+        self, members: RendezvousInfo, structure: list[str], standing: Mapping[str, Any]
+    ) -> dict[int, Replica]:
+        """The members of a round that train what the others train, by their number in the round.
 
         Raises:
             ValueError: This one trains something else. The others go on without it.
@@ -191,34 +268,16 @@ class Membership:
         if members.rank not in numbers:
             raise ReplicaLostError("a member of the round was taken for gone while it formed")
         digest = hashlib.sha256("\n".join(structure).encode()).hexdigest()
+        own = Replica(self._generation, self._prepared, self._rank, digest, dict(standing))
         store.set(f"structure {members.rank}", json.dumps(structure))
-        store.set(f"member {members.rank}", json.dumps([self._generation, digest]))
-        published = [json.loads(store.get(f"member {number}")) for number in numbers]
+        store.set(f"member {members.rank}", json.dumps(own))
+        published = [Replica(*json.loads(store.get(f"member {number}"))) for number in numbers]
         # The first of those that have trained counts.
-        reference = max(numbers, key=lambda number: (published[number][0], -number))
-        if digest != published[reference][1]:
+        reference = max(numbers, key=lambda number: (published[number].generation, -number))
+        if digest != published[reference].digest:
             theirs = json.loads(store.get(f"structure {reference}"))
             raise ValueError(first_difference([theirs, structure], ["the run", "this replica"]))
-        return {number: published[number][0] for number in numbers if published[number][1] == digest}
-
-
-def rank_by_training(generations: Mapping[int, int], number: int) -> tuple[int, int, int]:
-    """The rank of a replica, behind those of the last group if it was not one of them; their number; the next group's.
-
-    A replica that comes back after others went on without it takes over the run as a new one does.
-
-    Args:
-        generations: The last group of each, 0 of a new one, by its number in the round.
-        number: Of the replica.
-
-    Example:
-        >>> [rank_by_training({0: 0, 1: 3, 2: 2, 3: 3}, number) for number in range(4)]
-        [(2, 2, 4), (0, 2, 4), (3, 2, 4), (1, 2, 4)]
-    """
-    last = max(generations.values())
-    trained = {other for other, generation in generations.items() if last > 0 and generation == last}
-    order = sorted(generations, key=lambda other: (other not in trained, other))
-    return order.index(number), len(trained), last + 1
+        return {number: published[number] for number in numbers if published[number].digest == digest}
 
 
 def structure_of(sync: ProcessGroupSync) -> list[str]:
@@ -267,3 +326,21 @@ def host_store(port: int, host: str = "0.0.0.0") -> Any:
         host: Address of the network interface that it listens to.
     """
     return _stores.TCPStore(host, port, is_master=True, wait_for_workers=False)
+
+
+def run_name(number: int) -> str:
+    """The ``run_id`` of one of the runs that a store has seen one after the other."""
+    return f"curvadion/{number}"
+
+
+def pulse(store: Any) -> tuple[int, bytes]:
+    """What changes as long as replicas of the newest run are there: its number, and what its rendezvous holds.
+
+    Args:
+        store: Of :func:`host_store`.
+    """
+    number = 0
+    while store.check([_RENDEZVOUS + run_name(number + 1)]):
+        number += 1
+    key = _RENDEZVOUS + run_name(number)
+    return number, store.get(key) if store.check([key]) else b""

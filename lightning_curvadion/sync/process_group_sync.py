@@ -21,6 +21,7 @@ from .errors import ReplicaLostError
 from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
 from .payload_collectives import PayloadCollectives
+from .recovering_hook import RecoveringHook
 from .replica_checks import (
     check_data_parallel,
     describe_module,
@@ -30,10 +31,9 @@ from .replica_checks import (
 )
 from .settings import CHUNK, SyncSettings, resolve_settings
 from .sharding_checks import check_sharding, holds_shards
-from .step_hook import StepHook
 
 
-class ProcessGroupSync(StepHook):
+class ProcessGroupSync(RecoveringHook):
     """Synchronises the replicas of a process group: a sync hook for :class:`~lightning_curvadion.CurvaDion`.
 
     Works in a plain torch loop, under Fabric, and inside :class:`~lightning_curvadion.CurvaDionStrategy`. One object
@@ -156,6 +156,8 @@ class ProcessGroupSync(StepHook):
             "overlap": overlap,
         }
         super().__init__(arguments, group, inner_group)
+        # In the groups before this one.
+        self._sent_before = 0
 
     def settings_for(self, optimizer: CurvaDion) -> SyncSettings:
         """The settings with which the parameters of an optimizer synchronise: parameters in float64 have others."""
@@ -169,7 +171,7 @@ class ProcessGroupSync(StepHook):
 
         Where a replica has several processes, each of them counts what they send together to other replicas.
         """
-        return self._collectives.bytes_sent
+        return self._sent_before + self._collectives.bytes_sent
 
     @property
     def optimizers(self) -> list[CurvaDion]:
@@ -251,7 +253,7 @@ class ProcessGroupSync(StepHook):
             self._reach_consensus_of(optimizer, trained)
         verify_wire_formats(self._collectives, optimizer, self.settings, device)
         state = state_tensors(optimizer)
-        self._take_from_rank_0({**dict(optimizer.named_parameters()), **state})
+        self.take_from_rank_0({**dict(optimizer.named_parameters()), **state})
         set_step_counts(optimizer, state)
         self._register(optimizer)
         if self.world_size > 1 and len(self._optimizers) == 1:
@@ -294,19 +296,27 @@ class ProcessGroupSync(StepHook):
         if self._inner_group is not None:
             raise ValueError("regroup replicas of one process: of a replica of several, none can be lost alone")
         optimizers, self._optimizers = self._optimizers, []
-        meter = self._parameters.meter
+        meter, request = self._parameters.meter, self.agreement.stop_request
+        self._sent_before = self.bytes_sent
         self._start_anew()
+        self.agreement.stop_request = request
         try:
             for optimizer in optimizers:
                 self._join(optimizer, trained)
                 optimizer.replicas_share_state()
-            self._take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
+            self.take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
         finally:
             # All of them, where one more replica is lost on the way.
             self._optimizers, self._parameters.meter = optimizers, meter
 
-    def _take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
-        """Send what is not equal already, as it is where every process has built the model from one seed."""
+    def take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
+        """Let tensors be those of rank 0.
+
+        Sent is what is not equal already, as it is where every process has built the model from one seed.
+
+        Args:
+            tensors: By name, the same on every rank.
+        """
         self._collectives.broadcast(list(self._collectives.differing(tensors).values()))
 
     def include_module(self, module: nn.Module) -> None:
@@ -325,7 +335,7 @@ class ProcessGroupSync(StepHook):
         self._untrained.include(module)
         # Before the broadcast: a rank with nothing to send would not join the ranks that have something.
         verify_same_across_replicas(self._collectives, describe_module(module), next(module.parameters()).device)
-        self._take_from_rank_0({**self._untrained.parameters_outside(), **dict(module.named_buffers())})
+        self.take_from_rank_0({**self._untrained.parameters_outside(), **dict(module.named_buffers())})
         notify_of_loads(module, self.note_other_values)
 
     def note_other_values(self, parameters: Iterable[Tensor]) -> None:

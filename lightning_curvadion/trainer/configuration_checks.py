@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -93,4 +94,39 @@ def refuse_arguments(arguments: Iterable[str], known: Iterable[str]) -> None:
             f"{', '.join(arguments)}: CurvaDionStrategy does not wrap the model in DistributedDataParallel, whose"
             " arguments and communication hooks have no meaning here; leave it out, or use strategy='ddp'. Inside of a"
             " replica of several processes (replica_size) it does, and takes all but its communication hooks"
+        )
+
+
+def check_elastic(
+    elastic: bool,
+    min_replicas: int | None,
+    replica_size: object,
+    process_group_backend: str | None,
+    start_method: str,
+    **_: Any,
+) -> None:
+    """Check the arguments of a strategy that say whether replicas come and go.
+
+    Raises:
+        MisconfigurationException: They do not fit together.
+    """
+    if not elastic:
+        if min_replicas is not None:
+            raise MisconfigurationException("min_replicas: only with elastic=True can replicas be lost; leave it out")
+        return
+    if min_replicas is not None and (isinstance(min_replicas, bool) or min_replicas < 1):
+        raise MisconfigurationException(f"min_replicas must be at least 1, not {min_replicas}")
+    if replica_size != 1:
+        raise MisconfigurationException(
+            "elastic=True: replicas of one process come and go, and of a replica of several none can be lost alone;"
+            " leave out replica_size"
+        )
+    if process_group_backend not in (None, "gloo"):
+        raise MisconfigurationException(
+            f"elastic=True: {process_group_backend=} is not supported, since a group of gloo alone can be left"
+            " and formed again; leave it out"
+        )
+    if start_method != "popen":
+        raise MisconfigurationException(
+            f"elastic=True: start_method={start_method!r} ends all processes where one is lost; leave it out"
         )

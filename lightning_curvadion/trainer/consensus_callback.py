@@ -22,6 +22,8 @@ class ConsensusCallback(Callback):
         act_on_agreed_request: Called after every batch.
         verify_no_step: Called at the end of every epoch, which a rank with fewer batches reaches before the others.
         note_failure: Called with an exception before other callbacks handle it.
+        begin_epoch: Called before the first batch of every epoch.
+        begin_batch: Called before every batch.
     """
 
     def __init__(
@@ -30,11 +32,19 @@ class ConsensusCallback(Callback):
         act_on_agreed_request: Callable[[], None],
         verify_no_step: Callable[[], None],
         note_failure: Callable[[BaseException], None],
+        begin_epoch: Callable[[], None],
+        begin_batch: Callable[[], None],
     ) -> None:
         self._reach_consensus = reach_consensus
         self._act_on_agreed_request = act_on_agreed_request
         self._verify_no_step = verify_no_step
         self._note_failure = note_failure
+        self._begin_epoch = begin_epoch
+        self._begin_batch = begin_batch
+
+    @override
+    def on_train_batch_start(self, trainer: "pl.Trainer", *_: Any) -> None:
+        self._begin_batch()
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
@@ -42,6 +52,7 @@ class ConsensusCallback(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._begin_epoch()
         # Here SWA takes up the weights, and in the end replaces them by their average.
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StochasticWeightAveraging) and trainer.current_epoch >= callback.swa_start:

@@ -4,40 +4,57 @@ Each docstring says what is touched and with which versions of Lightning it was 
 package allows, and 2.6.6. ``tests/trainer/test_lightning_internals.py`` fails where a name has moved.
 """
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistryType
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.data import _update_dataloader
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Sampler
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "IndependentProcessesLauncher",
     "SignalHandler",
     "StrategyRegistryType",
     "WrappingCheckpointIO",
     "averaged_model",
+    "batches_begun",
     "configured_optimizers",
     "detach_trainer",
     "disable_sigterm_broadcast",
     "give_device_mesh",
     "is_logging_step",
+    "load_loop_progress",
+    "log_beside",
+    "loop_progress",
     "materialize_shards",
     "optimizer_steps",
     "replace_signal_handlers",
     "requeue_job",
+    "restart_data",
     "stop_after_batch",
     "trainer_of",
+    "update_epoch_length",
+    "with_sampler",
 ]
 
 SignalHandler = Callable[[int, FrameType | None], None]
@@ -152,3 +169,115 @@ def configured_optimizers(module: "pl.LightningModule") -> list[Optimizer]:
     ``lightning.pytorch.core.optimizer._init_optimizers_and_lr_schedulers``: 2.5.0, 2.6.6.
     """
     return _init_optimizers_and_lr_schedulers(module)[0]
+
+
+class IndependentProcessesLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher of processes on a machine, none of which ends because another one does.
+
+    ``_SubprocessScriptLauncher`` and its ``_call_children_scripts``: 2.5.0, 2.6.6.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **options: Any) -> Any:
+        """As Lightning's, without the thread that watches over the processes."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        return function(*args, **options)
+
+
+def with_sampler(dataloader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
+    """The same dataloader with another sampler.
+
+    ``lightning.pytorch.utilities.data._update_dataloader``: 2.5.0, 2.6.6.
+    """
+    return _update_dataloader(dataloader, sampler)
+
+
+def update_epoch_length(trainer: "pl.Trainer", begins: bool = False) -> None:
+    """Let the training epoch be as long as its dataloaders say now.
+
+    Args:
+        trainer: Of the loop.
+        begins: Whether the epoch is about to begin. In its middle a replica may have validated already where a part of
+            the former length is over, so that this part stays.
+
+    ``FitLoop._combined_loader`` with ``CombinedLoader._limits``, ``FitLoop._data_fetcher``, ``_parse_num_batches`` and
+    ``sized_len``: 2.5.0, 2.6.6.
+    """
+    loop = trainer.fit_loop
+    loader = cast(CombinedLoader, loop._combined_loader)
+    limits = [
+        _parse_num_batches(RunningStage.TRAINING, length, trainer.limit_train_batches)
+        for length in map(sized_len, loader.flattened)
+        if length is not None
+    ]
+    if loop._data_fetcher is None or loader._limits is None or len(limits) < len(loader.flattened):
+        return
+    # In place, for the iterator that holds them too.
+    loader._limits[:] = limits
+    loop._data_fetcher.length = length = sized_len(loader)
+    assert length is not None
+    loop.max_batches = length
+    part = trainer.val_check_interval
+    if isinstance(part, float) and trainer.val_check_batch is not None and (begins or part == 1.0):
+        trainer.val_check_batch = max(1, int(length * part))
+
+
+def batches_begun(trainer: "pl.Trainer") -> int:
+    """Batches of this epoch that were trained on, or are now.
+
+    ``_TrainingEpochLoop.batch_progress``: 2.5.0, 2.6.6.
+    """
+    return cast(Any, trainer.fit_loop.epoch_loop.batch_progress.current).started  # type: ignore[no-any-return]
+
+
+def loop_progress(trainer: "pl.Trainer") -> dict[str, Any]:
+    """Where the training loop is before a batch, plain numbers.
+
+    ``_Loop.state_dict``: 2.5.0, 2.6.6.
+    """
+    return trainer.fit_loop.state_dict()
+
+
+def load_loop_progress(trainer: "pl.Trainer", progress: dict[str, Any]) -> None:
+    """Put the training loop where another replica's is: called where an epoch begins, before its first batch.
+
+    The loop goes on as where it is resumed in the middle of an epoch. ``_Loop.load_state_dict``, ``restarting`` and the
+    progress of each loop: 2.5.0, 2.6.6.
+    """
+    loop = trainer.fit_loop
+    loop.load_state_dict(progress)
+    loop.on_iteration_done()
+    epochs, batches = loop.epoch_progress, cast(Any, loop.epoch_loop.batch_progress)
+    for count in (cast(Any, epochs.total), cast(Any, epochs.current)):
+        # Counted after the callbacks.
+        count.started -= 1
+    for count in (batches.total, batches.current):
+        # The other replica has fetched its batch.
+        count.ready = count.started
+    batches.is_last_batch = False
+    loop.epoch_loop.restarting = True
+    if not loop.epoch_loop._should_accumulate():
+        # A checkpoint is saved before it is counted, and a restart counts it.
+        loop.epoch_loop._batches_that_stepped -= 1
+
+
+def restart_data(trainer: "pl.Trainer") -> None:
+    """Let the dataloaders of an epoch that is about to begin ask their samplers again.
+
+    ``FitLoop._data_fetcher``: 2.5.0, 2.6.6.
+    """
+    assert trainer.fit_loop._data_fetcher is not None
+    iter(trainer.fit_loop._data_fetcher)
+
+
+def log_beside(logger: Logger) -> None:
+    """Let a logger that has written nothing so far leave the file of the process that wrote before it as it is.
+
+    ``CSVLogger`` would delete it. ``CSVLogger._experiment``, ``_version`` and ``_get_next_version``: 2.5.0, 2.6.6.
+    """
+    if not isinstance(logger, CSVLogger) or logger._experiment is not None:
+        return
+    if os.path.exists(os.path.join(logger.log_dir, "metrics.csv")):
+        named = isinstance(logger.version, str)
+        logger._version = f"{logger.version}-{os.getpid()}" if named else logger._get_next_version()

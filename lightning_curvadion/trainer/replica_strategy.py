@@ -89,9 +89,7 @@ class ReplicaStrategy(DDPStrategy):
                 f"{self.__class__.__name__}: each of the {self.num_processes} processes of a node is a replica, and"
                 " sends to other nodes. With replica_size='node' they are one replica, and send as much as one of them."
             )
-        # Lightning does it for NCCL alone. A process that ends with gloo's threads alive aborts now and then.
-        atexit.unregister(_leave_process_group)
-        atexit.register(_leave_process_group)
+        leave_process_group_at_exit()
 
     @property
     def _sharded(self) -> bool:
@@ -210,6 +208,12 @@ class ReplicaStrategy(DDPStrategy):
             sharded_checkpoints.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
         else:
             super().load_model_state_dict(checkpoint, strict)
+
+
+def leave_process_group_at_exit() -> None:
+    """Lightning does it for NCCL alone. A process that ends with gloo's threads alive aborts now and then."""
+    atexit.unregister(_leave_process_group)
+    atexit.register(_leave_process_group)
 
 
 def _leave_process_group() -> None:

@@ -11,7 +11,6 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,23 +18,23 @@ from torch.profiler import record_function
 from typing_extensions import override
 
 from ..optim.gradient_checks import UnusableGradientError
-from ..sync.errors import ReplicaLostError, explain_failure
+from ..sync.errors import ReplicaLostError
 from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
 from .consensus_callback import ConsensusCallback, moving_averages
+from .elastic_strategy import ElasticStrategy
 from .lightning_internals import StrategyRegistryType, trainer_of
 from .mixed_precision import share_gradient_scaler
 from .replica_processes import DDP_ARGUMENTS, ReplicaSize
-from .replica_strategy import ReplicaStrategy
-from .signals import StopRequests
+from .signals import LeaveRequests, StopRequests
 
 log = logging.getLogger(__name__)
 
 
-class CurvaDionStrategy(ReplicaStrategy):
+class CurvaDionStrategy(ElasticStrategy):
     """Data-parallel training without gradient all-reduces: replicas step alone until their optimizer's trigger fires.
 
     Launching, devices, samplers and checkpoints are those of Lightning's ``DDPStrategy``. The module is not wrapped in
@@ -69,6 +68,10 @@ class CurvaDionStrategy(ReplicaStrategy):
             sends what one process would, and fewer replicas lose less against DDP (``sync/two_levels.py``). Where
             ``configure_model`` calls ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``, its processes share
             one model instead, and a checkpoint is a directory (``sharded_checkpoints.py``).
+        elastic: Whether replicas may be lost, and come, while the others train on (``elastic.py``). They meet at the
+            store at ``MASTER_ADDR`` and ``MASTER_PORT``; without these, replicas of this machine alone. SIGTERM lets a
+            replica leave. Gloo only, and replicas of one process.
+        min_replicas: With ``elastic``, fewer wait for others: 20 times ``timeout``, which is 30 seconds by default.
         accelerator: As in ``DDPStrategy``, like all that follow.
         parallel_devices: Devices of this node.
         cluster_environment: What launches the processes.
@@ -119,6 +122,8 @@ class CurvaDionStrategy(ReplicaStrategy):
         lag: int = 1,
         overlap: int | None = None,
         replica_size: ReplicaSize = 1,
+        elastic: bool = False,
+        min_replicas: int | None = None,
         accelerator: "pl.accelerators.Accelerator | None" = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -134,8 +139,10 @@ class CurvaDionStrategy(ReplicaStrategy):
         refused = [name for name in ddp_arguments if name not in accepted]
         refuse_arguments(refused, {*inspect.signature(CurvaDionStrategy).parameters, *accepted})
         super().__init__(
-            replica_size,
-            ddp_arguments,
+            elastic,
+            min_replicas,
+            replica_size=replica_size,
+            ddp_arguments=ddp_arguments,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -177,6 +184,23 @@ class CurvaDionStrategy(ReplicaStrategy):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 
+    # -- replicas that come and go -----------------------------------------------------------------------------------
+
+    def _leave(self, leaves: bool) -> None:
+        """After a step in which replicas have agreed that some leave: what these have learned stays."""
+        assert self._elastic is not None
+        self.reach_consensus(include_state=True)
+        if leaves:
+            self._elastic.leave()
+
+    def _begin_epoch(self) -> None:
+        if self._elastic is not None:
+            self._elastic.begin_epoch()
+
+    def _begin_batch(self) -> None:
+        if self._elastic is not None and not self._alone:
+            self._elastic.begin_batch()
+
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         super().setup_optimizers(trainer)
@@ -195,7 +219,11 @@ class CurvaDionStrategy(ReplicaStrategy):
             self.sync.include_module(trained)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._stop_requests = StopRequests(trainer, self.sync)
+        if self._elastic is None:
+            self._stop_requests = StopRequests(trainer, self.sync)
+        else:
+            self._elastic.attach(trainer, self.sync)
+            self._stop_requests = LeaveRequests(trainer, self.sync, self._elastic.interrupt, self._leave)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
             callback = ConsensusCallback(
@@ -203,6 +231,8 @@ class CurvaDionStrategy(ReplicaStrategy):
                 self._act_on_agreed_request,
                 self._verify_no_step,
                 self._note_failure,
+                self._begin_epoch,
+                self._begin_batch,
             )
             self._callbacks.insert(0, callback)
 
@@ -217,10 +247,14 @@ class CurvaDionStrategy(ReplicaStrategy):
             include_state: Also average the optimizers' state.
         """
         log.debug(f"{self.__class__.__name__}: reaching consensus, include_state={include_state}")
-        with record_function("curvadion::consensus"):
+
+        def reach() -> None:
             self.sync.reach_consensus(require_curvadion(self.optimizers), include_state=include_state)
             if averages := moving_averages(self._callbacks):
                 self.sync.average(averages)
+
+        with record_function("curvadion::consensus"):
+            self._jointly(reach)
 
     def _act_on_agreed_request(self) -> None:
         assert self._stop_requests is not None
@@ -245,7 +279,7 @@ class CurvaDionStrategy(ReplicaStrategy):
     def _verify_no_step(self) -> None:
         """Verify that the other ranks have not gone on to their next step, whose agreement nothing else would match."""
         if self._training and not self._alone:
-            self.sync.agreement.verify_no_step(self.root_device)
+            self._jointly(lambda: self.sync.agreement.verify_no_step(self.root_device))
 
     @override
     def on_train_start(self) -> None:
@@ -254,6 +288,8 @@ class CurvaDionStrategy(ReplicaStrategy):
         self._stop_requests.install()
         withdraw_report()
         self._training, self._all_raised = True, False
+        if self._elastic is not None:
+            self._elastic.begin_training()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -270,6 +306,8 @@ class CurvaDionStrategy(ReplicaStrategy):
     @override
     def on_train_end(self) -> None:
         self._training = False
+        if self._elastic is not None:
+            self._elastic.end_training()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -295,37 +333,18 @@ class CurvaDionStrategy(ReplicaStrategy):
                 " from the newest checkpoint"
             )
         else:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    # -- Lightning's own collectives ---------------------------------------------------------------------------------
+            write = super().save_checkpoint
+            # Where the rank that writes is lost, another one does.
+            self._jointly(lambda: write(checkpoint, filepath, storage_options))
 
     @property
+    @override
     def _alone(self) -> bool:
         """Whether this rank handles an exception that the others may not have: nobody would join a collective."""
         trainer = trainer_of(self.lightning_module)
         interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
         stopping = self._stop_requests is not None and self._stop_requests.stopping
-        return interrupted and not stopping and not self._all_raised
-
-    @override
-    def barrier(self, *args: Any, **options: Any) -> None:
-        if not self._alone:
-            with explain_failure(f"the barrier {args[0]!r}" if args else "a barrier"):
-                super().barrier(*args, **options)
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if self._alone:
-            return obj
-        with explain_failure("a broadcast"):
-            return super().broadcast(obj, src)
-
-    @override
-    def reduce(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
-        if self._alone:
-            return tensor
-        with explain_failure("the reduction of a metric"):
-            return super().reduce(tensor, *args, **options)
+        return super()._alone or (interrupted and not stopping and not self._all_raised)
 
     @classmethod
     @override

@@ -1,0 +1,132 @@
+"""ElasticStrategy: replicas that may be lost and come, and what all of them do together between steps."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lightning.pytorch.strategies.strategy import TBroadcast
+from torch import Tensor
+from typing_extensions import override
+
+from ..sync.errors import explain_failure
+from ..sync.membership_changes import MembershipChange
+from .configuration_checks import check_elastic
+from .elastic import ElasticRun
+from .lightning_internals import IndependentProcessesLauncher
+from .replica_strategy import ReplicaStrategy, leave_process_group_at_exit
+
+T = TypeVar("T")
+
+
+class ElasticStrategy(ReplicaStrategy):
+    """A :class:`ReplicaStrategy` whose replicas may be lost, and come, while the others train on.
+
+    Args:
+        elastic: Whether they may.
+        min_replicas: Fewer wait for others; ``None`` is 1.
+        **arguments: Of ``ReplicaStrategy``.
+
+    Raises:
+        MisconfigurationException: Arguments that do not fit together.
+    """
+
+    def __init__(self, elastic: bool, min_replicas: int | None, **arguments: Any) -> None:
+        check_elastic(elastic, min_replicas, **arguments)
+        super().__init__(**arguments)
+        self._elastic = ElasticRun(min_replicas or 1, self._timeout) if elastic else None
+        self._hosts_store = False
+
+    @property
+    def _alone(self) -> bool:
+        """Whether nobody would join a collective of this rank."""
+        return self._elastic is not None and self._elastic.has_left
+
+    @property
+    def membership_changes(self) -> list[MembershipChange]:
+        """What happened to the replicas, as this one saw it; empty unless ``elastic``."""
+        return self._elastic.changes if self._elastic is not None else []
+
+    @property
+    @override
+    def global_rank(self) -> int:
+        return self._elastic.rank if self._elastic is not None else super().global_rank
+
+    @property
+    @override
+    def world_size(self) -> int:
+        return self._elastic.size if self._elastic is not None else super().world_size
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        if self._elastic is None:
+            return super().distributed_sampler_kwargs
+        return {"num_replicas": self.world_size, "rank": self.global_rank % self.world_size}
+
+    @override
+    def _configure_launcher(self) -> None:
+        environment = self.cluster_environment
+        if self._elastic is None or environment is None:
+            super()._configure_launcher()
+            return
+        addressed = {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} & set(os.environ)
+        self._hosts_store = not addressed and not environment.creates_processes_externally
+        self._launcher = IndependentProcessesLauncher(environment, self.num_processes, self.num_nodes)
+
+    @override
+    def setup_distributed(self) -> None:
+        if self._elastic is None:
+            super().setup_distributed()
+            return
+        environment = self.cluster_environment
+        assert environment is not None
+        self._process_group_backend = "gloo"
+        address = f"{environment.main_address}:{environment.main_port}"
+        self._elastic.start(address, self.num_nodes * self.num_processes, self._hosts_store)
+        leave_process_group_at_exit()
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._elastic is None or self.lightning_module is None:
+            return dataloader
+        return self._elastic.share_out(dataloader, trains=bool(self.lightning_module.trainer.training))
+
+    def _jointly(self, operation: Callable[[], T]) -> T:
+        """Run what all replicas run, in a new group again where a replica is lost in it."""
+        return operation() if self._elastic is None else self._elastic.recovery.run(operation)
+
+    # -- Lightning's own collectives ---------------------------------------------------------------------------------
+
+    @override
+    def barrier(self, *args: Any, **options: Any) -> None:
+        if not self._alone:
+            self._explained_jointly(
+                f"the barrier {args[0]!r}" if args else "a barrier", lambda: super(ElasticStrategy, self).barrier()
+            )
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if self._alone:
+            return obj
+        return self._explained_jointly("a broadcast", lambda: super(ElasticStrategy, self).broadcast(obj, src))
+
+    @override
+    def reduce(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self._alone:
+            return tensor
+        reduce = super().reduce
+
+        def reduce_copy() -> Tensor:
+            # It is reduced in place, and once more where a replica is lost.
+            own = tensor if self._elastic is None or not isinstance(tensor, Tensor) else tensor.clone()
+            return reduce(own, *args, **options)
+
+        return self._explained_jointly("the reduction of a metric", reduce_copy)
+
+    def _explained_jointly(self, what: str, operation: Callable[[], T]) -> T:
+        def explained() -> T:
+            with explain_failure(what):
+                return operation()
+
+        return self._jointly(explained)
