@@ -13,12 +13,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..optim.curvadion import CurvaDion
+from ..sync.membership_changes import MembershipChange
 from ..sync.process_group_sync import ProcessGroupSync
 
 # These register themselves; their order is that of the rows in the closing table.
-from . import metrics, rmmc_metric, run_totals  # noqa: F401
+from . import metrics, rmmc_metric  # noqa: F401
+
+# isort: split
+from . import membership_metric, run_totals  # noqa: F401
 from .advice import RunSoFar, advice_on_model, advice_on_run
 from .lightning_internals import is_logging_step, optimizer_steps
+from .membership_metric import Members
 from .metrics import BytesSaved, BytesSent, Drift, StepsSinceSync, SyncRate
 from .run_metric import METRICS, Cause, Event, RunMetric, loss_text, table_rows
 from .run_settings import communication_settings
@@ -41,6 +46,12 @@ class CommunicationMonitor(Callback):
     Logged once for every sync step since, under the step's own number: ``curvadion/drift``, the distance of this
     replica to the consensus relative to its norm, just before it took it over, and ``curvadion/local_steps``, the local
     steps before. A validation after a local step has a drift of its own.
+
+    Where replicas come and go, under ``CurvaDionStrategy(elastic=True)``, also at the Trainer's interval, and once for
+    every change, under the step at which this replica noticed it: ``curvadion/members``, their number,
+    ``curvadion/replicas_lost`` and ``curvadion/replicas_joined`` so far, ``curvadion/samples_skipped``, which lost
+    replicas had drawn and nobody trains on, and ``curvadion/membership_seconds``, how long this replica's training
+    stood still for that. A replica counts from its own start.
 
     Logged once more when everything is sent, the last consensus and checkpoint too: every value of the table. Logged as
     hyperparameters: the settings of the sync hook and of the first optimizer's trigger. A run without CurvaDion's sync
@@ -76,8 +87,9 @@ class CommunicationMonitor(Callback):
         self._hook_handles: list[Any] = []
         self._hooks: list[ProcessGroupSync] = []
         self._counted = 0
-        # (step of the Trainer, values) of sync steps that are not logged yet.
-        self._unlogged_syncs: list[tuple[int, dict[str, float]]] = []
+        # (step of the Trainer, values) of sync steps and of lost and joined replicas that are not logged yet.
+        self._unlogged: list[tuple[int, dict[str, float]]] = []
+        self._noted_changes = 0
         self._synced_in_last_step = False
         self._given: set[str] = set()
         self._advice_on_model: dict[str, str] = {}
@@ -117,6 +129,7 @@ class CommunicationMonitor(Callback):
             pl_module.register_state_dict_post_hook(lambda *_: self._count_between_steps("checkpoints"))
         )
         self._log_settings(trainer)
+        self._note_changes(trainer, optimizer_steps(trainer))
         self._count_between_steps("ends")
         if self._several_replicas():
             self._advice_on_model = dict(advice_on_model(pl_module))
@@ -149,7 +162,16 @@ class CommunicationMonitor(Callback):
         if drift is not None:
             more["drift"] = drift
         if more:
-            self._unlogged_syncs.append((optimizer_steps(trainer), more))
+            self._unlogged.append((optimizer_steps(trainer), more))
+
+    def _note_changes(self, trainer: "pl.Trainer", step: int) -> None:
+        # Only a strategy whose replicas come and go has them.
+        changes: list[MembershipChange] = getattr(trainer.strategy, "membership_changes", [])
+        for change in changes[self._noted_changes :]:
+            for metric in self.metrics.values():
+                metric.observe_change(change)
+            self._unlogged.append((step, self._metric(Members).values()))
+        self._noted_changes = len(changes)
 
     def _count_between_steps(self, cause: Cause, drift: float | None = None) -> None:
         if self._hooks:
@@ -198,6 +220,7 @@ class CommunicationMonitor(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._note_changes(trainer, optimizer_steps(trainer))
         rate = self._metric(SyncRate)
         if not rate.update_called:
             return
@@ -205,7 +228,7 @@ class CommunicationMonitor(Callback):
         pl_module.log_dict(saved, prog_bar=True, logger=False)
         if is_logging_step(trainer):
             pl_module.log_dict(self._tagged(dict(self._values())))
-            self._log_syncs(trainer)
+            self._log_noted(trainer)
             if self._several_replicas():
                 self._give_advice(trainer, self._advice_on_run())
 
@@ -229,8 +252,8 @@ class CommunicationMonitor(Callback):
         for metric in self.metrics.values():
             yield from metric.values().items()
 
-    def _log_syncs(self, trainer: "pl.Trainer") -> None:
-        unlogged, self._unlogged_syncs = self._unlogged_syncs, []
+    def _log_noted(self, trainer: "pl.Trainer") -> None:
+        unlogged, self._unlogged = self._unlogged, []
         for step, values in unlogged:
             for logger in trainer.loggers:
                 logger.log_metrics(self._tagged(values), step=step)
@@ -275,13 +298,15 @@ class CommunicationMonitor(Callback):
         self._remove_hooks()
         if not self._metric(SyncRate).update_called:
             return
-        self._log_syncs(trainer)
+        last = max(0, optimizer_steps(trainer) - 1)
+        self._note_changes(trainer, last)
+        self._log_noted(trainer)
         totals = {}
         for metric in self.metrics.values():
             totals.update(metric.totals())
         self._totals = totals
         for logger in trainer.loggers:
-            logger.log_metrics(self._tagged(totals), step=max(0, optimizer_steps(trainer) - 1))
+            logger.log_metrics(self._tagged(totals), step=last)
         if trainer.is_global_zero:
             print(self.summary(trainer))
 

@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from ..sync.membership_changes import MembershipChange
 from .formatting import format_number
 
 # Why something was sent. "ends" are the start and the end of fit and of epochs.
@@ -74,6 +75,9 @@ class RunMetric(Metric):
 
     def observe(self, event: Event) -> None:
         """Update from a step, or from what was sent between steps."""
+
+    def observe_change(self, change: MembershipChange) -> None:
+        """Update from replicas that were lost or joined; the first change of an elastic run is its start."""
 
     def values(self) -> dict[str, float]:
         """What is logged now, by key below ``curvadion/``."""

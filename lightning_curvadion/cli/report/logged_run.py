@@ -42,6 +42,19 @@ class Series:
         """The first step that has the largest value."""
         return self.steps[self.values.index(max(self.values))]
 
+    @property
+    def rises(self) -> "Series":
+        """By how much a count rose, at each step where it did; it was 0 before the first.
+
+        Example::
+
+            >>> Series([0, 4, 9], [0.0, 2.0, 2.0]).rises
+            Series(steps=[4], values=[2.0])
+        """
+        pairs = zip(self.steps, self.values, [0.0, *self.values], strict=False)
+        points = [(step, value - before) for step, value, before in pairs if value > before]
+        return Series([s for s, _ in points], [v for _, v in points])
+
     def finite(self) -> "Series":
         """The same without infinite values and NaN."""
         points = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # One colour per quantity in every figure, by its place in the palettes below.
 LOSS_COLOR, VAL_LOSS_COLOR, RMMC_COLOR, SENT_COLOR, DRIFT_COLOR, DDP_COLOR = (f"C{number}" for number in range(6))
+MEMBERS_COLOR, JOINED_COLOR, LOST_COLOR = (f"C{number}" for number in (8, 6, 7))
 RUN_COLORS = (LOSS_COLOR, VAL_LOSS_COLOR, "C6", "C7", DRIFT_COLOR, "C8", RMMC_COLOR)
 # From Okabe and Ito's palette for the colour-blind, some darkened, or lightened for a dark page.
 _LIGHT = ("#0072B2", "#D55E00", "#882255", "#00825F", "#9A6A00", "#6E6E6E", "#009E73", "#CC79A7", "#56B4E9")

@@ -11,6 +11,7 @@ from .comparison import plot_comparison
 from .figures import MissingFigure, ReportFigure, plot_run
 from .html_page import figure_html, heading_html, page_html, settings_html, table_html
 from .log_readers import read_run
+from .membership_figure import plot_membership
 
 
 def build_report(
@@ -52,7 +53,7 @@ def build_report(
         _write_images(comparison, "", output)
         sections += ["<h2>All runs</h2>", table_html(logged), *map(figure_html, comparison)]
     for run, file_name in zip(logged, _file_names([run.name for run in logged]), strict=True):
-        figures = plot_run(run)
+        figures = [*plot_run(run), *plot_membership(run)]
         _write_images(figures, f"{file_name}-", output)
         sections += [heading_html(run), table_html([run]), settings_html(run), *map(figure_html, figures)]
     title = f"{logged[0].name}: training and communication" if len(logged) == 1 else "Comparison of runs"
