@@ -138,6 +138,9 @@ class ElasticRun:
     def attach(self, trainer: "pl.Trainer", sync: ProcessGroupSync) -> None:
         """Let the steps of a run recover from now on."""
         self._trainer, self._sync = trainer, sync
+        self.changes.clear()
+        if not self.is_newcomer:
+            self.changes.append(MembershipChange("start", self.size, 0, 0, 0.0))
         sync.recovery = self.recovery
 
     def share_out(self, dataloader: Any, trains: bool) -> Any:
@@ -157,9 +160,7 @@ class ElasticRun:
 
     def begin_training(self) -> None:
         """Called where the others begin to train too."""
-        if not self.is_newcomer:
-            self.recovery.active = True
-            self.changes.append(MembershipChange("start", self.size, 0, 0, 0.0))
+        self.recovery.active = not self.is_newcomer
 
     def end_training(self) -> None:
         """Called where the others end it too: whoever is lost from now on is an error."""

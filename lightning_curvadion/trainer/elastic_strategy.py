@@ -26,6 +26,9 @@ class ElasticStrategy(ReplicaStrategy):
         min_replicas: Fewer wait for others; ``None`` is 1.
         **arguments: Of ``ReplicaStrategy``.
 
+    Attributes:
+        membership_changes: What happened to the replicas in this fit, as this one saw it.
+
     Raises:
         MisconfigurationException: Arguments that do not fit together.
     """
@@ -34,17 +37,13 @@ class ElasticStrategy(ReplicaStrategy):
         check_elastic(elastic, min_replicas, **arguments)
         super().__init__(**arguments)
         self._elastic = ElasticRun(min_replicas or 1, self._timeout) if elastic else None
+        self.membership_changes: list[MembershipChange] = self._elastic.changes if self._elastic is not None else []
         self._hosts_store = False
 
     @property
     def _alone(self) -> bool:
         """Whether nobody would join a collective of this rank."""
         return self._elastic is not None and self._elastic.has_left
-
-    @property
-    def membership_changes(self) -> list[MembershipChange]:
-        """What happened to the replicas, as this one saw it; empty unless ``elastic``."""
-        return self._elastic.changes if self._elastic is not None else []
 
     @property
     @override

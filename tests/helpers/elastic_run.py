@@ -1,4 +1,4 @@
-"""A run whose replicas are started, killed and added: what ``test_membership.py`` and ``storm.py`` share."""
+"""A run whose replicas are started, killed and added, in a loop of its own or under a Trainer."""
 
 import json
 import time
@@ -11,13 +11,14 @@ from training import python_path
 
 from lightning_curvadion.sync.membership import host_store
 
-SCRIPT = Path(__file__).parent / "elastic_replica.py"
+LOOP, TRAINER = (Path(__file__).parent / name for name in ("elastic_replica.py", "elastic_training.py"))
 
 
 class Run:
     """A store and the replicas of a run."""
 
-    def __init__(self, folder, **options):
+    def __init__(self, folder, script=LOOP, **options):
+        self.script = script
         self.store = host_store(0, "127.0.0.1")
         self.folder, self.processes = folder, {}
         self.options = {"endpoint": f"127.0.0.1:{self.store.port}", "min_replicas": 2, "hook": {}, **options}
@@ -27,7 +28,7 @@ class Run:
             log = self.folder / name
             paths = python_path(ROOT, ROOT / "tests/helpers", ROOT / "tests")
             self.processes[name] = preloaded.start(
-                SCRIPT,
+                self.script,
                 name,
                 json.dumps(self.options),
                 folder=self.folder,
@@ -53,19 +54,19 @@ class Run:
     def wait_until(self, condition, within=60):
         deadline = time.monotonic() + within
         while not condition():
-            assert time.monotonic() < deadline, {name: self.text(name)[-1500:] for name in self.processes}
+            assert time.monotonic() < deadline, "\n".join(self.text(name)[-1500:] for name in self.processes)
             time.sleep(0.05)
 
     def ends(self, *names, within=90):
         """The last line of each of some replicas, which all end well."""
         self.wait_until(lambda: all(self.processes[name].poll() is not None for name in names), within)
-        assert all(self.processes[name].wait() == 0 for name in names), {n: self.text(n)[-3000:] for n in names}
+        assert all(self.processes[name].wait() == 0 for name in names), "\n".join(self.text(n)[-4000:] for n in names)
         return [self.lines(name)[-1] for name in names]
 
 
 @contextmanager
-def a_run(folder, **options):
-    run = Run(folder, **options)
+def a_run(folder, script=LOOP, **options):
+    run = Run(folder, script, **options)
     try:
         yield run
     finally:
