@@ -242,8 +242,10 @@ class ProcessGroupSync(RecoveringHook):
             if settings.lag or settings.overlap:
                 # Without delays a step's collective is one all-reduce, and can be counted as such from outside.
                 self._collectives.send_to_each()
-        description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
-        verify_same_across_replicas(self._collectives, description, device)
+        if not trained:
+            # Replicas that a loss stopped one step apart have other learning rates for that step.
+            description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
+            verify_same_across_replicas(self._collectives, description, device)
         self.settings.check_trigger(optimizer.trigger)
         for parameter in parameters:
             kept_back = optimizer.state[parameter].pop("residual", None)
@@ -290,7 +292,7 @@ class ProcessGroupSync(RecoveringHook):
             trained: So many ranks, from 0 on, have trained before. The values of the others count for nothing.
 
         Raises:
-            ValueError: Replicas that differ, as where the hook is attached, or have several processes.
+            ValueError: Replicas of several processes. Where none has trained, replicas that differ.
             ReplicaLostError: One more is lost. Regroup again.
         """
         if self._inner_group is not None:
