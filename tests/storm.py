@@ -2,8 +2,10 @@
 
     python tests/storm.py                    # 20 kills and 20 joins over 2000 steps; 8 minutes on two cores
     python tests/storm.py --kills 2 --steps 300
+    python tests/storm.py --trainer          # the same under Lightning's Trainer, in place of a loop
 
-``tests/sync/test_membership.py`` has each of these once. Only processes that were started here are killed.
+``tests/sync/test_membership.py`` and ``tests/trainer/test_elastic.py`` have each of these once. Only processes that
+were started here are killed.
 """
 
 import argparse
@@ -16,22 +18,27 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "helpers")]
 
-from elastic_run import a_run
+from elastic_run import LOOP, TRAINER, a_run
 
 
-def undisturbed(folder: Path, replicas: int, steps: int) -> float:
+def options_for(steps: int) -> dict:
+    """Of the replicas."""
+    return {"steps": steps, "text": True, "sleep": 0, "every": steps // 4, "val_check_interval": steps // 4}
+
+
+def undisturbed(folder: Path, script: Path, replicas: int, steps: int) -> float:
     """The loss of a run that loses nobody."""
-    with a_run(folder, steps=steps, text=True, sleep=0) as run:
+    with a_run(folder, script, **options_for(steps)) as run:
         run.add(*(f"r{number}" for number in range(replicas)))
         return run.ends(*run.processes, within=600)[0]["loss"]
 
 
-def storm(folder: Path, replicas: int, kills: int, steps: int, seed: int = 0) -> float:
+def storm(folder: Path, script: Path, replicas: int, kills: int, steps: int, seed: int = 0) -> float:
     """The loss of a run that loses a replica and gets another one, again and again."""
     choose = random.Random(seed)
     lost: list[float] = []
     joined: list[float] = []
-    with a_run(folder, steps=steps, text=True, sleep=0) as run:
+    with a_run(folder, script, **options_for(steps)) as run:
         members = [f"r{number}" for number in range(replicas)]
         run.add(*members)
         for number in range(kills):
@@ -61,12 +68,14 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--trainer", action="store_true")
     options = parser.parse_args()
+    script = TRAINER if options.trainer else LOOP
     with tempfile.TemporaryDirectory() as folder:
         for name in ("storm", "quiet"):
             (Path(folder) / name).mkdir()
-        disturbed = storm(Path(folder) / "storm", options.replicas, options.kills, options.steps)
-        quiet = undisturbed(Path(folder) / "quiet", options.replicas, options.steps)
+        disturbed = storm(Path(folder) / "storm", script, options.replicas, options.kills, options.steps)
+        quiet = undisturbed(Path(folder) / "quiet", script, options.replicas, options.steps)
     print(f"loss: {disturbed:.4f}, undisturbed {quiet:.4f}")
 
 

@@ -12,13 +12,15 @@ import hashlib
 import json
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousInfo
+from torch.distributed.elastic.rendezvous import RendezvousInfo, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
@@ -36,14 +38,16 @@ T = TypeVar("T")
 # Whose stub names no stores.
 _stores: Any = dist
 
-# A member that has missed so many heartbeats is gone. While a round forms, they come once a second at most.
+# A member that has missed so many heartbeats is gone.
 _MISSED = 3
-# How long a round waits for more members once it has enough. The rendezvous looks for it once a second.
-_LAST_CALL = timedelta(seconds=1)
+# How often the members of a round look what has become of it.
+_POLL = 0.1
+# How long a round waits for more members once it has enough: those of the last one come at their next look.
+_LAST_CALL = timedelta(seconds=0.5)
 # Where C10dRendezvousBackend keeps its state.
 _RENDEZVOUS = "torch.rendezvous."
 # Replicas that form a new group are none of the old one for a moment.
-_REGROUPING_POLLS, _POLL = 6, 0.5
+_REGROUPING = timedelta(seconds=3)
 # In the range of stop requests, see ``Agreement``; below those of a strategy.
 REGROUP = 0.3
 
@@ -115,6 +119,7 @@ class Membership:
             keep_alive_interval=cast(int, heartbeat.total_seconds()),
             keep_alive_max_attempt=_MISSED,
         )
+        self._rendezvous._state_holder._cache_duration = _POLL  # type: ignore[attr-defined]
         self._run_id = run_id
         # Of the last group in which this replica has trained: its number, this rank, its size.
         self._generation = self._rank = self._members = 0
@@ -218,9 +223,8 @@ class Membership:
 
     def is_over(self) -> bool:
         """Whether the run has ended, or has lost all its replicas: asked of a run that had begun."""
-        for _ in range(_REGROUPING_POLLS):
-            if self._rendezvous.is_closed():
-                return True
+        deadline = time.monotonic() + _REGROUPING.total_seconds()
+        while time.monotonic() < deadline and not self._rendezvous.is_closed():
             if self._rendezvous._state_holder.state.participants:
                 return False
             time.sleep(_POLL)
@@ -243,7 +247,8 @@ class Membership:
     def _form_group(self, structure: list[str], standing: Mapping[str, Any]) -> Group | None:
         """The group of the next round, and the default process group; ``None`` where it formed without this replica."""
         self.leave()
-        members = self._rendezvous.next_rendezvous()
+        with _frequent_looks():
+            members = self._rendezvous.next_rendezvous()
         self._others_wait = False
         with explain_failure("the forming of a group"):
             replicas = self._compare(members, structure, standing)
@@ -278,6 +283,21 @@ class Membership:
             theirs = json.loads(store.get(f"structure {reference}"))
             raise ValueError(first_difference([theirs, structure], ["the run", "this replica"]))
         return {number: published[number] for number in numbers if published[number].digest == digest}
+
+
+@contextmanager
+def _frequent_looks() -> Iterator[None]:
+    """Let the rendezvous look for what others have done more often than once a second."""
+
+    def wait(seconds: float | tuple[float, float]) -> None:
+        time.sleep(min(_POLL, random.uniform(*seconds) if isinstance(seconds, tuple) else seconds))
+
+    module: Any = dynamic_rendezvous
+    slow, module._delay = module._delay, wait
+    try:
+        yield
+    finally:
+        module._delay = slow
 
 
 def structure_of(sync: ProcessGroupSync) -> list[str]:

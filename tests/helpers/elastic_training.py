@@ -15,14 +15,16 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from launching import ROOT
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from models import Net
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from training import fingerprint
 
+from examples.byte_gpt import GPT, StandardLibrary, Windows, warmup_and_cooldown
 from lightning_curvadion import CommunicationMonitor, CurvaDion, CurvaDionStrategy, EveryNSteps, split_parameters
 from lightning_curvadion.trainer.checkpoint_io import AtomicCheckpointIO
 
@@ -58,6 +60,43 @@ class Module(pl.LightningModule):
         optimizer = CurvaDion(split_parameters(self), lr=0.02, trigger=EveryNSteps(3))
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=self.options["decay"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Text(pl.LightningModule):
+    """A byte-level GPT on Python's standard library."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.net, self.steps = GPT(layers=2, width=64, heads=4, context=64), steps
+
+    def loss_of(self, batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.global_step % 10 == 0:
+            print(json.dumps({"step": self.global_step, "size": self.trainer.world_size}), flush=True)
+        return self.loss_of(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.loss_of(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = CurvaDion(split_parameters(self), lr=0.02)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_and_cooldown(step, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Changes(Callback):
+    """Prints what happens to the replicas."""
+
+    printed = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        changes = trainer.strategy.membership_changes
+        for change in changes[self.printed :]:
+            line = {"why": change.kind, "seconds": change.seconds, "size": change.members, "step": trainer.global_step}
+            print(json.dumps(line), flush=True)
+        self.printed = len(changes)
 
 
 class Kill(Callback):
@@ -102,6 +141,18 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def task(options: dict) -> tuple[pl.LightningModule, DataLoader, DataLoader]:
+    """What is trained, on what, and how it is validated."""
+    if options.get("text"):
+        data = StandardLibrary(context=64, cache=str(ROOT / ".data"))
+        train, val = (Windows(data.cache / f"{part}.bin", 65, 64) for part in ("train", "val"))
+        sample = Subset(val, range(0, len(val), len(val) // 512))
+        return Text(options["steps"]), DataLoader(train, batch_size=8, shuffle=True), DataLoader(sample, batch_size=32)
+    train, val = (TensorDataset(torch.arange(count)) for count in (options["samples"], 22))
+    workers = options.get("workers", 0)
+    return Module(options), DataLoader(train, batch_size=4, shuffle=True, num_workers=workers), DataLoader(val, 4)
+
+
 def main() -> None:
     options = json.loads(sys.argv[2])
     torch.set_num_threads(1)
@@ -115,28 +166,25 @@ def main() -> None:
     )
     folder = str(Path.cwd())
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=options.get("every", 25), save_top_k=-1)
-    callbacks: list[Callback] = [CommunicationMonitor(), checkpoints]
+    callbacks: list[Callback] = [CommunicationMonitor(), checkpoints, Changes()]
     if "kill" in options:
         callbacks.append(Kill(*options["kill"]))
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         strategy=strategy,
-        max_epochs=options["epochs"],
+        max_epochs=options.get("epochs", -1),
+        max_steps=options.get("steps", -1),
         val_check_interval=options.get("val_check_interval", 1.0),
+        check_val_every_n_epoch=None if options.get("text") else 1,
         callbacks=callbacks,
         logger=CSVLogger(folder, name="logs"),
         log_every_n_steps=5,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Module(options)
-    samples = TensorDataset(torch.arange(options["samples"]))
-    trainer.fit(
-        module,
-        DataLoader(samples, batch_size=4, shuffle=True, num_workers=options.get("workers", 0)),
-        DataLoader(TensorDataset(torch.arange(22)), batch_size=4),
-    )
+    module, train, val = task(options)
+    trainer.fit(module, train, val)
     end = {"end": trainer.global_step, "epoch": trainer.current_epoch, "rank": trainer.global_rank}
     end["digest"] = fingerprint([*module.parameters(), *module.buffers()])
     end["loss"] = float(trainer.callback_metrics["val_loss"])
