@@ -211,9 +211,9 @@ class CurvaDion(StackedOptimizer):
         hook._resume(self, self._loaded_agreements)
         self.replicas_share_state()
 
-    def replicas_share_state(self) -> None:
-        """Called by the hook when all replicas hold the same state, and so the same Q."""
-        self._replicas_share_Q = True
+    def replicas_share_state(self, share: bool = True) -> None:
+        """Called by the hook when all replicas hold the same state, and so the same Q, or may not."""
+        self._replicas_share_Q = share
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, and the trigger's state under ``"trigger"``; tensors and plain numbers only.

@@ -6,6 +6,7 @@ of them is in ``payload_collectives.py``.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -100,15 +101,11 @@ class Collectives:
         Args:
             backend: Of the group; ``None`` for the backend of this one.
         """
-        present = self._group or dist.group.WORLD
-        assert present is not None, "joined"
-        options = present._get_backend(present._device_types[0]).options
         if self._group is not None:
             self._make_as_many_groups()
         group = dist.new_group(
-            dist.get_process_group_ranks(present),
-            # A backend without options has its default.
-            timeout=options._timeout if options is not None else None,
+            dist.get_process_group_ranks(self._present),
+            timeout=self._timeout,
             backend=backend or self.backend,
             # Ranks outside of a subgroup do not call this.
             use_local_synchronization=self._group is not None,
@@ -118,6 +115,34 @@ class Collectives:
         if self._sends_to_each:
             collectives.send_to_each()
         return collectives
+
+    def among(self, ranks: Sequence[int]) -> Self:
+        """Collectives of some of the ranks. Every rank of the default group calls it, and the others leave them alone.
+
+        Args:
+            ranks: At least one.
+
+        Raises:
+            ReplicaLostError: Another rank has ended.
+        """
+        with self._explained("the forming of a group"):
+            group = dist.new_group(list(ranks), timeout=self._timeout)
+        collectives = type(self)(group, self._chunk, self._sent)
+        if self.rank in ranks:
+            collectives.join(self.device)
+        return collectives
+
+    @property
+    def _present(self) -> ProcessGroup:
+        present = self._group or dist.group.WORLD
+        assert present is not None, "joined"
+        return present
+
+    @property
+    def _timeout(self) -> timedelta | None:
+        """Of a collective; ``None`` where the backend has its default alone."""
+        options = self._present._get_backend(self._present._device_types[0]).options
+        return options._timeout if options is not None else None
 
     def _make_as_many_groups(self) -> None:
         """Let all ranks have made as many process groups: by their number torch names the next one of a subgroup."""

@@ -127,6 +127,7 @@ class Consensus:
                     optimizer, stepped=reached == Reached.NOTHING, by_value=f"anchors {number}" in differing
                 )
                 self._average_with(payloads, others, optimizer if include_state else None)
+                self._parameters.arrived(optimizer)
                 others = {}
                 self._reached[optimizer] = wanted
                 self._unsettled.discard(optimizer)

@@ -183,11 +183,13 @@ class Overlap:
         """Count a step of an optimizer."""
         if optimizer in self._flights and self._flights[optimizer].proceed():
             del self._flights[optimizer]
+            self._parameters.arrived(optimizer)
 
     def finish(self, optimizer: CurvaDion) -> None:
         """End what is under way now; every rank calls it after the same step."""
         if optimizer in self._flights:
             self._flights.pop(optimizer).finish()
+            self._parameters.arrived(optimizer)
 
     def discard(self, optimizer: CurvaDion) -> None:
         """Let what is under way change nothing, since the parameters were set to something else meanwhile."""

@@ -1,7 +1,6 @@
 """What parameters send: themselves, or their displacement from the last consensus with error feedback."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -9,37 +8,31 @@ import torch
 from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
-from ..optim.momentum_correction import Correction, correct_momenta_, corrects
+from ..optim.momentum_correction import Correction, corrects
 from ..optim.optimizer_state import trainable_parameters
-from ..optim.sharded_corrections import correct_sharded_momenta_
 from ..optim.shards import is_sharded, local_of
 from .anchors import Anchors
+from .corrections import correct_all
 from .digests import digest
 from .drift import DriftMeter
+from .due_parameters import DueParameters
 from .outer_step import OuterStep
-from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows, share_of_parameter
+from .payloads import (
+    DisplacementPayload,
+    Payload,
+    TensorPayload,
+    displacement_of,
+    has_sparse_rows,
+    share_of_parameter,
+)
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
 from .settings import SyncSettings, has_small_groups
 from .sparse_rows import SparseRowsPayload, row_distances
+from .travel import Travel
 
 RowsToSend = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 StandIns = Mapping[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class DueParameters:
-    """The parameters that a sync step sends, by name.
-
-    Attributes:
-        dense: All of their numbers travel.
-        sparse: The rows that have moved travel.
-        resting: They no longer move, and send what quantization has left of them.
-    """
-
-    dense: dict[str, Tensor]
-    sparse: dict[str, Tensor]
-    resting: dict[str, Tensor]
 
 
 class ParameterPayloads:
@@ -62,8 +55,9 @@ class ParameterPayloads:
         self.meter: DriftMeter | None = None
         # Parameters that have stepped since their last sync step.
         self._moved: dict[CurvaDion, set[Tensor]] = {}
-        # Sum of the learning rates of the steps in a parameter's displacement.
-        self._travel: dict[Tensor, float] = {}
+        self._travel = Travel()
+        # Optimizers whose anchors are zero until the mean of their values arrives.
+        self._sent_by_value: set[CurvaDion] = set()
         # Optimizers whose anchors are needed, whatever the settings.
         self._anchored: set[CurvaDion] = set()
 
@@ -80,10 +74,17 @@ class ParameterPayloads:
     def capture_anchors(self, optimizer: CurvaDion) -> None:
         """Measure displacements from here on. All replicas must hold the same parameters now."""
         self._moved.pop(optimizer, None)
-        self._restart(parameter for _, parameter in optimizer.named_parameters())
+        self.arrived(optimizer)
+        self._travel.restart(parameter for _, parameter in optimizer.named_parameters())
         if self.needs_anchors(optimizer):
             self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
             self.anchors.capture(trainable_parameters(optimizer).values())
+
+    def begin_anew(self, optimizer: CurvaDion, alone: bool) -> None:
+        """Begin where all replicas hold the same parameters. A lone one needs no anchors until others come."""
+        self.capture_anchors(optimizer)
+        if alone:
+            self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
 
     def lack_anchors(self, optimizer: CurvaDion) -> bool:
         """Whether a parameter that needs an anchor has none, as after it was unfrozen or added."""
@@ -98,6 +99,36 @@ class ParameterPayloads:
         digests = [digest(self.anchors.of(parameter)) for parameter in parameters]
         return torch.stack(digests) if digests else torch.zeros(1, dtype=torch.int64)
 
+    # -- another process group ---------------------------------------------------------------------------------------
+
+    def resume(self, before: "ParameterPayloads") -> None:
+        """Go on with the displacements of an earlier process group, whose mean under way is given up."""
+        self.anchors, self.meter = before.anchors, before.meter
+        self._travel, self._sent_by_value, self._anchored = before._travel, before._sent_by_value, before._anchored
+        self._travel.give_up()
+
+    def are_whole(self, optimizer: CurvaDion) -> bool:
+        """Whether all displacements are known, as they are unless parameters were set to something else."""
+        return optimizer not in self._sent_by_value and not self.lack_anchors(optimizer)
+
+    def are_quantized(self, optimizer: CurvaDion) -> bool:
+        """Whether every displacement has a residual."""
+        return all(wire_format != "float32" for wire_format in self._wire_formats(optimizer).values())
+
+    def begin(self, optimizer: CurvaDion, moved: Iterable[Tensor], is_newcomer: bool) -> None:
+        """Begin in a group whose replicas agree on which parameters have moved since their last sync step."""
+        self._moved[optimizer] = set(moved)
+        if is_newcomer:
+            self._travel.leave_out(self._moved[optimizer])
+
+    def weigh(self, optimizer: CurvaDion, weight: float) -> None:
+        """Let the next mean count so many times what this replica has to send by now. Its parameters stay."""
+        for _, parameter in optimizer.named_parameters():
+            if not self.anchors.missing([parameter]):
+                walked = displacement_of(local_of(parameter).detach(), self.anchors.of(parameter))
+                residual = self._residual(optimizer.state[parameter], parameter)
+                residual.copy_((walked + residual).mul_(weight).sub_(walked))
+
     # -- payloads ----------------------------------------------------------------------------------------------------
 
     def record_step(self, optimizer: CurvaDion) -> None:
@@ -106,19 +137,17 @@ class ParameterPayloads:
 
     def record_learning_rates(self, optimizer: CurvaDion) -> None:
         """Note the learning rates of the step that comes: they say which momentum makes which displacement."""
-        for group, parameter in optimizer.members():
-            if parameter.requires_grad:
-                self._travel[parameter] = self._travel.get(parameter, 0.0) + group["lr"]
+        self._travel.add(optimizer)
 
-    def _restart(self, parameters: Iterable[Tensor]) -> None:
-        """Note that displacements start anew."""
-        for parameter in parameters:
-            self._travel.pop(parameter, None)
+    def arrived(self, optimizer: CurvaDion) -> None:
+        """Note that the mean of all that was sent has arrived."""
+        self._travel.arrived(optimizer)
+        self._sent_by_value.discard(optimizer)
 
     def forget(self, optimizer: CurvaDion, parameters: Iterable[Tensor]) -> None:
         """Note that parameters were set to something else, of which nothing is left to send."""
         parameters = list(parameters)
-        self._restart(parameters)
+        self._travel.restart(parameters)
         for parameter in parameters:
             self._moved.get(optimizer, set()).discard(parameter)
             optimizer.state[parameter].pop("residual", None)
@@ -197,7 +226,7 @@ class ParameterPayloads:
         """
         if self.meter is not None and not stand_ins:
             self.meter.start()
-        self._restart(parameters.values())
+        self._travel.send(optimizer, parameters.values())
         return [
             row_distances(
                 local_of((stand_ins or {}).get(p, p)),
@@ -262,6 +291,7 @@ class ParameterPayloads:
     def by_value(self, optimizer: CurvaDion, parameters: Mapping[str, Tensor]) -> list[Payload]:
         """Payloads of the parameters' values with their residuals, which need no common anchors and no outer step."""
         if self.needs_anchors(optimizer):
+            self._sent_by_value.add(optimizer)
             self.anchors.set_to_zero(parameters.values())
         return self.of(optimizer, parameters, "float32", flush_residuals=True, outer_step=False)
 
@@ -282,7 +312,7 @@ class ParameterPayloads:
             parameters: By name.
             wire_format: Format on the wire; a quantized one uses and updates the residuals. ``None`` is what the
                 settings say of each parameter.
-            flush_residuals: With ``"float32"``, send the residuals too and delete them.
+            flush_residuals: With ``"float32"``, send the residuals too and delete them once the mean has arrived.
             outer_step: Whether an outer step is due.
             correct: Whether the momenta are corrected, where the settings say so.
             stand_ins: Tensors that are read and written in place of parameters that move on meanwhile.
@@ -301,7 +331,8 @@ class ParameterPayloads:
         for name, parameter in parameters.items():
             group, state = group_of[parameter], optimizer.state[parameter]
             own_format = wire_format or formats[parameter]
-            residual = local_of(state.pop("residual")) if flush_residuals and "residual" in state else None
+            residual = local_of(state["residual"]) if flush_residuals and "residual" in state else None
+            flushed = partial(state.pop, "residual") if residual is not None else None
             if own_format != "float32":
                 residual = self._residual(state, parameter)
             step = (
@@ -311,15 +342,24 @@ class ParameterPayloads:
             )
             anchor = self.anchors.to_move(parameter)
             share = self._correction_share(group, own_format) if correct else 0.0
-            correct_all = partial(_correct_all, optimizer, corrections) if share else None
+            corrector = partial(correct_all, optimizer, corrections) if share else None
             values = stand_ins.get(parameter, parameter)
             payload = DisplacementPayload(
-                name, values, anchor, own_format, residual, step, self.meter, correct_all, self._first(parameter)
+                name,
+                values,
+                anchor,
+                own_format,
+                residual,
+                step,
+                self.meter,
+                corrector,
+                self._first(parameter),
+                flushed,
             )
             if share:
-                corrections[parameter] = Correction(payload.difference, self._travel.get(parameter, 0.0), share)
+                corrections[parameter] = Correction(payload.difference, self._travel.of(parameter), share)
             payloads.append(payload)
-        self._restart(parameters.values())
+        self._travel.send(optimizer, parameters.values())
         return payloads
 
     def _first(self, parameter: Tensor) -> int:
@@ -349,16 +389,3 @@ class ParameterPayloads:
         """How much of a difference between displacements the momenta of a group take over."""
         share = self._settings.correction_share(wire_format, matrix=group["algorithm"] == "dion")
         return share if corrects(group) else 0.0
-
-
-def _correct_all(optimizer: CurvaDion, corrections: dict[Tensor, Correction]) -> None:
-    """Correct the momenta of an optimizer's parameters, once."""
-    if not corrections:
-        return
-    roots = optimizer.take_roots()
-    for group in optimizer.param_groups:
-        own = {parameter: corrections.pop(parameter) for parameter in group["params"] if parameter in corrections}
-        if optimizer.shards is not None and group["algorithm"] == "dion":
-            correct_sharded_momenta_(group, optimizer.state, own, roots, optimizer.shards)
-        else:
-            correct_momenta_(group, optimizer.state, own, roots)

@@ -163,6 +163,7 @@ class DisplacementPayload(Payload):
         correct_momenta: When it is first called, it corrects the momenta of all parameters of the mean by their
             :attr:`difference`. ``None`` to leave the momentum alone.
         first: The flat element that the residual begins with, where this process sends a share alone.
+        flushed: Called in the end where the residual is sent at full width, and nothing of it is left.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class DisplacementPayload(Payload):
         meter: DriftMeter | None = None,
         correct_momenta: Callable[[], None] | None = None,
         first: int = 0,
+        flushed: Callable[[], object] | None = None,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
         self.of_shard, parameter = is_sharded(parameter), local_of(parameter)
@@ -185,6 +187,7 @@ class DisplacementPayload(Payload):
         self._anchor = anchor.view(-1)
         self._residual = residual.view(-1) if residual is not None else None
         self._first = first
+        self._flushed = flushed
         self._outer_step = outer_step
         self._meter = meter
         self._correct_momenta = correct_momenta
@@ -215,6 +218,8 @@ class DisplacementPayload(Payload):
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
             self._residual[self._owned(start, stop)].copy_(error)
+        if self._residual is not None and self._flushed is not None:
+            self._residual[self._owned(max(start, self._first), max(stop, self._first))].zero_()
         own = self._displacement(start, stop) if self._correct_momenta is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
@@ -230,6 +235,8 @@ class DisplacementPayload(Payload):
             # The first of the mean's payloads does it for all: every difference is written by now.
             self._correct_momenta()
         self._parameter.copy_(self._anchor.view(self._parameter.shape))
+        if self._flushed is not None:
+            self._flushed()
 
     def break_off(self) -> None:  # noqa: D102
         for start, stop in self._written:

@@ -4,7 +4,7 @@ What a step asks of it is in ``step_hook.py``, what a consensus outside of a ste
 is what users see of both.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,14 +14,13 @@ from torch.distributed import ProcessGroup
 
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import set_step_counts, state_tensors
-from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .errors import ReplicaLostError
 from .failure_reports import report_uncaught_exceptions
 from .load_notice import notify_of_loads
-from .payload_collectives import PayloadCollectives
 from .recovering_hook import RecoveringHook
+from .regrouping import Regrouping
 from .replica_checks import (
     check_data_parallel,
     describe_module,
@@ -221,95 +220,100 @@ class ProcessGroupSync(RecoveringHook):
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
         optimizer.register_load_state_dict_post_hook(lambda loaded: self._unsettle(cast(CurvaDion, loaded)))
 
-    def _join(self, optimizer: CurvaDion, trained: int = 0) -> None:
-        """Begin with an optimizer of all replicas.
+    def _join(self, optimizer: CurvaDion) -> None:
+        """Begin with an optimizer of all replicas, the same on all of them but for values: rank 0's values count."""
+        self._enter_group(optimizer)
+        device = next(optimizer.members())[1].device
+        description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
+        verify_same_across_replicas(self._collectives, description, device)
+        self.settings.check_trigger(optimizer.trigger)
+        for _, parameter in optimizer.members():
+            optimizer.state[parameter].pop("residual", None)
+        verify_wire_formats(self._collectives, optimizer, self.settings, device)
+        state = state_tensors(optimizer)
+        self.take_from_rank_0({**dict(optimizer.named_parameters()), **state})
+        set_step_counts(optimizer, state)
+        optimizer.replicas_share_state()
+        self._register(optimizer, anew=True)
 
-        Args:
-            optimizer: The same on all of them, but for values.
-            trained: The first so many ranks have trained before, and their mean counts; with 0 rank 0's values do.
-        """
-        parameters = [parameter for _, parameter in optimizer.named_parameters()]
-        device = parameters[0].device
+    def _enter_group(self, optimizer: CurvaDion) -> None:
+        """Use the process group for an optimizer."""
         settings = self.settings_for(optimizer)
         check_sharding(optimizer, self._inner_group, settings, self._optimizers)
-        self._collectives.join(device)
+        self._collectives.join(next(optimizer.members())[1].device)
         if holds_shards(optimizer):
             optimizer.shards = self._collectives.hold_shards()
         else:
             optimizer.shared_work = self._collectives.share_work()
         if not self._optimizers:
-            self._configure(settings)
+            self._configure(settings, self._parameters)
             if settings.lag or settings.overlap:
                 # Without delays a step's collective is one all-reduce, and can be counted as such from outside.
                 self._collectives.send_to_each()
-        if not trained:
-            # Replicas that a loss stopped one step apart have other learning rates for that step.
-            description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
-            verify_same_across_replicas(self._collectives, description, device)
-        self.settings.check_trigger(optimizer.trigger)
-        for parameter in parameters:
-            kept_back = optimizer.state[parameter].pop("residual", None)
-            if kept_back is not None and self.rank < trained:
-                parameter.detach().add_(kept_back)
-        if trained:
-            self._reach_consensus_of(optimizer, trained)
-        verify_wire_formats(self._collectives, optimizer, self.settings, device)
-        state = state_tensors(optimizer)
-        self.take_from_rank_0({**dict(optimizer.named_parameters()), **state})
-        set_step_counts(optimizer, state)
-        self._register(optimizer)
-        if self.world_size > 1 and len(self._optimizers) == 1:
-            self.agreement.use_several_groups()
-            if self.settings.overlap:
-                self._background = self._collectives.in_group_of_its_own()
 
-    def _reach_consensus_of(self, optimizer: CurvaDion, trained: int) -> None:
-        """Make the first ranks one model."""
-        group = dist.new_group(list(range(trained)))
-        if self.rank < trained:
-            collectives = PayloadCollectives(group, self._arguments["chunk"])
-            collectives.join(self._collectives.device)
-            Consensus(collectives, self._parameters, self._untrained).reach([optimizer], include_state=True)
+    def _register(self, optimizer: CurvaDion, anew: bool) -> None:
+        """Take part in the steps of an optimizer.
 
-    def _register(self, optimizer: CurvaDion) -> None:
-        """Take part in the steps of an optimizer whose parameters are equal on all replicas."""
+        Args:
+            optimizer: It has been compared with the others.
+            anew: Whether its parameters are equal on all replicas, and displacements begin here.
+        """
         self._optimizers.append(optimizer)
         self._untrained.exclude(parameter for _, parameter in optimizer.named_parameters())
         if optimizer.trigger.watches_drift:
             self.agreement.carries_drift = True
             self._parameters.keep_anchors(optimizer)
             self._displacement_meters[optimizer] = DisplacementMeter(self._parameters.anchors, optimizer.shards)
-        if self.world_size > 1:
-            self._parameters.capture_anchors(optimizer)
+        if anew:
+            self._parameters.begin_anew(optimizer, alone=self.world_size == 1)
+        if self.world_size > 1 and len(self._optimizers) == 1:
+            self.agreement.use_several_groups()
+            if self.settings.overlap:
+                self._background = self._collectives.in_group_of_its_own()
 
     def regroup(self, trained: int) -> None:
         """Go on in another default process group, after replicas were lost or have come; every rank calls it.
 
-        What was under way is given up. The first ranks take over the mean of their parameters and states, with what
-        quantization has kept back on each of them, and the others take it over from them.
+        What was under way is given up. The first ranks go on from the last consensus, if they have the same one, and
+        the others begin there. Where they have not, all of them take over the mean of the first ones, with what
+        quantization has kept back on each (``regrouping.py``).
 
         Args:
             trained: So many ranks, from 0 on, have trained before. The values of the others count for nothing.
 
         Raises:
-            ValueError: Replicas of several processes. Where none has trained, replicas that differ.
+            ValueError: Replicas of several processes. Where none has trained, replicas that differ. Where others have,
+                this replica would take over numbers that are not finite.
             ReplicaLostError: One more is lost. Regroup again.
         """
         if self._inner_group is not None:
             raise ValueError("regroup replicas of one process: of a replica of several, none can be lost alone")
         optimizers, self._optimizers = self._optimizers, []
-        meter, request = self._parameters.meter, self.agreement.stop_request
+        request = self.agreement.stop_request
         self._sent_before = self.bytes_sent
-        self._start_anew()
+        self._start_anew(self._parameters)
         self.agreement.stop_request = request
         try:
-            for optimizer in optimizers:
-                self._join(optimizer, trained)
-                optimizer.replicas_share_state()
-            self.take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
+            if trained:
+                self._go_on(optimizers, trained)
+            else:
+                for optimizer in optimizers:
+                    self._join(optimizer)
+                self.take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
         finally:
             # All of them, where one more replica is lost on the way.
-            self._optimizers, self._parameters.meter = optimizers, meter
+            self._optimizers = optimizers
+
+    def _go_on(self, optimizers: Sequence[CurvaDion], trained: int) -> None:
+        regrouping: Regrouping | None = None
+        for optimizer in optimizers:
+            self._enter_group(optimizer)
+            regrouping = regrouping or Regrouping(
+                self.settings, self._collectives, self._parameters, self._untrained, trained
+            )
+            self._register(optimizer, anew=not regrouping.join(optimizer))
+        if regrouping is not None:
+            regrouping.hand_over_untrained()
 
     def take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
         """Let tensors be those of rank 0.

@@ -51,8 +51,12 @@ class StepHook:
         self._optimizers: list[CurvaDion] = []
         self._start_anew()
 
-    def _start_anew(self) -> None:
-        """Begin where no process group has been used, and nothing is known of other replicas."""
+    def _start_anew(self, before: ParameterPayloads | None = None) -> None:
+        """Begin where no process group has been used.
+
+        Args:
+            before: In an earlier process group: all that is known of other replicas.
+        """
         self._collectives = self._make_collectives(self._group, self._arguments["chunk"])
         # Of the means that run in the background.
         self._background: PayloadCollectives | None = None
@@ -60,15 +64,17 @@ class StepHook:
         self._stepping: CurvaDion | None = None
         # Of the optimizers whose trigger watches the drift.
         self._displacement_meters: dict[CurvaDion, DisplacementMeter] = {}
-        self._configure(resolve_settings(**self._arguments))
+        self._configure(resolve_settings(**self._arguments), before)
 
-    def _configure(self, settings: SyncSettings) -> None:
+    def _configure(self, settings: SyncSettings, before: ParameterPayloads | None) -> None:
         self.settings = settings
         self._momentum = settings.momentum
         self._sync_rank_fraction = settings.sync_rank_fraction
         self._averages_vector_gradients = settings.consensus == "none"
         self._lag = settings.lag
         self._parameters = ParameterPayloads(settings, *self._collectives.place_inside)
+        if before is not None:
+            self._parameters.resume(before)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
         self._consensus = Consensus(self._collectives, self._parameters, self._untrained)
         self._overlap = Overlap(settings.overlap, self._parameters, self._sync_step)
@@ -194,6 +200,7 @@ class StepHook:
             self._overlap.start(optimizer, self._background)
             return []
         means = self._sync_step.mean_right(optimizer, factors, whole)
+        self._parameters.arrived(optimizer)
         if self.settings.consensus == "average" and self.settings.spread == 1:
             self._consensus.reached_in_step(optimizer)
         return means

@@ -237,9 +237,7 @@ class ElasticRun:
                 load_plain_state(self._sync.optimizers, json.loads(states))
         self._sync.regroup(group.trained)
         averages = moving_averages(self._trainer.callbacks)  # type: ignore[attr-defined]
-        if averages and group.size == group.trained:
-            self._sync.average(averages)
-        elif averages:
+        if averages and group.size > group.trained:
             self._sync.take_from_rank_0(averages)
         return _Formed(group, handed_over)
 

@@ -3,19 +3,14 @@
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 from ahead import ahead
 from elastic_run import a_run
-from models import build, parameters_of, train_step
 
-from lightning_curvadion import EveryNSteps, ProcessGroupSync
-from lightning_curvadion.sync.errors import ReplicaLostError
+from lightning_curvadion import ProcessGroupSync
 from lightning_curvadion.sync.membership import Membership
-from lightning_curvadion.sync.payload_collectives import PayloadCollectives
 
 IN_BACKGROUND = {"overlap": 1}
 WAITED_FOR = {"lag": 0}
@@ -135,70 +130,6 @@ def test_a_replica_of_another_model_is_refused_and_fewer_than_the_fewest_end_wit
 def test_a_bad_argument_is_one_clear_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         Membership(*arguments)
-
-
-# -- what becomes one model -------------------------------------------------------------------------------------------
-
-
-def regrouped(rank, world, hook, trained, lost_again=False):
-    """What each replica has walked and kept back, and the parameters after the first of them have met."""
-    model, optimizer = build(hook={"lag": 1, **hook}, trigger=EveryNSteps(3))
-    for step in range(8):
-        train_step(model, optimizer, step, shard=rank)
-    residuals = [optimizer.state[p].get("residual") for _, p in optimizer.named_parameters()]
-    parameters = [p for _, p in optimizer.named_parameters()]
-    own = [
-        p.detach().double() + (0 if kept is None else kept.double())
-        for p, kept in zip(parameters, residuals, strict=True)
-    ]
-    average = PayloadCollectives.average
-
-    def broken_off(collectives, payloads):
-        average(collectives, payloads[:1])
-        raise ReplicaLostError("lost")
-
-    if lost_again:
-        broken = mock.patch.object(PayloadCollectives, "average", broken_off)
-        with broken, pytest.raises(ReplicaLostError):
-            optimizer.sync_hook.regroup(trained)
-    optimizer.sync_hook.regroup(trained)
-    after = parameters_of(model)
-    assert all("residual" not in optimizer.state[p] for p in parameters)
-    ordered = [p.detach().double() for p in parameters]
-    # And on: the hook works in the new group.
-    for step in range(8, 14):
-        train_step(model, optimizer, step, shard=rank)
-    optimizer.sync_hook.reach_consensus(optimizer, include_state=True)
-    dist.barrier()
-    return own, ordered, after, parameters_of(model), optimizer.sync_steps
-
-
-HOOKS = [
-    {"wire_format": "sign", "momentum": "displacement"},
-    {"wire_format": "int4", "momentum": "displacement", "overlap": 2},
-    {"wire_format": "float32", "momentum": "local"},
-]
-
-
-@pytest.mark.parametrize(("world", "trained"), [(3, 2), (2, 2), (3, 1)])
-@pytest.mark.parametrize("hook", HOOKS)
-def test_the_mean_of_those_that_trained_counts_with_what_they_kept_back(replicas, world, trained, hook):
-    everyone = replicas.run(world, regrouped, hook, trained)
-    walked = [own for own, *_ in everyone[:trained]]
-    means = [sum(parts) / trained for parts in zip(*walked, strict=True)]
-    for _, after, same, end, syncs in everyone:
-        for mean, own in zip(means, after, strict=True):
-            torch.testing.assert_close(own, mean, rtol=1e-5, atol=1e-6)
-        assert all(torch.equal(a, b) for a, b in zip(same, everyone[0][2], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(end, everyone[0][3], strict=True))
-        assert syncs == everyone[0][4] > 2
-
-
-def test_one_that_is_lost_while_they_regroup_takes_nothing_of_the_others(replicas):
-    (own, after, *_), (other, same, *_) = replicas.run(2, regrouped, HOOKS[0], 2, True)
-    for first, second, mean, again in zip(own, other, after, same, strict=True):
-        torch.testing.assert_close(mean, (first + second) / 2, rtol=1e-5, atol=1e-6)
-        assert torch.equal(mean, again)
 
 
 def regroup_of_several(rank, world):

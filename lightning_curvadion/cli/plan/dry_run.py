@@ -176,7 +176,7 @@ class DryRunSync(ProcessGroupSync):
         self._compare_descriptions()
         verify_wire_formats(self.recorder, optimizer, self.settings, torch.device("meta"))
         self.recorder.differing({**dict(optimizer.named_parameters()), **state_tensors(optimizer)})
-        self._register(optimizer)
+        self._register(optimizer, anew=True)
 
     def _compare_descriptions(self) -> None:
         self.recorder.all_gather(torch.empty(_DESCRIPTION_DIGEST, dtype=torch.uint8, device="meta"))

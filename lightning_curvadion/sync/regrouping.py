@@ -1,0 +1,216 @@
+"""Regrouping: what replicas send each other when they form a new group, after some were lost or have come.
+
+Between two syncs replicas need nobody, so a loss takes nothing but the lost replica's own work. The others go on from
+the anchors, the last consensus, if all of them have the same ones. They have, unless the loss cut a mean in half. Each
+keeps what it has walked, what quantization has kept back, and its momenta. Of those parameters whose anchors differ the
+exact mean is taken.
+
+A replica that comes begins at the anchors, with the optimizer state of rank 0. It has walked nothing. What the others
+have to send by then counts more in the next mean, so that it comes to what it would have been without the new one.
+
+Where no common anchors are kept, or a sync step does not reconcile all, the replicas take an exact consensus, and those
+that come take it over.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..optim.curvadion import CurvaDion
+from ..optim.optimizer_state import set_step_counts, state_tensors
+from .consensus import Consensus
+from .digests import digest
+from .outer_step import OuterStep
+from .parameter_payloads import ParameterPayloads
+from .payload_collectives import PayloadCollectives
+from .payloads import TensorPayload
+from .settings import SyncSettings
+from .untrained_tensors import UntrainedTensors
+
+
+class Regrouping:
+    """A new group of replicas.
+
+    Args:
+        settings: Of the hook.
+        collectives: Of the group.
+        parameters: Makes the payloads of parameters.
+        untrained: Tensors of the module that no step trains.
+        trained: The first so many ranks have trained before; at least one.
+
+    Attributes:
+        behind: Ranks that have come, and have the model from nobody yet.
+        went_on: Whether no optimizer so far has needed an exact consensus.
+    """
+
+    def __init__(
+        self,
+        settings: SyncSettings,
+        collectives: PayloadCollectives,
+        parameters: ParameterPayloads,
+        untrained: UntrainedTensors,
+        trained: int,
+    ) -> None:
+        self._settings, self._collectives, self._parameters = settings, collectives, parameters
+        self._untrained, self._trained = untrained, trained
+        self._has_trained = collectives.rank < trained
+        self.behind = range(trained, collectives.world_size)
+        self.went_on = True
+        # Rank 0 and those that come.
+        self._sharing: PayloadCollectives | None = None
+
+    def join(self, optimizer: CurvaDion) -> bool:
+        """Begin with an optimizer of all replicas.
+
+        Returns:
+            Whether its displacements go on. Its parameters are equal on all replicas otherwise.
+
+        Raises:
+            ValueError: This replica would take over a number that is not finite.
+            ReplicaLostError: One more is lost.
+        """
+        parameters = dict(optimizer.named_parameters())
+        self._create_outer_momenta(optimizer)
+        if not self._has_trained:
+            for parameter in parameters.values():
+                optimizer.state[parameter].pop("residual", None)
+        rows = self._collectives.all_gather(self._row(optimizer)).cpu()
+        goes_on, digests, anchored = rows.split([1, len(parameters), len(parameters)], dim=1)
+        if not bool(goes_on[: self._trained].all()):
+            self.went_on = False
+            self._take_exact_consensus(optimizer)
+            return False
+        columns = dict(zip(parameters.items(), digests.T, strict=True))
+        differing = {name: p for (name, p), own in columns.items() if len(own[: self._trained].unique()) > 1}
+        if differing:
+            self._average_by_value(optimizer, differing)
+        has_anchor = (anchored[: self._trained] > 0).any(dim=0).tolist()
+        if self._parameters.needs_anchors(optimizer):
+            moved = [p for p, kept in zip(parameters.values(), has_anchor, strict=True) if kept or p in differing]
+        else:
+            moved = [p for name, p in parameters.items() if p.requires_grad or name in differing]
+        if self.behind:
+            self._hand_over(optimizer, moved)
+        self._parameters.begin(optimizer, moved, is_newcomer=not self._has_trained)
+        optimizer.replicas_share_state(False)
+        return True
+
+    def hand_over_untrained(self) -> None:
+        """Give those that come what no optimizer trains, as it is on rank 0."""
+        tensors = {**self._untrained.parameters_outside(), **self._untrained.buffers()}
+        if not self.went_on:
+            self._collectives.broadcast(list(self._collectives.differing(tensors).values()))
+        elif self.behind:
+            self._give(tensors)
+
+    def _row(self, optimizer: CurvaDion) -> Tensor:
+        """What this replica tells of an optimizer: whether it goes on, digests, and which parameters have anchors."""
+        anchors = self._parameters.anchors
+        goes_on = self._settings.consensus == "average" and self._trained > 1 and self._parameters.are_whole(optimizer)
+        if self.behind:
+            keeps_back = self._parameters.needs_anchors(optimizer) and self._parameters.are_quantized(optimizer)
+            goes_on = goes_on and keeps_back
+        digests, anchored = [], []
+        for _, parameter in optimizer.named_parameters():
+            anchored.append(not anchors.missing([parameter]))
+            if anchored[-1]:
+                velocity = optimizer.state[parameter].get("outer_momentum", torch.empty(0))
+                digests.append(digest(anchors.of(parameter)).cpu() + 3 * digest(velocity).cpu())
+            else:
+                digests.append(torch.tensor(0) if parameter.requires_grad else digest(parameter).cpu())
+        own = [torch.tensor([goes_on]), torch.stack(digests), torch.tensor(anchored)]
+        return torch.cat([part.to(torch.int64) for part in own]).to(device=self._collectives.device)
+
+    def _create_outer_momenta(self, optimizer: CurvaDion) -> None:
+        """A replica that comes has made no outer step, and is to receive the momentum of one."""
+        if self._settings.has_outer_step:
+            for _, parameter in optimizer.named_parameters():
+                OuterStep(optimizer.state[parameter], parameter, self._settings.outer_lr, self._settings.outer_momentum)
+
+    # -- the replicas that have trained ------------------------------------------------------------------------------
+
+    def _survivors(self) -> PayloadCollectives:
+        return self._collectives.among(range(self._trained))
+
+    def _add_residuals(self, optimizer: CurvaDion, parameters: Mapping[str, Tensor]) -> None:
+        for parameter in parameters.values():
+            kept_back = optimizer.state[parameter].pop("residual", None)
+            if kept_back is not None:
+                parameter.detach().add_(kept_back)
+
+    def _average_by_value(self, optimizer: CurvaDion, differing: Mapping[str, Tensor]) -> None:
+        """Take the mean of parameters whose anchors a loss has left unequal."""
+        survivors = self._survivors()
+        if not self._has_trained:
+            return
+        self._add_residuals(optimizer, differing)
+        velocities = {
+            name: state["outer_momentum"]
+            for name, parameter in differing.items()
+            if "outer_momentum" in (state := optimizer.state[parameter])
+        }
+        survivors.average(
+            [
+                *self._parameters.by_value(optimizer, differing),
+                *(TensorPayload(f"outer momentum of {name}", velocity) for name, velocity in velocities.items()),
+            ]
+        )
+        self._parameters.arrived(optimizer)
+
+    def _take_exact_consensus(self, optimizer: CurvaDion) -> None:
+        """Make all replicas one model at full width: the mean of those that have trained."""
+        survivors = self._survivors()
+        if self._has_trained:
+            self._add_residuals(optimizer, dict(optimizer.named_parameters()))
+            Consensus(survivors, self._parameters, self._untrained).reach([optimizer], include_state=True)
+        state = state_tensors(optimizer)
+        taken = self._collectives.differing({**dict(optimizer.named_parameters()), **state})
+        self._collectives.broadcast(list(taken.values()))
+        if not self._has_trained:
+            verify_finite(taken)
+        set_step_counts(optimizer, state)
+        optimizer.replicas_share_state()
+
+    # -- the replicas that come --------------------------------------------------------------------------------------
+
+    def _hand_over(self, optimizer: CurvaDion, moved: list[Tensor]) -> None:
+        """Let those that come begin at the anchors, with the optimizer state of rank 0."""
+        anchors, parameters = self._parameters.anchors, dict(optimizer.named_parameters())
+        if not self._has_trained:
+            anchors.drop(parameters.values())
+            anchors.capture(moved)
+        state = state_tensors(optimizer)
+        kept = {name: anchors.of(p) if p in set(moved) else p for name, p in parameters.items()}
+        taken = self._give({**kept, **state})
+        if self._has_trained:
+            self._parameters.weigh(optimizer, self._collectives.world_size / self._trained)
+            return
+        verify_finite(taken)
+        for parameter in moved:
+            parameter.detach().copy_(anchors.of(parameter))
+        set_step_counts(optimizer, state)
+
+    def _give(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rank 0's tensors, in the replicas that come: those that were not equal."""
+        ranks = [0, *self.behind]
+        group = self._sharing = self._sharing or self._collectives.among(ranks)
+        if self._collectives.rank not in ranks:
+            return {}
+        differing = group.differing(tensors)
+        group.broadcast(list(differing.values()))
+        return differing
+
+
+def verify_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Check what a replica takes over from another one.
+
+    Raises:
+        ValueError: A number is not finite, naming its tensor.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"end the run and go on from its newest checkpoint: {name}, which this replica was to take over from"
+                " rank 0, holds numbers that are not finite"
+            )
