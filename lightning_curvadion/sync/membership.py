@@ -160,6 +160,9 @@ class Membership:
             common, states = json.loads(group.exchange("common", own.encode()))
             load_plain_state(sync.optimizers, states)
             sync.regroup(group.trained)
+            if sync.agreement.stop_request == REGROUP:
+                # It is done.
+                sync.agreement.stop_request = 0.0
             return dict(common)
 
         return cast(dict[str, float], self.form_group(structure_of(sync), {}, make_one_model))
