@@ -150,7 +150,8 @@ def task(options: dict) -> tuple[pl.LightningModule, DataLoader, DataLoader]:
         return Text(options["steps"]), DataLoader(train, batch_size=8, shuffle=True), DataLoader(sample, batch_size=32)
     train, val = (TensorDataset(torch.arange(count)) for count in (options["samples"], 22))
     workers = options.get("workers", 0)
-    return Module(options), DataLoader(train, batch_size=4, shuffle=True, num_workers=workers), DataLoader(val, 4)
+    batches = DataLoader(train, batch_size=4, shuffle=True, num_workers=workers, drop_last=True)
+    return Module(options), batches, DataLoader(val, 4)
 
 
 def main() -> None:
