@@ -201,6 +201,10 @@ class CurvaDionStrategy(ElasticStrategy):
         if self._elastic is not None and not self._alone:
             self._elastic.begin_batch()
 
+    def _begin_validation_batch(self) -> None:
+        if self._elastic is not None:
+            self._elastic.feed_watchdog()
+
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         super().setup_optimizers(trainer)
@@ -223,6 +227,7 @@ class CurvaDionStrategy(ElasticStrategy):
             self._stop_requests = StopRequests(trainer, self.sync)
         else:
             self._elastic.attach(trainer, self.sync)
+            self.share_metrics(self.lightning_module)
             self._stop_requests = LeaveRequests(trainer, self.sync, self._elastic.interrupt, self._leave)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
@@ -233,6 +238,7 @@ class CurvaDionStrategy(ElasticStrategy):
                 self._note_failure,
                 self._begin_epoch,
                 self._begin_batch,
+                self._begin_validation_batch,
             )
             self._callbacks.insert(0, callback)
 

@@ -42,7 +42,9 @@ class Module(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(self.options["sleep"])
+        # A batch that hangs for a while.
+        hangs = self.global_step == self.options.get("still", {}).get(self.options["name"])
+        time.sleep(15 if hangs else self.options["sleep"])
         (samples,) = batch
         trainer = self.trainer
         line = {"epoch": self.current_epoch, "batch": batch_idx, "step": self.global_step, "samples": samples.tolist()}
@@ -155,7 +157,7 @@ def task(options: dict) -> tuple[pl.LightningModule, DataLoader, DataLoader]:
 
 
 def main() -> None:
-    options = json.loads(sys.argv[2])
+    options = {"name": sys.argv[1], **json.loads(sys.argv[2])}
     torch.set_num_threads(1)
     host, _, port = options["endpoint"].rpartition(":")
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": "0"}

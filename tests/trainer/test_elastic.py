@@ -45,6 +45,22 @@ def begins_alone(folder):
         return run, run.ends("a", "b", "c")
 
 
+def stands_still(folder):
+    """One is stopped for a while, and another one stands still in a batch, though its process lives."""
+    with a_run(folder, TRAINER, epochs=2, timeout=3, still={"c": 12}, **TASK) as run:
+        run.add("a", "b", "c")
+        run.wait_until(lambda: all(run.size(name) == 3 and run.step(name) >= 5 for name in "abc"))
+        run.wait_until(lambda: all(run.size(name) == 2 for name in "ab"))
+        run.add("d")
+        run.wait_until(lambda: all(run.size(name) == 3 for name in "abd"))
+        run.processes["b"].send_signal(signal.SIGSTOP)
+        run.wait_until(lambda: all(run.size(name) == 2 for name in "ad"))
+        run.processes["b"].send_signal(signal.SIGCONT)
+        ends = run.ends("a", "d")
+        run.wait_until(lambda: all(run.processes[name].poll() is not None for name in "bc"))
+        return run, ends
+
+
 def on_one_machine(folder):
     """One command starts two processes and the store; one of them is killed."""
     script = folder / "train.py"
@@ -75,7 +91,12 @@ trainer = pl.Trainer(
 trainer.fit(Model())
 print("LEFT", trainer.world_size, trainer.global_step)
 """
-SCENARIOS = {"loses and gains": loses_and_gains, "begins alone": begins_alone, "one machine": on_one_machine}
+SCENARIOS = {
+    "loses and gains": loses_and_gains,
+    "begins alone": begins_alone,
+    "stands still": stands_still,
+    "one machine": on_one_machine,
+}
 # The rest: python tests/kill_points.py
 POINTS = [("collective", 1), ("validation", 2), ("checkpoint", 0)]
 
@@ -151,6 +172,13 @@ def test_a_run_may_begin_with_one(runs):
     for epoch in (0, 1):
         samples = drawn(run, "abc", epoch)
         assert len(samples) == len(set(samples)) >= 480 - 12
+
+
+def test_one_that_stands_still_is_lost_and_says_so_when_it_wakes(runs):
+    run, ends = runs["stands still"].result()
+    assert len({(end["digest"], end["end"]) for end in ends}) == 1
+    for name in "bc":
+        assert run.processes[name].wait() == 1 and "LeftBehindError: Start this replica again" in run.text(name)
 
 
 def test_one_command_on_one_machine_needs_no_store(runs):
