@@ -27,7 +27,7 @@ from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, re
 from .consensus_callback import ConsensusCallback, moving_averages
 from .elastic_strategy import ElasticStrategy
 from .lightning_internals import StrategyRegistryType, trainer_of
-from .mixed_precision import share_gradient_scaler
+from .mixed_precision import refuse_gradient_scaler, share_gradient_scaler
 from .replica_processes import DDP_ARGUMENTS, ReplicaSize
 from .signals import LeaveRequests, StopRequests
 
@@ -211,6 +211,8 @@ class CurvaDionStrategy(ElasticStrategy):
         optimizers = require_curvadion(self.optimizers)
         assert self.lightning_module is not None
         refuse_sparse_embeddings(self.lightning_module)
+        if self._elastic is not None:
+            refuse_gradient_scaler(self.precision_plugin)
         share_gradient_scaler(self.precision_plugin, self.root_device)
         log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
         # A second fit has new optimizers, which the first one's consensus does not concern.

@@ -15,8 +15,10 @@ from ahead import ahead
 from elastic_run import TRAINER, a_run
 from launching import environment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lightning_curvadion import CurvaDionStrategy
+from lightning_curvadion import CurvaDion, CurvaDionStrategy, split_parameters
 
 # Of a net that learns a function of eleven tokens.
 TASK = {"samples": 480, "decay": 100, "sleep": 0.03, "hook": {}}
@@ -68,6 +70,11 @@ def on_one_machine(folder):
     process = preloaded.start(script, folder=folder, output=folder / "log", **environment(OMP_NUM_THREADS="1"))
     status = process.wait(timeout=120)
     return status, (folder / "log").read_text()
+
+
+class Model(BoringModel):
+    def configure_optimizers(self):
+        return CurvaDion(split_parameters(self), lr=0.01)
 
 
 ONE_COMMAND = """
@@ -203,6 +210,19 @@ def test_one_command_on_one_machine_needs_no_store(runs):
 def test_arguments_that_do_not_fit_are_one_clear_error(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         CurvaDionStrategy(**arguments)
+
+
+def test_a_loss_scale_is_refused(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    strategy = CurvaDionStrategy(elastic=True)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, plugins=plugin, logger=False, max_steps=1)
+    try:
+        with pytest.raises(MisconfigurationException, match='use "bf16-mixed"'):
+            trainer.fit(Model())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_address_without_a_store_says_how_to_start_one(monkeypatch):
