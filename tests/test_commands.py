@@ -65,10 +65,13 @@ ELSEWHERE = {
     "python examples/fabric.py": "examples/test_fabric.py::test_the_script_trains (workers of the pool)",
     "torchrun --standalone --nproc-per-node 2 examples/plain_loop.py":
         "examples/test_plain_loop.py::test_the_plain_loop_trains (workers of the pool)",
-    "python examples/elastic.py": "sync/test_membership.py::killed (another script)",
-    "python examples/elastic.py --store 29400": "sync/test_membership.py::comes (another script)",
-    "python examples/elastic.py --join HOST:29400":
-        "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (workers of the pool)",
+    "python examples/elastic.py": "trainer/test_elastic.py::loses_and_gains (another script)",
+    "MASTER_ADDR=10.0.0.1 MASTER_PORT=29400 python examples/elastic.py --train":
+        "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (at another address)",
+    "python -m lightning_curvadion store --port 29400":
+        "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (at a free port)",
+    "python tests/storm.py --trainer": "trainer/test_elastic.py::loses_and_gains (once, instead of 20 times)",
+    "python tests/kill_points.py": "trainer/test_elastic.py::runs (three of its points)",
     "python tests/storm.py": "sync/test_membership.py::killed (once, instead of 20 times)",
     "python examples/sharded.py": "examples/test_sharded_example.py::test_a_process_holds_a_half (workers of the pool)",
     "python examples/switch_before.py": "examples/test_switch.py::test_the_script_learns (forked)",

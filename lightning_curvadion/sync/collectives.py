@@ -4,6 +4,7 @@ They are called through the ``torch.distributed`` module, so that they can be co
 of them is in ``payload_collectives.py``.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -305,11 +306,9 @@ class Collectives:
         return flag
 
     def all_gather_object(self, own: Any) -> list[Any]:
-        """The object of every process, by rank. For errors: its bytes are not counted."""
-        gathered: list[Any] = [None] * self.world_size
+        """The strings, numbers or lists of every process, by rank. For errors: their bytes are not counted."""
         with self._explained("the comparison of the replicas' models"):
-            dist.all_gather_object(gathered, own, group=self._group)
-        return gathered
+            return all_gather_plain(own, self.device or torch.device("cpu"), self._group)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Set tensors to rank 0's values. Bytes travel, so that any dtype can: four for each number of a chunk."""
@@ -337,3 +336,60 @@ def bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, flat: a view of it if it is contiguous, a copy otherwise."""
     # A last dimension of one element has stride 1, which a view of bytes needs; that of a tensor of one need not.
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8).view(-1)
+
+
+# -- of the default process group, and of objects ----------------------------------------------------------------------
+
+
+def meet(what: str) -> None:
+    """Wait until all ranks are here.
+
+    Args:
+        what: They wait for, for the error.
+
+    Raises:
+        ReplicaLostError: Another rank has ended, or does not arrive.
+    """
+    with explain_failure(what):
+        dist.barrier()
+
+
+def all_gather_plain(own: Any, device: torch.device, group: ProcessGroup | None = None) -> list[Any]:
+    """The object of every process, by rank. It travels as JSON: nothing that arrives is unpickled.
+
+    Args:
+        own: What JSON can say.
+        device: Of the collectives.
+        group: ``None`` for the default process group.
+    """
+    text = _bytes_of(own, device)
+    size = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([text.numel()], device=device), group=group)
+    longest = max(int(length) for length in lengths)
+    texts = [text.new_empty(longest) for _ in range(size)]
+    dist.all_gather(texts, torch.cat([text, text.new_zeros(longest - text.numel())]), group=group)
+    return [_object_of(text[: int(length)]) for text, length in zip(texts, lengths, strict=True)]
+
+
+def broadcast_plain(own: Any, source: int, device: torch.device) -> Any:
+    """The object of one rank of the default process group, on all of them.
+
+    Raises:
+        TypeError: JSON cannot say it.
+    """
+    text = _bytes_of(own, device) if dist.get_rank() == source else torch.empty(0, dtype=torch.uint8, device=device)
+    length = torch.tensor([text.numel()], device=device)
+    dist.broadcast(length, source)
+    if dist.get_rank() != source:
+        text = text.new_empty(int(length))
+    dist.broadcast(text, source)
+    return own if dist.get_rank() == source else _object_of(text)
+
+
+def _bytes_of(plain: Any, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8).to(device)
+
+
+def _object_of(text: Tensor) -> Any:
+    return json.loads(bytes(text.cpu().numpy()))

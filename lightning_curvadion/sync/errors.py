@@ -32,6 +32,10 @@ class ReplicaLostError(RuntimeError):
     """Another rank has ended, or did not arrive within the process group's timeout: this rank cannot go on alone."""
 
 
+class LeftBehindError(RuntimeError):
+    """The other replicas took this one for lost, and went on without it."""
+
+
 class UnevenBatchesError(RuntimeError):
     """Some ranks have run out of batches while others train on; raised on all of them."""
 

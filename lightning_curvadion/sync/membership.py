@@ -26,7 +26,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from ..optim.curvadion import CurvaDion
 from ..optim.parameter_groups import GROUP_OPTIONS
-from .errors import ReplicaLostError, explain_failure
+from .collectives import meet
+from .errors import LeftBehindError, ReplicaLostError, explain_failure
 from .process_group_sync import ProcessGroupSync
 from .replica_checks import first_difference
 from .replica_groups import Group, Replica, arrange
@@ -48,6 +49,8 @@ _LAST_CALL = timedelta(seconds=0.5)
 _RENDEZVOUS = "torch.rendezvous."
 # Replicas that form a new group are none of the old one for a moment.
 _REGROUPING = timedelta(seconds=3)
+# Of the newest group, in the store of a run.
+_GENERATION = "generation"
 # In the range of stop requests, see ``Agreement``; below those of a strategy.
 REGROUP = 0.3
 
@@ -173,6 +176,7 @@ class Membership:
         standing: Mapping[str, Any],
         make_one_model: Callable[[Group], T],
         waits: bool = True,
+        takes_over: bool = True,
     ) -> T | None:
         """Form a group of all that are there, and another one where a replica is lost on the way.
 
@@ -182,15 +186,19 @@ class Membership:
                 their ``standing["place"]`` is that of the others, and wait for the next group elsewhere.
             make_one_model: Called in the new group.
             waits: Whether to wait for the next group where one formed without this replica.
+            takes_over: Whether this replica takes over the run of the others where they went on without it.
 
         Returns:
             What it returned; ``None`` where the group formed without this replica.
 
         Raises:
+            LeftBehindError: The others went on without this replica.
             ValueError: Another replica has another structure.
             RendezvousTimeoutError: ``min_replicas`` have not come in time.
         """
         while True:
+            if not takes_over:
+                self._verify_not_behind()
             try:
                 group = self._form_group(structure, standing)
                 if group is None and waits:
@@ -199,14 +207,27 @@ class Membership:
                     return None
                 result = make_one_model(group)
                 self._prepared = group.generation
-                with explain_failure("the barrier of a new group"):
-                    dist.barrier()
+                meet("the barrier of a new group")
             except ReplicaLostError as error:
                 log.warning(f"A replica was lost while the replicas formed a group, and they form another one. {error}")
                 continue
             self._generation, self._rank, self._members = group.generation, group.rank, group.size
+            if group.rank == 0:
+                self.store.set(_GENERATION, str(group.generation))
             log.info(f"Rank {group.rank} of {group.size} replicas, of which {group.trained} have trained before.")
             return result
+
+    def _verify_not_behind(self) -> None:
+        newest = int(self.store.get(_GENERATION)) if self.store.check([_GENERATION]) else 0
+        if newest > max(self._generation, self._prepared):
+            raise LeftBehindError(
+                "Start this replica again, and it joins the others: it did not answer them for a while, as where a"
+                " machine stands still or is cut off, and they went on without it"
+            )
+
+    def fall_silent(self) -> None:
+        """Let the others take this replica for lost."""
+        self._rendezvous._stop_heartbeats()
 
     def waiting(self) -> bool:
         """Whether others wait to take part, as the store knew a second ago."""
@@ -282,7 +303,8 @@ class Membership:
         published = [Replica(*json.loads(store.get(f"member {number}"))) for number in numbers]
         # The first of those that have trained counts.
         reference = max(numbers, key=lambda number: (published[number].generation, -number))
-        if digest != published[reference].digest:
+        at_one_place = own.standing.get("place") == published[reference].standing.get("place")
+        if at_one_place and digest != published[reference].digest:
             theirs = json.loads(store.get(f"structure {reference}"))
             raise ValueError(first_difference([theirs, structure], ["the run", "this replica"]))
         return {number: published[number] for number in numbers if published[number].digest == digest}

@@ -11,9 +11,8 @@ left it.
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from .errors import ReplicaLostError, explain_failure
+from .collectives import meet
+from .errors import ReplicaLostError
 
 T = TypeVar("T")
 
@@ -61,8 +60,7 @@ class Recovery:
         while self.position > self._left_behind or not results:
             try:
                 results.append(operation())
-                with explain_failure("a barrier"):
-                    dist.barrier()
+                meet("a barrier")
                 break
             except ReplicaLostError:
                 self._meet(again=True)

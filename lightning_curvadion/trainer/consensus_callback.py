@@ -24,6 +24,7 @@ class ConsensusCallback(Callback):
         note_failure: Called with an exception before other callbacks handle it.
         begin_epoch: Called before the first batch of every epoch.
         begin_batch: Called before every batch.
+        begin_validation_batch: Called before every batch of a validation.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class ConsensusCallback(Callback):
         note_failure: Callable[[BaseException], None],
         begin_epoch: Callable[[], None],
         begin_batch: Callable[[], None],
+        begin_validation_batch: Callable[[], None],
     ) -> None:
         self._reach_consensus = reach_consensus
         self._act_on_agreed_request = act_on_agreed_request
@@ -41,6 +43,7 @@ class ConsensusCallback(Callback):
         self._note_failure = note_failure
         self._begin_epoch = begin_epoch
         self._begin_batch = begin_batch
+        self._begin_validation_batch = begin_validation_batch
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", *_: Any) -> None:
@@ -49,6 +52,10 @@ class ConsensusCallback(Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         self._act_on_agreed_request()
+
+    @override
+    def on_validation_batch_start(self, trainer: "pl.Trainer", *_: Any) -> None:
+        self._begin_validation_batch()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -31,12 +31,15 @@ from . import hand_over
 from .consensus_callback import moving_averages
 from .lightning_internals import batches_begun, log_beside, restart_data, update_epoch_length, with_sampler
 from .member_samplers import Drawn, MemberEvaluationSampler, MemberSampler
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # How long the replicas that start a run wait for as many as were asked for.
 _START = timedelta(seconds=30)
+# A replica that makes no progress for so many times the timeout counts as lost.
+_STILL = 2
 # How long a store that this process has started stays without replicas.
 _IDLE = 60
 
@@ -70,6 +73,7 @@ class ElasticRun:
         self.changes: list[MembershipChange] = []
         self.recovery = Recovery(self._form_group)
         self._members: Membership | None = None
+        self._watchdog: Watchdog | None = None
         self._samplers: list[MemberSampler] = []
         self._trainer: pl.Trainer | None = None
         self._sync: ProcessGroupSync | None = None
@@ -160,13 +164,40 @@ class ElasticRun:
 
     def begin_training(self) -> None:
         """Called where the others begin to train too."""
+        assert self._members is not None
         self.recovery.active = not self.is_newcomer
+        self._watch()
 
     def end_training(self) -> None:
         """Called where the others end it too: whoever is lost from now on is an error."""
         self.recovery.active = False
+        self._rest()
         if self._members is not None and not self.has_left:
             self._members.end()
+
+    def feed_watchdog(self) -> None:
+        """Called with every batch: a replica that stands still in one is to be lost for the others."""
+        if self._watchdog is not None:
+            self._watchdog.feed()
+
+    def run_jointly(self, operation: Callable[[], T]) -> T:
+        """Run what all replicas run, in a new group again where one is lost in it."""
+        if self._watchdog is not None:
+            # Collectives have a timeout of their own, and what writes a checkpoint takes its time.
+            self._watchdog.pause()
+        try:
+            return self.recovery.run(operation)
+        finally:
+            self.feed_watchdog()
+
+    def _watch(self) -> None:
+        assert self._members is not None
+        self._watchdog = Watchdog(_STILL * self._timeout.total_seconds(), self._members.fall_silent)
+        self._watchdog.start()
+
+    def _rest(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.end()
 
     # -- in the loop -------------------------------------------------------------------------------------------------
 
@@ -180,6 +211,7 @@ class ElasticRun:
     def begin_batch(self) -> None:
         """Called before every batch: others that wait take part from here on."""
         assert self._members is not None and self._sync is not None
+        self.feed_watchdog()
         agreement = self._sync.agreement
         if agreement.agreed_request == REGROUP:
             self.recovery.meet_newcomers()
@@ -191,6 +223,7 @@ class ElasticRun:
         """Take no part any more."""
         assert self._members is not None
         self.has_left, self.recovery.active = True, False
+        self._rest()
         self._members.leave()
 
     def _form_group(self, own: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -209,7 +242,10 @@ class ElasticRun:
             "drawn": [sampler.drawn(batches) for sampler in self._samplers],
         }
         structure = structure_of(self._sync)
-        formed = self._in_time(lambda: members.form_group(structure, standing, self._make_one_model))
+        takes_over = self.is_newcomer
+        formed = self._in_time(
+            lambda: members.form_group(structure, standing, self._make_one_model, takes_over=takes_over)
+        )
         assert formed is not None, "it waits until it is in"
         group, self.is_newcomer = formed.group, False
         standings = group.standings[: group.trained]
@@ -278,6 +314,7 @@ class ElasticRun:
 
     def _in_time(self, form: Callable[[], T]) -> T:
         """Raises one clear error where too few replicas come, and ends where this one is to leave."""
+        self._rest()
         self.forming = True
         try:
             return form()
@@ -290,6 +327,8 @@ class ElasticRun:
             raise ReplicaLostError("The run has ended: this replica came too late, or was taken for lost") from None
         finally:
             self.forming = False
+            if self.recovery.active:
+                self._watch()
 
     def interrupt(self) -> None:
         """Called by a signal handler: a replica that waits for others leaves at once."""

@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from lightning.pytorch.strategies.strategy import TBroadcast
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
+from ..sync.collectives import broadcast_plain
 from ..sync.errors import explain_failure
 from ..sync.membership_changes import MembershipChange
 from .configuration_checks import check_elastic
@@ -93,7 +97,7 @@ class ElasticStrategy(ReplicaStrategy):
 
     def _jointly(self, operation: Callable[[], T]) -> T:
         """Run what all replicas run, in a new group again where a replica is lost in it."""
-        return operation() if self._elastic is None else self._elastic.recovery.run(operation)
+        return operation() if self._elastic is None else self._elastic.run_jointly(operation)
 
     # -- Lightning's own collectives ---------------------------------------------------------------------------------
 
@@ -106,9 +110,25 @@ class ElasticStrategy(ReplicaStrategy):
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if self._alone:
+        """As in ``DDPStrategy``; with ``elastic`` of strings, numbers and lists alone, since nothing is unpickled.
+
+        Raises:
+            TypeError: It is something else.
+        """
+        if self._alone or not torch.distributed.is_initialized():
             return obj
-        return self._explained_jointly("a broadcast", lambda: super(ElasticStrategy, self).broadcast(obj, src))
+        if self._elastic is None:
+            return self._explained_jointly("a broadcast", lambda: super(ElasticStrategy, self).broadcast(obj, src))
+        return cast(TBroadcast, self._explained_jointly("a broadcast", lambda: self._broadcast_plain(obj, src)))
+
+    def _broadcast_plain(self, obj: Any, src: int) -> Any:
+        try:
+            return broadcast_plain(obj, src, torch.device("cpu"))
+        except TypeError as error:
+            raise TypeError(
+                f"broadcast strings, numbers and lists where replicas come and go, not {type(obj).__name__}: with"
+                " elastic=True nothing is unpickled from the network"
+            ) from error
 
     @override
     def reduce(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -122,6 +142,23 @@ class ElasticStrategy(ReplicaStrategy):
             return reduce(own, *args, **options)
 
         return self._explained_jointly("the reduction of a metric", reduce_copy)
+
+    @override
+    def all_gather(self, tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self._alone:
+            return tensor.unsqueeze(0)
+        gather = super().all_gather
+        return self._explained_jointly("the gathering of a tensor", lambda: gather(tensor, *args, **options))
+
+    def share_metrics(self, module: nn.Module) -> None:
+        """Let the torchmetrics of a module gather their states from the replicas that are there."""
+
+        def gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
+            return self._explained_jointly("the gathering of a metric", lambda: gather_all_tensors(tensor, group))
+
+        for metric in module.modules():
+            if isinstance(metric, Metric) and metric.dist_sync_fn is None:
+                metric.dist_sync_fn = gather
 
     def _explained_jointly(self, what: str, operation: Callable[[], T]) -> T:
         def explained() -> T:

@@ -1,6 +1,7 @@
 """Mixed precision in float16: all replicas use one loss scale, and skip a step together."""
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
@@ -27,3 +28,15 @@ def share_gradient_scaler(plugin: Precision, device: torch.device) -> None:
         enabled=own.is_enabled(),
         process_group=None,
     )
+
+
+def refuse_gradient_scaler(plugin: Precision) -> None:
+    """Check that a precision has no loss scale, whose collectives belong to one process group.
+
+    Raises:
+        MisconfigurationException: It has one.
+    """
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        raise MisconfigurationException(
+            'elastic=True: the loss scale of precision="16-mixed" belongs to replicas that stay; use "bf16-mixed"'
+        )

@@ -27,7 +27,7 @@ from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, re
 from .consensus_callback import ConsensusCallback, moving_averages
 from .elastic_strategy import ElasticStrategy
 from .lightning_internals import StrategyRegistryType, trainer_of
-from .mixed_precision import share_gradient_scaler
+from .mixed_precision import refuse_gradient_scaler, share_gradient_scaler
 from .replica_processes import DDP_ARGUMENTS, ReplicaSize
 from .signals import LeaveRequests, StopRequests
 
@@ -201,12 +201,18 @@ class CurvaDionStrategy(ElasticStrategy):
         if self._elastic is not None and not self._alone:
             self._elastic.begin_batch()
 
+    def _begin_validation_batch(self) -> None:
+        if self._elastic is not None:
+            self._elastic.feed_watchdog()
+
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
         super().setup_optimizers(trainer)
         optimizers = require_curvadion(self.optimizers)
         assert self.lightning_module is not None
         refuse_sparse_embeddings(self.lightning_module)
+        if self._elastic is not None:
+            refuse_gradient_scaler(self.precision_plugin)
         share_gradient_scaler(self.precision_plugin, self.root_device)
         log.debug(f"{self.__class__.__name__}: attaching the sync hook to {len(optimizers)} optimizer(s)")
         # A second fit has new optimizers, which the first one's consensus does not concern.
@@ -223,6 +229,7 @@ class CurvaDionStrategy(ElasticStrategy):
             self._stop_requests = StopRequests(trainer, self.sync)
         else:
             self._elastic.attach(trainer, self.sync)
+            self.share_metrics(self.lightning_module)
             self._stop_requests = LeaveRequests(trainer, self.sync, self._elastic.interrupt, self._leave)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
@@ -233,6 +240,7 @@ class CurvaDionStrategy(ElasticStrategy):
                 self._note_failure,
                 self._begin_epoch,
                 self._begin_batch,
+                self._begin_validation_batch,
             )
             self._callbacks.insert(0, callback)
 

@@ -1,24 +1,36 @@
-"""``examples/elastic.py``: replicas of one address are one run. ``test_membership.py`` kills and adds some."""
+"""``examples/elastic.py``: replicas of one address are one run. ``test_elastic.py`` kills and adds some."""
 
-import re
-import sys
-from unittest import mock
-
-from launching import ROOT, free_port, run_as_torchrun
-
-from lightning_curvadion.sync.membership import host_store
+import preloaded
+from launching import ROOT, environment, free_port
+from training import python_path
 
 
-def train(rank, world, endpoint):
-    words = ["elastic.py", "--join", endpoint, "--steps", "30", "--name", f"replica {rank}"]
-    with mock.patch.object(sys, "argv", words):
-        return run_as_torchrun(rank, world, ROOT / "examples/elastic.py", free_port())
-
-
-def test_replicas_of_one_address_are_one_run(replicas):
-    store = host_store(0, "127.0.0.1")
-    losses = set()
-    for rank, printed in enumerate(replicas.run(2, train, f"127.0.0.1:{store.port}")):
-        assert f"replica {rank}: step 0, 2 replicas" in printed
-        losses.add(re.search(r"ends after 30 steps at a loss of (\d\.\d+)", printed).group(1))
-    assert len(losses) == 2 and all(float(loss) < 5.5 for loss in losses)
+def test_replicas_of_one_address_are_one_run(tmp_path):
+    port = str(free_port())
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    variables = {**environment(**address), "PYTHONPATH": python_path(ROOT, ROOT / "tests/helpers")}
+    serve = tmp_path / "serve.py"
+    serve.write_text("import sys\nfrom lightning_curvadion.cli.main import main\nsys.exit(main(sys.argv[1:]))\n")
+    words = ["store", "--port", port, "--host", "127.0.0.1"]
+    store = preloaded.start(serve, *words, folder=tmp_path, output=tmp_path / "store", **variables)
+    replicas = {
+        name: preloaded.start(
+            ROOT / "examples/elastic.py",
+            *("--train", "--steps", "30", "--name", name),
+            folder=tmp_path,
+            output=tmp_path / name,
+            **variables,
+        )
+        for name in "AB"
+    }
+    try:
+        for name, replica in replicas.items():
+            printed = (tmp_path / name).read_text() if replica.wait(timeout=120) else ""
+            assert replica.wait() == 0, printed[-3000:]
+    finally:
+        for process in (store, *replicas.values()):
+            process.kill()
+    assert (tmp_path / "store").read_text().splitlines()[0] == f"store: replicas meet at port {port}"
+    for name in replicas:
+        printed = (tmp_path / name).read_text()
+        assert f"{name}, step 0: 2 replicas, 0 lost" in printed and "the run ends after 30 steps" in printed, printed

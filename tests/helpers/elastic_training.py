@@ -42,7 +42,9 @@ class Module(pl.LightningModule):
         return nn.functional.cross_entropy(self.net(tokens), (3 * tokens + 1) % 11)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(self.options["sleep"])
+        # A batch that hangs for a while.
+        hangs = self.global_step == self.options.get("still", {}).get(self.options["name"])
+        time.sleep(15 if hangs else self.options["sleep"])
         (samples,) = batch
         trainer = self.trainer
         line = {"epoch": self.current_epoch, "batch": batch_idx, "step": self.global_step, "samples": samples.tolist()}
@@ -150,11 +152,12 @@ def task(options: dict) -> tuple[pl.LightningModule, DataLoader, DataLoader]:
         return Text(options["steps"]), DataLoader(train, batch_size=8, shuffle=True), DataLoader(sample, batch_size=32)
     train, val = (TensorDataset(torch.arange(count)) for count in (options["samples"], 22))
     workers = options.get("workers", 0)
-    return Module(options), DataLoader(train, batch_size=4, shuffle=True, num_workers=workers), DataLoader(val, 4)
+    batches = DataLoader(train, batch_size=4, shuffle=True, num_workers=workers, drop_last=True)
+    return Module(options), batches, DataLoader(val, 4)
 
 
 def main() -> None:
-    options = json.loads(sys.argv[2])
+    options = {"name": sys.argv[1], **json.loads(sys.argv[2])}
     torch.set_num_threads(1)
     host, _, port = options["endpoint"].rpartition(":")
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": "0"}
