@@ -1,12 +1,16 @@
 """Anchors: a copy of the last consensus, from which the displacement of a replica is measured."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..optim.matrix_stacks import MatrixStack
 from ..optim.shards import local_of
+
+if TYPE_CHECKING:
+    from .mean_record import MeanRecorder
 
 
 class Anchors:
@@ -16,10 +20,12 @@ class Anchors:
 
     Attributes:
         moves: How often an anchor was set or may have moved, for what is cached of their values.
+        recorder: Records the means by which they move, for a replica that comes.
     """
 
     def __init__(self) -> None:
         self.moves = 0
+        self.recorder: MeanRecorder | None = None
         self._anchor: dict[Tensor, Tensor] = {}
 
     @property
@@ -40,6 +46,9 @@ class Anchors:
 
     def set_to_zero(self, parameters: Iterable[Tensor]) -> None:
         """Let the displacements of parameters be their whole values, which need no common anchor to be averaged."""
+        if self.recorder is not None:
+            # What moves them next is no mean of displacements.
+            self.recorder.close()
         self.capture(parameters := list(parameters))
         for parameter in parameters:
             self._anchor[parameter].zero_()

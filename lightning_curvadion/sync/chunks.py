@@ -35,6 +35,7 @@ class Bucket:
             Read again from the payloads after they were released.
         width: Bytes of a quantized shard.
         mean_width: Bytes of the quantized mean of a shard.
+        mean_format: The format of the mean.
     """
 
     def __init__(self, wire_format: str, slices: Sequence[PayloadSlice], shards: int) -> None:
@@ -43,18 +44,18 @@ class Bucket:
         length = -(-self._numel // (shards * block)) * block
         self._shape = shards, length
         self._rows: Tensor | None = None
-        self._format, self._mean_format = wire_format, quantization.mean_format_of(wire_format)
-        self.width = quantization.quantized_bytes(length, self._format)
-        self.mean_width = quantization.quantized_bytes(length, self._mean_format)
-        self._slices = slices
+        self.wire_format, self.mean_format = wire_format, quantization.mean_format_of(wire_format)
+        self.width = quantization.quantized_bytes(length, self.wire_format)
+        self.mean_width = quantization.quantized_bytes(length, self.mean_format)
+        self.slices = slices
         self._dequantized: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:  # noqa: D102
         if self._rows is None:
-            dtype = torch.float64 if self._format == "float64" else torch.float32
+            dtype = torch.float64 if self.wire_format == "float64" else torch.float32
             shards, length = self._shape
-            self._rows = flatten(self._slices, dtype, fill=shards * length - self._numel).view(shards, length)
+            self._rows = flatten(self.slices, dtype, fill=shards * length - self._numel).view(shards, length)
         return self._rows
 
     def quantize(self, release: bool = False) -> Tensor:
@@ -63,14 +64,14 @@ class Bucket:
         Args:
             release: Whether the memory of the rows is freed until they are needed again.
         """
-        quantized = quantization.quantize_rows(self.rows, self._format, self._numel)
+        quantized = quantization.quantize_rows(self.rows, self.wire_format, self._numel)
         if release:
             self._rows = None
         return quantized
 
     def dequantize(self, packed: Tensor) -> Tensor:
         """The numbers of quantized shards, one in each row of a buffer that the next call overwrites."""
-        return self._dequantize(packed, self._format)
+        return self._dequantize(packed, self.wire_format)
 
     def mean(self, packed: Tensor, shard: int) -> Tensor:
         """Mean of one shard over the replicas, given what each sent of it, shape (replicas, width)."""
@@ -81,15 +82,15 @@ class Bucket:
 
     def quantize_mean(self, mean: Tensor, shard: int) -> Tensor:
         """The quantized mean of a shard, shape (mean width,)."""
-        return quantization.quantize_rows(mean.unsqueeze(0), self._mean_format, self._numel_of(shard))[0]
+        return quantization.quantize_rows(mean.unsqueeze(0), self.mean_format, self._numel_of(shard))[0]
 
     def dequantize_mean(self, packed: Tensor) -> Tensor:
         """The numbers of the quantized means of all shards, in the same buffer."""
-        return self._dequantize(packed, self._mean_format)
+        return self._dequantize(packed, self.mean_format)
 
     def write_back(self, mean: Tensor) -> None:
         """Give the payloads the mean, which has as many elements as ``rows``, and their quantization error."""
-        write_back(self._slices, mean.view(-1)[: self._numel], self.rows.view(-1)[: self._numel])
+        write_back(self.slices, mean.view(-1)[: self._numel], self.rows.view(-1)[: self._numel])
 
     def _dequantize(self, packed: Tensor, wire_format: str) -> Tensor:
         # One buffer for all: on a CPU, new memory takes longer than its numbers.

@@ -106,7 +106,7 @@ class Collectives:
             self._make_as_many_groups()
         group = dist.new_group(
             dist.get_process_group_ranks(self._present),
-            timeout=self._timeout,
+            timeout=self.timeout,
             backend=backend or self.backend,
             # Ranks outside of a subgroup do not call this.
             use_local_synchronization=self._group is not None,
@@ -127,7 +127,7 @@ class Collectives:
             ReplicaLostError: Another rank has ended.
         """
         with self._explained("the forming of a group"):
-            group = dist.new_group(list(ranks), timeout=self._timeout)
+            group = dist.new_group(list(ranks), timeout=self.timeout)
         collectives = type(self)(group, self._chunk, self._sent)
         if self.rank in ranks:
             collectives.join(self.device)
@@ -140,7 +140,7 @@ class Collectives:
         return present
 
     @property
-    def _timeout(self) -> timedelta | None:
+    def timeout(self) -> timedelta | None:
         """Of a collective; ``None`` where the backend has its default alone."""
         options = self._present._get_backend(self._present._device_types[0]).options
         return options._timeout if options is not None else None

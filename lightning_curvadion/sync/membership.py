@@ -14,9 +14,10 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -24,13 +25,13 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo, dynamic_rendezv
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
-from ..optim.curvadion import CurvaDion
-from ..optim.parameter_groups import GROUP_OPTIONS
 from .collectives import meet
 from .errors import LeftBehindError, ReplicaLostError, explain_failure
+from .plain_state import load_plain_state, plain_state, structure_of
 from .process_group_sync import ProcessGroupSync
 from .replica_checks import first_difference
 from .replica_groups import Group, Replica, arrange
+from .transfer_to_newcomers import Transfers
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ class Membership:
         # Or the rendezvous tells of a store of its first member at the first round alone, and a new one waits in vain.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self._timeout = timeout
-        self._store = _stores.TCPStore(host, int(port), is_master=False, timeout=timeout)
+        self._open_store = partial(_stores.TCPStore, host, int(port), is_master=False, timeout=timeout)
+        self._store = self._open_store()
         self._rendezvous = DynamicRendezvousHandler.from_backend(
             run_id,
             self._store,
@@ -124,6 +126,9 @@ class Membership:
         )
         self._rendezvous._state_holder._cache_duration = _POLL  # type: ignore[attr-defined]
         self._run_id = run_id
+        self._transfers = Transfers(
+            self.store, lambda: _stores.PrefixStore(self._run_id, self._open_store()), self._timeout
+        )
         # Of the last group in which this replica has trained: its number, this rank, its size.
         self._generation = self._rank = self._members = 0
         self._prepared = 0
@@ -143,8 +148,9 @@ class Membership:
     def join(self, sync: ProcessGroupSync, progress: Mapping[str, float]) -> dict[str, float]:
         """Form a group of all that are there, and make them one model.
 
-        The replicas of the last group take over their mean, and others take it over from them, with the state of the
-        optimizers and their hyperparameters. Where all are new, the first one's values count.
+        The replicas of the last group go on from the last consensus, and others begin there, with the state of the
+        first one's optimizers and their hyperparameters (:meth:`ProcessGroupSync.regroup`). A new one receives both
+        before, while the others train (:meth:`catch_up`). Where all are new, the first one's values count.
 
         Args:
             sync: Attached to this replica's optimizers.
@@ -158,6 +164,9 @@ class Membership:
             RendezvousTimeoutError: ``min_replicas`` have not come in time.
         """
 
+        if not self._generation:
+            self.catch_up(sync)
+
         def make_one_model(group: Group) -> dict[str, float]:
             own = json.dumps([dict(progress), plain_state(sync.optimizers)])
             common, states = json.loads(group.exchange("common", own.encode()))
@@ -169,6 +178,22 @@ class Membership:
             return dict(common)
 
         return cast(dict[str, float], self.form_group(structure_of(sync), {}, make_one_model))
+
+    def catch_up(self, sync: ProcessGroupSync) -> bool:
+        """Receive the model and the optimizers' state of a run that goes on, beside the others' training.
+
+        It waits until all has arrived but what the next steps add. A replica that has not caught up, as where the
+        settings do not allow it (``transfer_to_newcomers.py``), receives all of it when it joins.
+
+        Args:
+            sync: Attached to this replica's optimizers, in its group of its own.
+
+        Returns:
+            Whether it has caught up.
+        """
+        if self.store.check([_GENERATION]):
+            sync._arrival = self._transfers.request(sync)
+        return sync._arrival is not None
 
     def form_group(
         self,
@@ -229,11 +254,18 @@ class Membership:
         """Let the others take this replica for lost."""
         self._rendezvous._stop_heartbeats()
 
-    def waiting(self) -> bool:
-        """Whether others wait to take part, as the store knew a second ago."""
+    def waiting(self, sync: ProcessGroupSync) -> bool:
+        """Whether others wait to take part, as the store knew a second ago. Call it on rank 0 between two steps.
+
+        Here it also begins to send to those that ask to :meth:`catch_up`.
+
+        Args:
+            sync: Attached to this replica's optimizers.
+        """
         if time.monotonic() > self._asked + 1:
             self._asked = time.monotonic()
             self._others_wait = self._rendezvous.num_nodes_waiting() > 0
+            self._transfers.serve(sync)
         return self._others_wait
 
     def should_regroup(self, sync: ProcessGroupSync) -> bool:
@@ -241,7 +273,7 @@ class Membership:
 
         Call it after every step; the answer is the same on all replicas. It asks the store once a second.
         """
-        if dist.get_rank() == 0 and self.waiting():
+        if dist.get_rank() == 0 and self.waiting(sync):
             sync.agreement.stop_request = REGROUP
         return sync.agreement.agreed_request == REGROUP
 
@@ -323,44 +355,6 @@ def _frequent_looks() -> Iterator[None]:
         yield
     finally:
         module._delay = slow
-
-
-def structure_of(sync: ProcessGroupSync) -> list[str]:
-    """What two replicas must have in common to train together: all but values and hyperparameters."""
-    lines = [f"hook {sync.settings}"]
-    for optimizer in sync.optimizers:
-        lines.append(f"trigger {type(optimizer.trigger).__name__}")
-        lines += [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in optimizer.named_parameters()]
-    return lines
-
-
-def plain_state(optimizers: Sequence[CurvaDion]) -> list[dict[str, Any]]:
-    """What optimizers hold beside tensors and step counts: numbers and names, for JSON."""
-    return [
-        {
-            "trigger": optimizer._cap.state_dict(),
-            "groups": [{option: group[option] for option in GROUP_OPTIONS} for group in optimizer.param_groups],
-        }
-        for optimizer in optimizers
-    ]
-
-
-def load_plain_state(optimizers: Sequence[CurvaDion], states: Sequence[Mapping[str, Any]]) -> None:
-    """Take over a :func:`plain_state`.
-
-    Raises:
-        ValueError: It is of other optimizers.
-    """
-    sizes = [len(optimizer.param_groups) for optimizer in optimizers]
-    if sizes != [len(state["groups"]) for state in states]:
-        raise ValueError(
-            f"build the same optimizers in every process: here they have {sizes} parameter groups, in the run that this"
-            f" replica joins {[len(state['groups']) for state in states]}"
-        )
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer._cap.load_state_dict(state["trigger"])
-        for group, options in zip(optimizer.param_groups, state["groups"], strict=True):
-            group.update({option: options[option] for option in GROUP_OPTIONS}, betas=tuple(options["betas"]))
 
 
 def host_store(port: int, host: str = "0.0.0.0") -> Any:

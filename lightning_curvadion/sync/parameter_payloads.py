@@ -260,9 +260,9 @@ class ParameterPayloads:
             values, residual = (stand_ins or {}).get(p, p), self._residual(optimizer.state[p], p)
             anchor = self.anchors.to_move(p)
             first = self._first(p) // p.shape[1]
-            payloads.append(
-                SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first)
-            )
+            payload = SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first)
+            payload.origin = self.anchors, p
+            payloads.append(payload)
         return payloads
 
     def of_resting(
@@ -356,6 +356,7 @@ class ParameterPayloads:
                 self._first(parameter),
                 flushed,
             )
+            payload.origin = self.anchors, parameter
             if share:
                 corrections[parameter] = Correction(payload.difference, self._travel.of(parameter), share)
             payloads.append(payload)

@@ -27,6 +27,7 @@ from torch.profiler import record_function
 from . import quantization
 from .chunks import FULL_WIDTH, PayloadSlice, buckets_of, flatten, split_into_chunks, write_back
 from .collectives import Collectives
+from .mean_record import record_mean
 from .payload_checks import PayloadCheck
 from .payloads import Payload
 from .transfers import Transfer, complete
@@ -113,6 +114,9 @@ class PayloadCollectives(Collectives):
         flat.div_(self.world_size)
         yield self.start_all_reduce_sum(flat)
         write_back(slices, flat, None)
+        record_mean(
+            slices, flat.view(torch.uint8).unsqueeze(0), "float64" if is_wide(slices) else "float32", shards=True
+        )
 
     @torch.no_grad()
     def mean_by_all_gather(
@@ -136,6 +140,7 @@ class PayloadCollectives(Collectives):
                 for other in others:
                     mean.add_(other)
                 bucket.write_back(mean.div_(self.world_size))
+                record_mean(bucket.slices, packed, bucket.wire_format, shards=False)
 
     @torch.no_grad()
     def mean_by_all_to_all(
@@ -168,6 +173,7 @@ class PayloadCollectives(Collectives):
                 received = bucket.dequantize_mean(packed_means)
                 bucket.rows[self.rank].add_(mean - received[self.rank], alpha=self.world_size)
                 bucket.write_back(received)
+                record_mean(bucket.slices, packed_means, bucket.mean_format, shards=True)
 
     def verify_flags(self, flags: Tensor, check: PayloadCheck) -> None:
         """Raise on all replicas where one of them has flagged its payloads."""

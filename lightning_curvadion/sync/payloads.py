@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..optim.shards import is_sharded, local_of
+from .anchors import Anchors
 from .drift import DriftMeter
 
 # Dtypes of which a mean can be formed.
@@ -31,10 +32,12 @@ class Payload:
     Attributes:
         needs_own_error: Whether all processes of a replica need its quantization error, and not only those that send.
         of_shard: Whether it is of the rows that this process of a replica holds, and its counterparts in the others.
+        origin: The parameter whose anchor moves by the mean, and the anchors; ``None`` where none does.
     """
 
     needs_own_error = False
     of_shard = False
+    origin: tuple[Anchors, Tensor] | None = None
 
     def __init__(self, name: str, numel: int, wire_format: str) -> None:
         self.name = name
@@ -49,6 +52,10 @@ class Payload:
     def read(self, start: int, stop: int) -> Tensor:
         """The flat elements from ``start`` to ``stop``, to send."""
         raise NotImplementedError
+
+    def rows_between(self, start: int, stop: int) -> tuple[Tensor | None, tuple[int, int]]:
+        """Which rows of the tensor a range of flat elements is of, and the range in these; ``None`` for all rows."""
+        return None, (start, stop)
 
     def share(self, process: int, processes: int) -> tuple[int, int]:
         """Start and end of the flat elements that one process of a replica sends.

@@ -30,6 +30,7 @@ from .replica_checks import (
 )
 from .settings import CHUNK, SyncSettings, resolve_settings
 from .sharding_checks import check_sharding, holds_shards
+from .transfer_to_newcomers import Arrival
 
 
 class ProcessGroupSync(RecoveringHook):
@@ -157,6 +158,8 @@ class ProcessGroupSync(RecoveringHook):
         super().__init__(arguments, group, inner_group)
         # In the groups before this one.
         self._sent_before = 0
+        # From a run that it is about to join.
+        self._arrival: Arrival | None = None
 
     def settings_for(self, optimizer: CurvaDion) -> SyncSettings:
         """The settings with which the parameters of an optimizer synchronise: parameters in float64 have others."""
@@ -274,9 +277,8 @@ class ProcessGroupSync(RecoveringHook):
     def regroup(self, trained: int) -> None:
         """Go on in another default process group, after replicas were lost or have come; every rank calls it.
 
-        What was under way is given up. The first ranks go on from the last consensus, if they have the same one, and
-        the others begin there. Where they have not, all of them take over the mean of the first ones, with what
-        quantization has kept back on each (``regrouping.py``).
+        What was under way is given up. The first ranks go on from the last consensus if they have the same one, and
+        the others begin there. If not, all take over the exact mean of the first ones (``regrouping.py``).
 
         Args:
             trained: So many ranks, from 0 on, have trained before. The values of the others count for nothing.
@@ -309,11 +311,12 @@ class ProcessGroupSync(RecoveringHook):
         for optimizer in optimizers:
             self._enter_group(optimizer)
             regrouping = regrouping or Regrouping(
-                self.settings, self._collectives, self._parameters, self._untrained, trained
+                self.settings, self._collectives, self._parameters, self._untrained, trained, self._arrival
             )
             self._register(optimizer, anew=not regrouping.join(optimizer))
         if regrouping is not None:
             regrouping.hand_over_untrained()
+        self._arrival = None
 
     def take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
         """Let tensors be those of rank 0.

@@ -5,14 +5,16 @@ the anchors, the last consensus, if all of them have the same ones. They have, u
 keeps what it has walked, what quantization has kept back, and its momenta. Of those parameters whose anchors differ the
 exact mean is taken.
 
-A replica that comes begins at the anchors, with the optimizer state of rank 0. It has walked nothing. What the others
+A replica that comes begins at the anchors, with the optimizer state of rank 0, if it has not received both before
+(``transfer_to_newcomers.py``). It has walked nothing. What the others
 have to send by then counts more in the next mean, so that it comes to what it would have been without the new one.
 
 Where no common anchors are kept, or a sync step does not reconcile all, the replicas take an exact consensus, and those
 that come take it over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -26,7 +28,11 @@ from .parameter_payloads import ParameterPayloads
 from .payload_collectives import PayloadCollectives
 from .payloads import TensorPayload
 from .settings import SyncSettings
+from .transfer_to_newcomers import Arrival
 from .untrained_tensors import UntrainedTensors
+
+# Of a collective, where its backend does not tell.
+_TIMEOUT = timedelta(seconds=30)
 
 
 class Regrouping:
@@ -38,9 +44,9 @@ class Regrouping:
         parameters: Makes the payloads of parameters.
         untrained: Tensors of the module that no step trains.
         trained: The first so many ranks have trained before; at least one.
+        arrival: What this replica has received before it came.
 
     Attributes:
-        behind: Ranks that have come, and have the model from nobody yet.
         went_on: Whether no optimizer so far has needed an exact consensus.
     """
 
@@ -51,14 +57,33 @@ class Regrouping:
         parameters: ParameterPayloads,
         untrained: UntrainedTensors,
         trained: int,
+        arrival: Arrival | None,
     ) -> None:
         self._settings, self._collectives, self._parameters = settings, collectives, parameters
         self._untrained, self._trained = untrained, trained
         self._has_trained = collectives.rank < trained
-        self.behind = range(trained, collectives.world_size)
+        self._newcomers = range(trained, collectives.world_size)
+        # Those that have not received the model before.
+        self._behind: set[int] = set()
         self.went_on = True
-        # Rank 0 and those that come.
-        self._sharing: PayloadCollectives | None = None
+        self._groups: dict[tuple[int, ...], PayloadCollectives] = {}
+        self._arrival = arrival
+        if self._newcomers and not self._is_complete():
+            self._arrival = None
+        self._number = 0
+
+    def _is_complete(self) -> bool:
+        """Whether this replica has received all that rank 0 has recorded: nothing more is recorded from here on."""
+        recorder = self._parameters.anchors.recorder if self._collectives.rank == 0 else None
+        position = torch.zeros(2, dtype=torch.int64)
+        if recorder is not None:
+            recorder.close()
+            position = torch.tensor([recorder.identity, recorder.count])
+        position = position.to(device=self._collectives.device)
+        self._collectives.broadcast([position])
+        # The others wait for it meanwhile.
+        timeout = (self._collectives.timeout or _TIMEOUT) / 2
+        return self._arrival is not None and self._arrival.is_complete(position.tolist(), timeout)
 
     def join(self, optimizer: CurvaDion) -> bool:
         """Begin with an optimizer of all replicas.
@@ -75,8 +100,11 @@ class Regrouping:
         if not self._has_trained:
             for parameter in parameters.values():
                 optimizer.state[parameter].pop("residual", None)
+            if self._arrival is not None:
+                self._arrival.install(optimizer, self._number, self._parameters)
+        self._number += 1
         rows = self._collectives.all_gather(self._row(optimizer)).cpu()
-        goes_on, digests, anchored = rows.split([1, len(parameters), len(parameters)], dim=1)
+        goes_on, arrived, digests, anchored = rows.split([1, 1, len(parameters), len(parameters)], dim=1)
         if not bool(goes_on[: self._trained].all()):
             self.went_on = False
             self._take_exact_consensus(optimizer)
@@ -90,7 +118,12 @@ class Regrouping:
             moved = [p for p, kept in zip(parameters.values(), has_anchor, strict=True) if kept or p in differing]
         else:
             moved = [p for name, p in parameters.items() if p.requires_grad or name in differing]
-        if self.behind:
+        if self._newcomers:
+            self._behind |= {
+                rank
+                for rank in self._newcomers
+                if differing or not arrived[rank] or not torch.equal(rows[rank, 2:], rows[0, 2:])
+            }
             self._hand_over(optimizer, moved)
         self._parameters.begin(optimizer, moved, is_newcomer=not self._has_trained)
         optimizer.replicas_share_state(False)
@@ -101,14 +134,19 @@ class Regrouping:
         tensors = {**self._untrained.parameters_outside(), **self._untrained.buffers()}
         if not self.went_on:
             self._collectives.broadcast(list(self._collectives.differing(tensors).values()))
-        elif self.behind:
-            self._give(tensors)
+            return
+        if self._arrival is not None and self._collectives.rank not in self._behind:
+            self._arrival.install_untrained(self._untrained)
+        self._give(tensors, self._behind)
 
     def _row(self, optimizer: CurvaDion) -> Tensor:
-        """What this replica tells of an optimizer: whether it goes on, digests, and which parameters have anchors."""
+        """What this replica tells of an optimizer.
+
+        Whether it goes on, whether it has received the model before, digests, and which parameters have anchors.
+        """
         anchors = self._parameters.anchors
         goes_on = self._settings.consensus == "average" and self._trained > 1 and self._parameters.are_whole(optimizer)
-        if self.behind:
+        if self._newcomers:
             keeps_back = self._parameters.needs_anchors(optimizer) and self._parameters.are_quantized(optimizer)
             goes_on = goes_on and keeps_back
         digests, anchored = [], []
@@ -119,7 +157,8 @@ class Regrouping:
                 digests.append(digest(anchors.of(parameter)).cpu() + 3 * digest(velocity).cpu())
             else:
                 digests.append(torch.tensor(0) if parameter.requires_grad else digest(parameter).cpu())
-        own = [torch.tensor([goes_on]), torch.stack(digests), torch.tensor(anchored)]
+        arrived = self._arrival is not None
+        own = [torch.tensor([goes_on, arrived]), torch.stack(digests), torch.tensor(anchored)]
         return torch.cat([part.to(torch.int64) for part in own]).to(device=self._collectives.device)
 
     def _create_outer_momenta(self, optimizer: CurvaDion) -> None:
@@ -177,26 +216,30 @@ class Regrouping:
     def _hand_over(self, optimizer: CurvaDion, moved: list[Tensor]) -> None:
         """Let those that come begin at the anchors, with the optimizer state of rank 0."""
         anchors, parameters = self._parameters.anchors, dict(optimizer.named_parameters())
-        if not self._has_trained:
+        is_behind = self._collectives.rank in self._behind
+        if is_behind:
             anchors.drop(parameters.values())
             anchors.capture(moved)
         state = state_tensors(optimizer)
         kept = {name: anchors.of(p) if p in set(moved) else p for name, p in parameters.items()}
-        taken = self._give({**kept, **state})
+        taken = self._give({**kept, **state}, self._behind)
         if self._has_trained:
             self._parameters.weigh(optimizer, self._collectives.world_size / self._trained)
+        if not is_behind:
             return
         verify_finite(taken)
         for parameter in moved:
             parameter.detach().copy_(anchors.of(parameter))
         set_step_counts(optimizer, state)
 
-    def _give(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rank 0's tensors, in the replicas that come: those that were not equal."""
-        ranks = [0, *self.behind]
-        group = self._sharing = self._sharing or self._collectives.among(ranks)
-        if self._collectives.rank not in ranks:
+    def _give(self, tensors: Mapping[str, Tensor], receivers: Collection[int]) -> dict[str, Tensor]:
+        """Rank 0's tensors, in some of the replicas that come: those that were not equal."""
+        ranks = (0, *sorted(receivers))
+        if receivers and ranks not in self._groups:
+            self._groups[ranks] = self._collectives.among(ranks)
+        if not receivers or self._collectives.rank not in ranks:
             return {}
+        group = self._groups[ranks]
         differing = group.differing(tensors)
         group.broadcast(list(differing.values()))
         return differing

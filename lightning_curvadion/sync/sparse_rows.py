@@ -101,6 +101,10 @@ class SparseRowsPayload(Payload):
         displacement.add_(self._residual[rows - self._first])
         return displacement.view(-1)[part]
 
+    def rows_between(self, start: int, stop: int) -> tuple[Tensor, tuple[int, int]]:  # noqa: D102
+        rows, part = self._part(start, stop)
+        return rows, (part.start, part.stop)
+
     def share(self, process: int, processes: int) -> tuple[int, int]:  # noqa: D102
         bounds = torch.tensor(share_of(self._parameter.shape[0], process, processes), device=self._rows.device)
         start, stop = torch.searchsorted(self._rows, bounds).tolist()

@@ -22,8 +22,9 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..sync.errors import ReplicaLostError
-from ..sync.membership import REGROUP, Membership, load_plain_state, plain_state, run_name, structure_of
+from ..sync.membership import REGROUP, Membership, run_name
 from ..sync.membership_changes import MembershipChange
+from ..sync.plain_state import load_plain_state, plain_state, structure_of
 from ..sync.process_group_sync import ProcessGroupSync
 from ..sync.recovery import Recovery
 from ..sync.replica_groups import Group
@@ -203,8 +204,10 @@ class ElasticRun:
 
     def begin_epoch(self) -> None:
         """Called before the first batch of an epoch."""
-        assert self._trainer is not None
+        assert self._trainer is not None and self._members is not None and self._sync is not None
         if self.is_newcomer:
+            members, sync = self._members, self._sync
+            self._in_time(lambda: members.catch_up(sync))
             self._form_group({"place": "batch"})
         update_epoch_length(self._trainer, begins=True)
 
@@ -216,7 +219,7 @@ class ElasticRun:
         if agreement.agreed_request == REGROUP:
             self.recovery.meet_newcomers()
             self._sync.agreement.agreed_request = self._sync.agreement.stop_request = 0.0
-        elif self.rank == 0 and self._members.waiting():
+        elif self.rank == 0 and self._members.waiting(self._sync):
             agreement.stop_request = agreement.stop_request or REGROUP
 
     def leave(self) -> None:

@@ -22,8 +22,10 @@ from training import fingerprint
 
 from examples.byte_gpt import GPT, StandardLibrary, Windows, warmup_and_cooldown
 from lightning_curvadion import CurvaDion, IntegratedRMMC, ProcessGroupSync, split_parameters
+from lightning_curvadion.sync.collectives import bytes_of
 from lightning_curvadion.sync.errors import ReplicaLostError
 from lightning_curvadion.sync.membership import Membership
+from lightning_curvadion.sync.transfer_to_newcomers import Connection
 
 
 class Text:
@@ -57,7 +59,7 @@ class Tokens:
     """A small net that learns a function of eleven tokens."""
 
     def __init__(self, options: dict) -> None:
-        self.model = Net(layers=options.get("layers", 2))
+        self.model = Net(layers=options.get("layers", 2), width=options.get("width", 16))
         self.optimizer = CurvaDion(split_parameters(self.model), lr=0.02, trigger=IntegratedRMMC(0.45))
         self.shard = random.randrange(1000)
 
@@ -86,27 +88,50 @@ def main() -> None:
     sync.include_module(model)
 
     end = options["steps"]
+    catch_up, send = members.catch_up, Connection._send
+    said: list[None] = []
+
+    def caught_up(sync: ProcessGroupSync) -> bool:
+        start = time.perf_counter()
+        result = catch_up(sync)
+        print(json.dumps({"caught up": result, "seconds": time.perf_counter() - start}), flush=True)
+        return result
+
+    def send_slowly(connection: Connection, tensor: Tensor) -> None:
+        for part in bytes_of(tensor).split(2**20):
+            time.sleep(options["seconds_a_megabyte"] * part.numel() / 2**20)
+            if not said:
+                said.append(print(json.dumps({"sends": True}), flush=True))
+            send(connection, part)
+
+    members.catch_up = caught_up  # type: ignore[method-assign]
+    if "seconds_a_megabyte" in options:
+        Connection._send = send_slowly  # type: ignore[method-assign]
 
     def join(step: int, why: str) -> int:
         nonlocal end
+        sent = sync.bytes_sent
         step = members.join(sync, {"step": step})["step"]
         # Since its last step.
         seconds = time.perf_counter() - last
-        print(json.dumps({"step": step, "size": members.size, "why": why, "seconds": seconds}), flush=True)
+        line = {"step": step, "size": members.size, "why": why, "seconds": seconds, "sent": sync.bytes_sent - sent}
+        print(json.dumps(line), flush=True)
         if step > 0 and members.size == options.get("until"):
             end = step + 50
         return step
 
     last = time.perf_counter()
+    longest = 0.0
     step = join(0, "start")
     while step < end:
         try:
             task.step(step)
             time.sleep(options.get("sleep", 0.01))
             step += 1
-            last = time.perf_counter()
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
             if step % 10 == 0:
-                print(json.dumps({"step": step, "size": members.size}), flush=True)
+                print(json.dumps({"step": step, "size": members.size, "longest": longest}), flush=True)
+                longest = 0.0
             if step == options.get("kill_at", {}).get(name):
                 os.kill(os.getpid(), signal.SIGKILL)
             if not members.should_regroup(sync):
@@ -115,6 +140,7 @@ def main() -> None:
         except ReplicaLostError:
             why = "loss"
         step = join(step, why)
+        last = time.perf_counter()
     sync.reach_consensus(optimizer, include_state=True)
     with torch.no_grad():
         loss = task.loss().item()
