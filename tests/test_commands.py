@@ -72,6 +72,8 @@ ELSEWHERE = {
         "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (at a free port)",
     "python tests/storm.py --trainer": "trainer/test_elastic.py::loses_and_gains (once, instead of 20 times)",
     "python tests/kill_points.py": "trainer/test_elastic.py::runs (three of its points)",
+    "python tests/handover_cost.py":
+        "sync/test_transfer_to_newcomers.py::test_the_others_train_while_a_newcomer_receives_the_model (no lab)",
     "python tests/storm.py": "sync/test_membership.py::killed (once, instead of 20 times)",
     "python examples/sharded.py": "examples/test_sharded_example.py::test_a_process_holds_a_half (workers of the pool)",
     "python examples/switch_before.py": "examples/test_switch.py::test_the_script_learns (forked)",

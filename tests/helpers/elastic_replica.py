@@ -25,6 +25,7 @@ from lightning_curvadion import CurvaDion, IntegratedRMMC, ProcessGroupSync, spl
 from lightning_curvadion.sync.collectives import bytes_of
 from lightning_curvadion.sync.errors import ReplicaLostError
 from lightning_curvadion.sync.membership import Membership
+from lightning_curvadion.sync.parameter_payloads import ParameterPayloads
 from lightning_curvadion.sync.transfer_to_newcomers import Connection
 
 
@@ -105,6 +106,10 @@ def main() -> None:
             send(connection, part)
 
     members.catch_up = caught_up  # type: ignore[method-assign]
+    if options.get("as_before"):
+        # The model at full width after every change.
+        members.catch_up = lambda sync: print(json.dumps({"caught up": False}))  # type: ignore[method-assign]
+        ParameterPayloads.are_whole = lambda *_: False  # type: ignore[method-assign]
     if "seconds_a_megabyte" in options:
         Connection._send = send_slowly  # type: ignore[method-assign]
 
