@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
@@ -60,6 +61,7 @@ class ElasticRun:
         rank: Of this replica.
         size: Number of replicas.
         changes: What happened to them, as this one saw it.
+        has_begun: Whether it takes part in a run that has not ended.
         is_newcomer: Whether the others train already, and this one is to take over their run.
         recovery: Counts the joint operations.
     """
@@ -69,7 +71,7 @@ class ElasticRun:
         # How long too few replicas wait for others.
         self._join_timeout = 20 * self._timeout
         self.rank, self.size = 0, 1
-        self.is_newcomer = self.forming = self.has_left = False
+        self.has_begun = self.is_newcomer = self.forming = self.has_left = False
         self.changes: list[MembershipChange] = []
         self.recovery = Recovery(self._form_group)
         self._members: Membership | None = None
@@ -81,7 +83,7 @@ class ElasticRun:
     # -- the start ---------------------------------------------------------------------------------------------------
 
     def start(self, endpoint: str, asked_for: int, hosts_store: bool) -> None:
-        """Begin a run with others, or get ready to take over theirs.
+        """Begin a run with others, or get ready to take over theirs. After a run that has ended, begin the next one.
 
         Args:
             endpoint: ``"host:port"`` of the store.
@@ -92,12 +94,14 @@ class ElasticRun:
             MisconfigurationException: There is no store.
             ReplicaLostError: There are fewer than ``min_replicas``.
         """
-        if self._members is not None:
-            return
-        if hosts_store:
+        if self._members is None and hosts_store:
             command = [sys.executable, "-m", "lightning_curvadion", "store", "--port", endpoint.rpartition(":")[2]]
             # It outlives this process, and what ends this process with a signal of the terminal.
             subprocess.Popen([*command, "--idle", str(_IDLE)], start_new_session=True)
+        if dist.is_initialized():
+            # Of an earlier run of this process.
+            dist.destroy_process_group()
+        self.has_begun = True
         try:
             members = self._members = self._newest_run(endpoint)
         except RuntimeError as error:
@@ -170,7 +174,7 @@ class ElasticRun:
 
     def end_training(self) -> None:
         """Called where the others end it too: whoever is lost from now on is an error."""
-        self.recovery.active = False
+        self.recovery.active = self.has_begun = False
         self._rest()
         if self._members is not None and not self.has_left:
             self._members.end()

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -81,9 +83,13 @@ class ElasticStrategy(ReplicaStrategy):
         if self._elastic is None:
             super().setup_distributed()
             return
-        environment = self.cluster_environment
+        environment, module = self.cluster_environment, self.lightning_module
         assert environment is not None
         self._process_group_backend = "gloo"
+        fits = module is None or module.trainer.state.fn == TrainerFn.FITTING
+        if self._elastic.has_begun or (dist.is_initialized() and not fits):
+            # A test after a run is one of the same replicas.
+            return
         address = f"{environment.main_address}:{environment.main_port}"
         self._elastic.start(address, self.num_nodes * self.num_processes, self._hosts_store)
         leave_process_group_at_exit()
@@ -115,7 +121,7 @@ class ElasticStrategy(ReplicaStrategy):
         Raises:
             TypeError: It is something else.
         """
-        if self._alone or not torch.distributed.is_initialized():
+        if self._alone or not dist.is_initialized():
             return obj
         if self._elastic is None:
             return self._explained_jointly("a broadcast", lambda: super(ElasticStrategy, self).broadcast(obj, src))

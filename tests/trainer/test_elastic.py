@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import chain
 
+import elastic_features
 import kill_points
 import lightning.pytorch as pl
 import preloaded
@@ -192,6 +193,10 @@ def test_one_command_on_one_machine_needs_no_store(runs):
     status, output = runs["one machine"].result()
     assert status == 0, output[-3000:]
     assert "LEFT 1 " in output and "replicas lost" in output, output[-3000:]
+
+
+def test_a_feature_trains_as_where_nobody_comes_or_goes(tmp_path):
+    elastic_features.check(*elastic_features.train(("loops", "validation within an epoch"), tmp_path))
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
