@@ -299,7 +299,9 @@ class CurvaDion(StackedOptimizer):
                 self._raise_if_unusable(code)
             sync_hook = hook if hook is not None and hook.world_size > 1 else None
             may_sync = sync_hook is None or sync_hook._may_sync(self)
-            synced = self._cap.decide(rmmc, drift, lr=float(self.param_groups[0]["lr"]), may_sync=may_sync)
+            asked = sync_hook is None or sync_hook._reads_agreement
+            lr = float(self.param_groups[0]["lr"])
+            synced = asked and self._cap.decide(rmmc, drift, lr=lr, may_sync=may_sync)
             if synced and sync_hook is not None:
                 with record_function("curvadion::agreement"):
                     self._raise_if_unusable(sync_hook._confirm())

@@ -55,10 +55,13 @@ class Flight:
         self._untrained = dict(untrained)
         self._optimizer = optimizer
         self._due = parameters.due(optimizer)
-        self._asks_first = bool(self._due.sparse or untrained)
+        # A weight is known with the next agreement.
+        self._asks_first = bool(self._due.sparse or untrained or self._due.weight)
         # By live tensor: the copy that travels, and becomes what arrives.
-        self._sent = {p: p.detach().clone() for part in vars(self._due).values() for p in part.values()}
-        self._dense = parameters.of(optimizer, self._due.dense, correct=True, stand_ins=self._sent)
+        self._sent = {p: p.detach().clone() for part in self._due.parts for p in part.values()}
+        self._dense = parameters.of(
+            optimizer, self._due.dense, correct=True, stand_ins=self._sent, weight=self._due.weight
+        )
         self._dense += parameters.of_resting(optimizer, self._due.resting, self._sent)
         self._discarded = False
         # The sync step itself counts none.
@@ -120,7 +123,7 @@ class Flight:
             averaged, from_rank_0 = full_width_payloads(copies)
             payloads = [
                 *self._dense,
-                *self._parameters.of_rows(self._optimizer, self._due.sparse, rows, self._sent),
+                *self._parameters.of_rows(self._optimizer, self._due.sparse, rows, self._sent, self._due.weight),
                 *averaged,
             ]
         yield from self._average(payloads)

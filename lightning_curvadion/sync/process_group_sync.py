@@ -92,6 +92,13 @@ class ProcessGroupSync(StepHook):
             every replica, for this process the i-th of its own (``sync/two_levels.py``,
             ``sync/sharded_replicas.py``). With a ``DeviceMesh``:
             ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
+        heterogeneous: Let fast replicas take more steps than slow ones; none waits for another's step
+            (``sync/paced_agreement.py``). Means are weighted by the steps of each since the last consensus. The trigger
+            sees agreements, of which the slowest replica starts one at each step: what it counts are these, and so
+            does ``max_local_steps``. ``overlap`` counts them too. It is 2 by default: with less, a fast replica waits
+            for a slow one's step at every sync. It takes one more with more than two replicas. All replicas end their
+            loop, or reach a consensus, at the same :attr:`global_step`. For one optimizer, with
+            ``consensus="average"`` and a ``momentum`` that sends nothing.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
@@ -139,7 +146,10 @@ class ProcessGroupSync(StepHook):
         lag: int = 1,
         overlap: int | None = None,
         inner_group: ProcessGroup | None = None,
+        heterogeneous: bool = False,
     ) -> None:
+        if heterogeneous and inner_group is not None:
+            raise ValueError("heterogeneous=True needs replicas of one process each: leave out inner_group")
         arguments: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
@@ -154,6 +164,7 @@ class ProcessGroupSync(StepHook):
             "chunk": chunk,
             "lag": lag,
             "overlap": overlap,
+            "heterogeneous": heterogeneous,
         }
         super().__init__(arguments, group, inner_group)
 
@@ -214,6 +225,8 @@ class ProcessGroupSync(StepHook):
                 "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
+        if self._pace is not None and self._optimizers:
+            raise ValueError("heterogeneous=True serves one optimizer: an agreement counts its steps; make one of them")
         report_uncaught_exceptions(other_than=ReplicaLostError)
         self._join(optimizer)
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
@@ -291,6 +304,10 @@ class ProcessGroupSync(StepHook):
             ValueError: Replicas that differ, as where the hook is attached, or have several processes.
             ReplicaLostError: One more is lost. Regroup again.
         """
+        if self._pace is not None:
+            raise ValueError(
+                "regroup without heterogeneous=True: replicas that were lost leave the others in different steps"
+            )
         if self._inner_group is not None:
             raise ValueError("regroup replicas of one process: of a replica of several, none can be lost alone")
         optimizers, self._optimizers = self._optimizers, []
@@ -364,9 +381,11 @@ class ProcessGroupSync(StepHook):
 
         Raises:
             ValueError: With a lag, where a gradient of the last step was unusable on any replica.
+            UnevenBatchesError: With ``heterogeneous=True``, where another replica takes a step.
         """
         optimizers = [optimizers] if isinstance(optimizers, CurvaDion) else list(optimizers)
         for optimizer in optimizers:
+            self.agreement.prepare_consensus(optimizer)
             self._overlap.finish(optimizer)
             optimizer._raise_if_unusable(self.agreement.take_unusable(optimizer))
         self._consensus.reach(optimizers, include_state)
