@@ -50,7 +50,8 @@ class StepReport:
 
     Attributes:
         rmmc: The largest RMMC of any momentum on any replica that the trigger saw; infinite at the first step. With a
-            lag it is that of so many steps before, and 0 at the first.
+            lag it is that of so many steps before, and 0 at the first. It is 0 where a step acts on no agreement, as
+            those of a fast replica beside a slow one.
         synced: Whether the replicas synchronised. Without a hook, and for a single replica, nobody is there to
             synchronise with: whether the trigger fired.
         bytes_sent: Payload of this replica's collectives in bytes; an all-reduce of n bytes counts n.

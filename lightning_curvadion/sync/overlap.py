@@ -13,6 +13,9 @@ A flight ends a fixed number of steps after it began, and not when its bytes hav
 mean in the same step, and wait only if it is late. A sync that comes due meanwhile begins when the flight ends. A
 flight has a process group of its own, so that its collectives cannot meet those of the steps in another order on
 another rank. On a GPU they run on that group's stream.
+
+Where replicas take different numbers of steps, a flight lasts for so many agreements in the place of steps. Its numbers
+are sent when the agreement after it began has told the weights.
 """
 
 from collections.abc import Iterator, Mapping

@@ -92,21 +92,19 @@ class ProcessGroupSync(StepHook):
             every replica, for this process the i-th of its own (``sync/two_levels.py``,
             ``sync/sharded_replicas.py``). With a ``DeviceMesh``:
             ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
-        heterogeneous: Let fast replicas take more steps than slow ones; none waits for another's step
-            (``sync/paced_agreement.py``). Means are weighted by the steps of each since the last consensus. The trigger
-            sees agreements, of which the slowest replica starts one at each step: what it counts are these, and so
-            does ``max_local_steps``. ``overlap`` counts them too. It is 2 by default: with less, a fast replica waits
-            for a slow one's step at every sync. It takes one more with more than two replicas. All replicas end their
-            loop, or reach a consensus, at the same :attr:`global_step`. For one optimizer, with
-            ``consensus="average"`` and a ``momentum`` that sends nothing.
+        heterogeneous: Let fast replicas take more steps than slow ones (``sync/paced_agreement.py``). Means are
+            weighted by the steps of each. The slowest replica starts an agreement at each of its steps. Triggers,
+            ``max_local_steps`` and ``overlap`` count these and not steps. ``overlap`` is 2 by default: with less, a
+            fast replica waits for a slow one's step at every sync. :attr:`global_step` says when all replicas end, or
+            reach a consensus. For one optimizer and ``consensus="average"`` with a ``momentum`` that sends nothing.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
-    ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
-    ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a
-    smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
-    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded
-    parameters it stores all of this for its shards alone.
+    ``wire_format``, an outer step, ``heterogeneous`` or the trigger :class:`~lightning_curvadion.DriftThreshold` needs
+    it; another one of ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another
+    one while a mean is under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers,
+    less for a smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
+    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded parameters it stores all
+    of this for its shards alone.
 
     Attributes:
         settings: The checked arguments.

@@ -102,10 +102,15 @@ class StepHook:
 
     @property
     def global_step(self) -> float:
-        """Mean of the replicas' steps so far, the same on all of them; for ``heterogeneous=True``.
+        """Mean of the replicas' steps so far, for ``heterogeneous=True``.
 
-        It moves on in steps that read an agreement. Let the learning rate follow it, and not the steps of a replica.
-        Set it where a run resumes, on all replicas.
+        It moves on in the steps that act on an agreement, and is the same on all replicas after the same one. Let
+        learning rates follow it, and not the steps of a replica. All replicas end their loops, or reach a consensus,
+        where it says so; the same holds for collectives of your own in this process group. Set it where a run resumes,
+        on all replicas.
+
+        Raises:
+            ValueError: Without ``heterogeneous=True``, where the steps of a loop say as much.
         """
         return self._counted().global_step
 
