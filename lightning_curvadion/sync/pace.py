@@ -73,15 +73,13 @@ class Pace:
         self.restart()
         return weight
 
-    def numbers(self, rank: int, replicas: int) -> list[float]:
-        """What an agreement says of this replica, of which the maximum over the replicas says all."""
-        numbers = [0.0] * (2 * replicas)
-        numbers[rank], numbers[replicas + rank] = self.steps, float(self._in_displacement)
+    def send(self, rank: int) -> tuple[float, float]:
+        """What an agreement says of this replica: its steps, and those in its displacement."""
         self._rank, self._under_way = rank, True
-        return numbers
+        return self.steps, float(self._in_displacement)
 
     def receive(self, numbers: Sequence[float]) -> None:
-        """Note the numbers of an agreement that was read."""
+        """Note what an agreement says of all replicas: first their steps, then those in their displacements."""
         replicas = len(numbers) // 2
         self._all_steps, self._all_in_displacements = numbers[:replicas], numbers[replicas:]
         self._under_way = False

@@ -39,8 +39,12 @@ class PacedAgreement(Agreement):
         self._measured: torch.cuda.Event | None = None
 
     def message(self, signal: Tensor, drift: Tensor | None = None) -> Tensor:  # noqa: D102
-        numbers = self._pace.numbers(self._collectives.rank, self._collectives.world_size)
-        return torch.cat([super().message(signal, drift), signal.new_tensor(numbers)])
+        rank, replicas = self._collectives.rank, self._collectives.world_size
+        # Each replica fills in its own, so that the maximum holds all. A copy of a list would make the host wait.
+        numbers = signal.new_zeros(2, replicas)
+        for row, number in zip(numbers, self._pace.send(rank), strict=True):
+            row[rank].fill_(number)
+        return torch.cat([super().message(signal, drift), numbers.view(-1)])
 
     def start(self, optimizer: CurvaDion, signal: Tensor, drift: Tensor | None = None) -> None:
         """Count a step, and start an agreement if none is under way."""

@@ -111,6 +111,35 @@ def test_what_quantization_keeps_back_is_sent_later(replicas, wire_format, overl
         torch.testing.assert_close(own, mean, rtol=1e-4, atol=2e-6)
 
 
+def constant_gradients(rank, world, hook):
+    """Momenta of a fast and a slow replica, which take the same steps all the time."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((6, 4), (5,))]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "algorithm": "adamw"}]
+    optimizer = CurvaDion(groups, lr=0.01, weight_decay=0.0, trigger=EveryNSteps(3))
+    optimizer.register_sync_hook(sync := ProcessGroupSync(**{**HETEROGENEOUS, **hook, "wire_format": "float32"}))
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(parameter.shape, generator=generator) for parameter in parameters]
+    norms = []
+    with steps_per_agreement(every(2 - rank)):
+        while sync.global_step < 30:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            norms.append(optimizer.state[parameters[0]]["momentum"].norm().item())
+    return optimizer.sync_steps, norms
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_a_longer_displacement_of_the_same_steps_corrects_no_momentum(replicas, overlap):
+    corrected, alone = (
+        replicas.run(2, constant_gradients, {"overlap": overlap, "momentum": momentum})
+        for momentum in ("displacement", "local")
+    )
+    for (syncs, norms), (_, expected) in zip(corrected, alone, strict=True):
+        assert syncs > 3
+        assert norms == pytest.approx(expected, rel=0.02)
+
+
 def schedule(rank, world, seed):
     """One random schedule of paces, syncs and consensus, which ends at one global step."""
     shared, own = random.Random(seed), random.Random(100 * seed + rank)
