@@ -14,8 +14,8 @@ mean in the same step, and wait only if it is late. A sync that comes due meanwh
 flight has a process group of its own, so that its collectives cannot meet those of the steps in another order on
 another rank. On a GPU they run on that group's stream.
 
-Where replicas take different numbers of steps, a flight lasts for so many agreements in the place of steps. Its numbers
-are sent when the agreement after it began has told the weights.
+Where replicas take different numbers of steps, a flight lasts for so many agreements in the place of steps. Its mean is
+corrected by the weights that the first of them tells (``pace.py``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -58,8 +58,7 @@ class Flight:
         self._untrained = dict(untrained)
         self._optimizer = optimizer
         self._due = parameters.due(optimizer)
-        # A weight is known with the next agreement.
-        self._asks_first = bool(self._due.sparse or untrained or self._due.weight)
+        self._asks_first = bool(self._due.sparse or untrained)
         # By live tensor: the copy that travels, and becomes what arrives.
         self._sent = {p: p.detach().clone() for part in self._due.parts for p in part.values()}
         self._dense = parameters.of(

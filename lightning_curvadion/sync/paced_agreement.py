@@ -42,7 +42,7 @@ class PacedAgreement(Agreement):
         rank, replicas = self._collectives.rank, self._collectives.world_size
         # Each replica fills in its own, so that the maximum holds all. A copy of a list would make the host wait.
         numbers = signal.new_zeros(2, replicas)
-        for row, number in zip(numbers, self._pace.send(rank), strict=True):
+        for row, number in zip(numbers, self._pace.send(), strict=True):
             row[rank].fill_(number)
         return torch.cat([super().message(signal, drift), numbers.view(-1)])
 

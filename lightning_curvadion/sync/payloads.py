@@ -220,7 +220,9 @@ class DisplacementPayload(Payload):
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
-            self._residual[self._owned(start, stop)].copy_(error)
+            keep_back(self._residual[self._owned(start, stop)], error, self._weight)
+        if self._weight is not None:
+            mean = mean * self._weight.correction
         own = self._displacement(start, stop) if self._correct_momenta is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
@@ -242,6 +244,14 @@ class DisplacementPayload(Payload):
         for start, stop in self._written:
             self._flat[start:stop].copy_(self._anchor[start:stop])
         self._parameter.copy_(self._flat.view(self._parameter.shape))
+
+
+def keep_back(residual: Tensor, error: Tensor, weight: Weight | None) -> None:
+    """Let a residual become what quantization has left, in place; see ``pace.py`` for the weight."""
+    if weight is None:
+        residual.copy_(error)
+    else:
+        residual.mul_(1.0 - weight.correction).add_(error, alpha=weight.correction)
 
 
 def share_of(count: int, process: int, processes: int) -> tuple[int, int]:

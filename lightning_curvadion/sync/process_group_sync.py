@@ -94,9 +94,10 @@ class ProcessGroupSync(StepHook):
             ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
         heterogeneous: Let fast replicas take more steps than slow ones (``sync/paced_agreement.py``). Means are
             weighted by the steps of each. The slowest replica starts an agreement at each of its steps. Triggers,
-            ``max_local_steps`` and ``overlap`` count these and not steps. ``overlap`` is 2 by default: with less, a
-            fast replica waits for a slow one's step at every sync. :attr:`global_step` says when all replicas end, or
-            reach a consensus. For one optimizer and ``consensus="average"`` with a ``momentum`` that sends nothing.
+            ``max_local_steps`` and ``overlap`` count these and not steps. ``overlap`` is 1 by default. With less, a
+            fast replica waits for a slow one's step at every sync; more than two replicas, or buffers, take more.
+            :attr:`global_step` says when all replicas end, or reach a consensus. For one optimizer and
+            ``consensus="average"`` with a ``momentum`` that sends nothing.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
     ``wire_format``, an outer step, ``heterogeneous`` or the trigger :class:`~lightning_curvadion.DriftThreshold` needs

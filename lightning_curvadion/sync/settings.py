@@ -32,9 +32,8 @@ _SMALL_FORMAT = "int8"
 SMALL_GROUPS = 2**14
 # Steps that a sync step's mean may take where it can run in the background.
 _OVERLAP = 0
-# The same, in agreements, of fast and slow replicas together: the first tells the weights, and the mean arrives by the
-# second, so that nobody waits.
-_OVERLAP_OF_HETEROGENEOUS = 2
+# The same, in agreements, of fast and slow replicas together: nobody waits for a slow one's step then.
+_OVERLAP_OF_HETEROGENEOUS = 1
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 

@@ -18,7 +18,7 @@ from ..optim.matrix_stacks import STACK_ELEMENTS
 from ..optim.shards import is_sharded, local_of
 from .drift import DriftMeter
 from .pace import Weight
-from .payloads import Payload, displacement_of, share_of
+from .payloads import Payload, displacement_of, keep_back, share_of
 
 # A row has moved from this share of the farthest row's displacement on, chosen by loss and bytes
 # (examples/benchmarks/vocabulary.py).
@@ -101,7 +101,9 @@ class SparseRowsPayload(Payload):
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         rows, part = self._part(start, stop)
-        displacement = self._weighted(displacement_of(self._parameter[rows], self._anchor[rows]))
+        displacement = displacement_of(self._parameter[rows], self._anchor[rows])
+        if self._weight is not None:
+            displacement.mul_(self._weight.factor)
         displacement.add_(self._residual[rows - self._first])
         return displacement.view(-1)[part]
 
@@ -113,10 +115,10 @@ class SparseRowsPayload(Payload):
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         rows, part = self._part(start, stop)
         own, anchor = self._parameter[rows], self._anchor[rows]
-        anchor.view(-1)[part].add_(mean)
+        anchor.view(-1)[part].add_(mean if self._weight is None else mean * self._weight.correction)
         if error is not None:
             residual = self._residual[rows - self._first]
-            residual.view(-1)[part].copy_(error)
+            keep_back(residual.view(-1)[part], error, self._weight)
             self._residual[rows - self._first] = residual
         if self._meter is not None:
             self._meter.observe(own.view(-1)[part], anchor.view(-1)[part])
@@ -129,11 +131,9 @@ class SparseRowsPayload(Payload):
         for own, anchor, residual in zip(
             *map(_in_parts, (self._parameter[rows], self._anchor[rows], self._residual)), strict=True
         ):
-            residual.add_(self._weighted(displacement_of(own, anchor)))
+            left = 1.0 if self._weight is None else self._weight.factor * self._weight.correction
+            residual.add_(displacement_of(own, anchor), alpha=left)
         self._parameter.copy_(self._anchor)
-
-    def _weighted(self, displacement: Tensor) -> Tensor:
-        return displacement if self._weight is None else displacement.mul_(self._weight.factor)
 
     def _part(self, start: int, stop: int) -> tuple[Tensor, slice]:
         """The rows that elements from ``start`` to ``stop`` lie in, and where in these rows they lie."""

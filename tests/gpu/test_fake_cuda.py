@@ -138,6 +138,9 @@ def test_the_host_waits_as_often_for_twelve_layers_as_for_two(world, hook, most)
 @pytest.mark.parametrize("world", [2, 4])
 def test_fast_and_slow_replicas_wait_no_more_than_others(world):
     with fake_cuda(world) as gpu:
+        # Of each replica so many steps so far, and in its displacement.
+        steps = (5.0,) * 2 * world
+        gpu.agreed += steps
         model, optimizer, sync = build(gpu, {"heterogeneous": True, "overlap": 3}, trigger=EveryNSteps(3))
         # The first step copies what its numbers are multiplied by.
         take_step(gpu, model, optimizer)
@@ -147,7 +150,7 @@ def test_fast_and_slow_replicas_wait_no_more_than_others(world):
             for _ in range(6):
                 take_step(gpu, model, optimizer)
             sync.agreement.read(optimizer)
-        gpu.agreed = NO_STEP
+        gpu.agreed = NO_STEP + steps
         sync.reach_consensus(optimizer, include_state=True)
 
 

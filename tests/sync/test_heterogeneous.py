@@ -291,5 +291,5 @@ def test_combinations_that_it_refuses(options, message):
 
 
 def test_its_mean_runs_in_the_background():
-    assert ProcessGroupSync(heterogeneous=True).settings.overlap == 2
+    assert ProcessGroupSync(heterogeneous=True).settings.overlap == 1
     assert ProcessGroupSync(heterogeneous=True, overlap=0).settings.overlap == 0
