@@ -68,15 +68,17 @@ def train(options: dict[str, Any], total: int, seed: int, seconds: tuple[float, 
     schedule = LambdaLR(optimizer, lambda _: warmup_and_cooldown(int(done()), total))
     dist.barrier()
     start = time.perf_counter()
-    # What it waits for the other replica does not count.
-    busy = time.thread_time()
+    # Of the last step of the optimizer: what it waits for the other replica does not count.
+    busy = 0.0
     while done() < total:
+        start_of_step = time.perf_counter() - busy
         batch = torch.stack([data[int(i)] for i in torch.randint(len(data), (SEQUENCES,), generator=order)])
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
-        time.sleep(max(0.0, seconds[dist.get_rank()] - (time.thread_time() - busy)))
-        busy = time.thread_time()
+        time.sleep(max(0.0, seconds[dist.get_rank()] - (time.perf_counter() - start_of_step)))
+        start_busy = time.thread_time()
         optimizer.step()
+        busy = time.thread_time() - start_busy
         steps += 1
         schedule.step()
         assert optimizer.last_step is not None
