@@ -118,7 +118,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way, with a seed each")
-    parser.add_argument("--steps", type=int, default=600, help="of a run, as the mean of the replicas")
+    parser.add_argument("--steps", type=int, default=400, help="of a run, as the mean of the replicas")
     parser.add_argument("--smoke", action="store_true", help="one short run of each way")
     options = parser.parse_args()
     StandardLibrary().prepare_data()
