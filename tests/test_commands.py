@@ -98,6 +98,7 @@ ELSEWHERE = {
     f"{BENCHMARKS}/delay_line.py 0.025 port0 port1":
         "examples/benchmarks/test_netlab.py::test_every_frame_takes_the_latency (by the lab)",
     f"{BENCHMARKS}/delays.py --smoke": "examples/benchmarks/test_delays_benchmark.py::test_the_smoke_run",
+    f"{BENCHMARKS}/heterogeneous.py --smoke": "examples/benchmarks/test_heterogeneous_benchmark.py::test_the_smoke_run",
     f"{BENCHMARKS}/latency.py --smoke": "examples/benchmarks/test_latency.py::test_the_smoke_run",
     f"{BENCHMARKS}/netlab.py --hosts 2 --rate 30mbit --latency 25ms -- train.py --max_steps 100":
         "examples/benchmarks/test_netlab.py::start_hanging_lab (another script and latency)",
@@ -116,6 +117,7 @@ PARSED = [
     f"{BENCHMARKS}/delays.py",
     f"{BENCHMARKS}/delays.py --rate 12mbit --model 1m",
     f"{BENCHMARKS}/delays.py --rate 100mbit --latency 25ms --replicas 4",
+    f"{BENCHMARKS}/heterogeneous.py",
     f"{BENCHMARKS}/latency.py",
     f"{BENCHMARKS}/models.py",
     f"{BENCHMARKS}/models.py sweep --only LSTM",

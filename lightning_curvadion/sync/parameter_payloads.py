@@ -17,6 +17,7 @@ from .anchors import Anchors
 from .digests import digest
 from .drift import DriftMeter
 from .outer_step import OuterStep
+from .pace import Pace, Weight
 from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows, share_of_parameter
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
@@ -35,11 +36,18 @@ class DueParameters:
         dense: All of their numbers travel.
         sparse: The rows that have moved travel.
         resting: They no longer move, and send what quantization has left of them.
+        weight: What their displacements count, where replicas take different numbers of steps.
     """
 
     dense: dict[str, Tensor]
     sparse: dict[str, Tensor]
     resting: dict[str, Tensor]
+    weight: Weight | None
+
+    @property
+    def parts(self) -> tuple[dict[str, Tensor], ...]:
+        """All of the parameters."""
+        return self.dense, self.sparse, self.resting
 
 
 class ParameterPayloads:
@@ -49,14 +57,16 @@ class ParameterPayloads:
         settings: Of the hook.
         process: This process, among those of its replica.
         processes: Of a replica.
+        pace: Counts steps, where replicas take different numbers of them.
 
     Attributes:
         anchors: The last consensus, where the settings or a trigger need it.
         meter: Measures the drift; ``None`` until it is asked for.
     """
 
-    def __init__(self, settings: SyncSettings, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, settings: SyncSettings, process: int = 0, processes: int = 1, pace: Pace | None = None) -> None:
         self._settings = settings
+        self._pace = pace
         self._process, self._processes = process, processes
         self.anchors = Anchors()
         self.meter: DriftMeter | None = None
@@ -81,6 +91,8 @@ class ParameterPayloads:
         """Measure displacements from here on. All replicas must hold the same parameters now."""
         self._moved.pop(optimizer, None)
         self._restart(parameter for _, parameter in optimizer.named_parameters())
+        if self._pace is not None:
+            self._pace.restart()
         if self.needs_anchors(optimizer):
             self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
             self.anchors.capture(trainable_parameters(optimizer).values())
@@ -155,7 +167,11 @@ class ParameterPayloads:
         formats = self._wire_formats(optimizer)
         sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p, formats[p])}
         dense = {name: p for name, p in moving.items() if name not in sparse}
-        return DueParameters(dense, sparse, resting)
+        return DueParameters(dense, sparse, resting, self._weight())
+
+    def _weight(self) -> Weight | None:
+        """The weight of this replica in the mean that comes."""
+        return self._pace.weight() if self._pace is not None else None
 
     def of_sync_step(
         self, optimizer: CurvaDion, rows_to_send: RowsToSend, leave_out: Collection[Tensor] = ()
@@ -168,9 +184,10 @@ class ParameterPayloads:
             leave_out: Parameters that are synchronised otherwise.
         """
         due = self.due(optimizer, leave_out)
-        dense = self.of(optimizer, due.dense, correct=True)
+        dense = self.of(optimizer, due.dense, correct=True, weight=due.weight)
         rows = rows_to_send(self.row_distances(optimizer, due.sparse)) if due.sparse else []
-        return [*dense, *self.of_rows(optimizer, due.sparse, rows), *self.of_resting(optimizer, due.resting)]
+        of_rows = self.of_rows(optimizer, due.sparse, rows, weight=due.weight)
+        return [*dense, *of_rows, *self.of_resting(optimizer, due.resting)]
 
     def _wire_formats(self, optimizer: CurvaDion) -> dict[Tensor, str]:
         """The formats in which the parameters of an optimizer travel in a sync step."""
@@ -214,6 +231,7 @@ class ParameterPayloads:
         parameters: Mapping[str, Tensor],
         rows: Sequence[Tensor],
         stand_ins: StandIns | None = None,
+        weight: Weight | None = None,
     ) -> list[Payload]:
         """The payloads of the rows that have moved on any replica.
 
@@ -224,6 +242,7 @@ class ParameterPayloads:
             parameters: By name.
             rows: Indices of the rows that travel, for each parameter.
             stand_ins: As for :meth:`of`.
+            weight: As for :meth:`of`.
         """
         formats = self._wire_formats(optimizer)
         payloads: list[Payload] = []
@@ -232,7 +251,7 @@ class ParameterPayloads:
             anchor = self.anchors.to_move(p)
             first = self._first(p) // p.shape[1]
             payloads.append(
-                SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first)
+                SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first, weight)
             )
         return payloads
 
@@ -252,12 +271,13 @@ class ParameterPayloads:
         """
         untrained = set(self.untrained(optimizer).values())
         self._moved.pop(optimizer, None)
+        weight = self._weight()
         due = {name: parameter for name, parameter in optimizer.named_parameters() if parameter not in untrained}
         if by_value:
             return self.by_value(optimizer, due)
         if not stepped:
             due = {name: parameter for name, parameter in due.items() if "residual" in optimizer.state[parameter]}
-        return self.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
+        return self.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped, weight=weight)
 
     def by_value(self, optimizer: CurvaDion, parameters: Mapping[str, Tensor]) -> list[Payload]:
         """Payloads of the parameters' values with their residuals, which need no common anchors and no outer step."""
@@ -274,6 +294,7 @@ class ParameterPayloads:
         outer_step: bool = True,
         correct: bool = False,
         stand_ins: StandIns | None = None,
+        weight: Weight | None = None,
     ) -> list[Payload]:
         """The payloads of some parameters.
 
@@ -286,6 +307,7 @@ class ParameterPayloads:
             outer_step: Whether an outer step is due.
             correct: Whether the momenta are corrected, where the settings say so.
             stand_ins: Tensors that are read and written in place of parameters that move on meanwhile.
+            weight: What their displacements count; ``None`` where all replicas count the same.
         """
         if not parameters:
             return []
@@ -314,7 +336,16 @@ class ParameterPayloads:
             correct_all = partial(_correct_all, optimizer, corrections) if share else None
             values = stand_ins.get(parameter, parameter)
             payload = DisplacementPayload(
-                name, values, anchor, own_format, residual, step, self.meter, correct_all, self._first(parameter)
+                name,
+                values,
+                anchor,
+                own_format,
+                residual,
+                step,
+                self.meter,
+                correct_all,
+                self._first(parameter),
+                weight,
             )
             if share:
                 corrections[parameter] = Correction(payload.difference, self._travel.get(parameter, 0.0), share)

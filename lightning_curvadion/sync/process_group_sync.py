@@ -92,14 +92,20 @@ class ProcessGroupSync(RecoveringHook):
             every replica, for this process the i-th of its own (``sync/two_levels.py``,
             ``sync/sharded_replicas.py``). With a ``DeviceMesh``:
             ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
+        heterogeneous: Let fast replicas take more steps than slow ones (``sync/paced_agreement.py``). Means are
+            weighted by the steps of each. The slowest replica starts an agreement at each of its steps. Triggers,
+            ``max_local_steps`` and ``overlap`` count these and not steps. ``overlap`` is 1 by default. With less, a
+            fast replica waits for a slow one's step at every sync; more than two replicas, or buffers, take more.
+            :attr:`global_step` says when all replicas end, or reach a consensus. For one optimizer and
+            ``consensus="average"`` with a ``momentum`` that sends nothing.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
-    ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
-    ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a
-    smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
-    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded
-    parameters it stores all of this for its shards alone.
+    ``wire_format``, an outer step, ``heterogeneous`` or the trigger :class:`~lightning_curvadion.DriftThreshold` needs
+    it; another one of ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another
+    one while a mean is under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers,
+    less for a smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
+    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded parameters it stores all
+    of this for its shards alone.
 
     Attributes:
         settings: The checked arguments.
@@ -139,7 +145,10 @@ class ProcessGroupSync(RecoveringHook):
         lag: int = 1,
         overlap: int | None = None,
         inner_group: ProcessGroup | None = None,
+        heterogeneous: bool = False,
     ) -> None:
+        if heterogeneous and inner_group is not None:
+            raise ValueError("heterogeneous=True needs replicas of one process each: leave out inner_group")
         arguments: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
@@ -154,6 +163,7 @@ class ProcessGroupSync(RecoveringHook):
             "chunk": chunk,
             "lag": lag,
             "overlap": overlap,
+            "heterogeneous": heterogeneous,
         }
         super().__init__(arguments, group, inner_group)
         # In the groups before this one.
@@ -216,6 +226,8 @@ class ProcessGroupSync(RecoveringHook):
                 "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
+        if self._pace is not None and self._optimizers:
+            raise ValueError("heterogeneous=True serves one optimizer: an agreement counts its steps; make one of them")
         report_uncaught_exceptions(other_than=ReplicaLostError)
         self._join(optimizer)
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
@@ -295,6 +307,10 @@ class ProcessGroupSync(RecoveringHook):
             ValueError: Replicas of several processes. Where none has trained, replicas that differ.
             ReplicaLostError: One more is lost. Regroup again.
         """
+        if self._pace is not None:
+            raise ValueError(
+                "regroup without heterogeneous=True: replicas that were lost leave the others in different steps"
+            )
         if self._inner_group is not None:
             raise ValueError("regroup replicas of one process: of a replica of several, none can be lost alone")
         optimizers, self._optimizers = self._optimizers, []
@@ -376,9 +392,11 @@ class ProcessGroupSync(RecoveringHook):
 
         Raises:
             ValueError: With a lag, where a gradient of the last step was unusable on any replica.
+            UnevenBatchesError: With ``heterogeneous=True``, where another replica takes a step.
         """
         optimizers = [optimizers] if isinstance(optimizers, CurvaDion) else list(optimizers)
         for optimizer in optimizers:
+            self.agreement.prepare_consensus(optimizer)
             self._overlap.finish(optimizer)
             optimizer._raise_if_unusable(self.agreement.take_unusable(optimizer))
         self._consensus.reach(optimizers, include_state)
