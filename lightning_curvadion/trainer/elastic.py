@@ -30,7 +30,14 @@ from ..sync.recovery import Recovery
 from ..sync.replica_groups import Group
 from . import hand_over
 from .consensus_callback import moving_averages
-from .lightning_internals import batches_begun, log_beside, restart_data, update_epoch_length, with_sampler
+from .lightning_internals import (
+    batches_begun,
+    log_beside,
+    restart_data,
+    train_dataloaders,
+    update_epoch_length,
+    with_sampler,
+)
 from .member_samplers import Drawn, MemberEvaluationSampler, MemberSampler
 from .watchdog import Watchdog
 
@@ -76,7 +83,6 @@ class ElasticRun:
         self.recovery = Recovery(self._form_group)
         self._members: Membership | None = None
         self._watchdog: Watchdog | None = None
-        self._samplers: list[MemberSampler] = []
         self._trainer: pl.Trainer | None = None
         self._sync: ProcessGroupSync | None = None
 
@@ -159,9 +165,17 @@ class ElasticRun:
         if not trains:
             return with_sampler(dataloader, MemberEvaluationSampler(cast(Sized, sampler.dataset), self._place))
         batch_size = getattr(dataloader.batch_sampler, "batch_size", None) or 1
-        own = MemberSampler(cast(Sized, sampler.dataset), batch_size, sampler.shuffle, sampler.seed, self._place)
-        self._samplers.append(own)
-        return with_sampler(dataloader, own)
+        return with_sampler(
+            dataloader,
+            MemberSampler(cast(Sized, sampler.dataset), batch_size, sampler.shuffle, sampler.seed, self._place),
+        )
+
+    @property
+    def _samplers(self) -> list[MemberSampler]:
+        """Of the training dataloaders, which may be reloaded."""
+        assert self._trainer is not None
+        loaders = train_dataloaders(self._trainer)
+        return [loader.sampler for loader in loaders if isinstance(getattr(loader, "sampler", None), MemberSampler)]
 
     def _place(self) -> tuple[int, int]:
         return (self.rank, self.size) if not self.is_newcomer else (0, self.size)
@@ -219,7 +233,10 @@ class ElasticRun:
         agreement = self._sync.agreement
         if agreement.agreed_request == REGROUP:
             self.recovery.meet_newcomers()
-            self._sync.agreement.agreed_request = self._sync.agreement.stop_request = 0.0
+            agreement = self._sync.agreement
+            agreement.agreed_request = 0.0
+            if agreement.stop_request == REGROUP:
+                agreement.stop_request = 0.0
         elif self.rank == 0 and self._members.waiting():
             agreement.stop_request = agreement.stop_request or REGROUP
 

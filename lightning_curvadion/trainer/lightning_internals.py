@@ -56,6 +56,7 @@ __all__ = [
     "restart_data",
     "saves_within_epochs",
     "stop_after_batch",
+    "train_dataloaders",
     "trainer_of",
     "update_epoch_length",
     "with_sampler",
@@ -195,6 +196,15 @@ def with_sampler(dataloader: DataLoader[Any], sampler: Sampler[int]) -> DataLoad
     ``lightning.pytorch.utilities.data._update_dataloader``: 2.5.0, 2.6.6.
     """
     return _update_dataloader(dataloader, sampler)
+
+
+def train_dataloaders(trainer: "pl.Trainer") -> list[Any]:
+    """Those that are trained with now.
+
+    ``FitLoop._combined_loader``: 2.5.0, 2.6.6.
+    """
+    loader = trainer.fit_loop._combined_loader
+    return loader.flattened if loader is not None else []
 
 
 def update_epoch_length(trainer: "pl.Trainer", begins: bool = False) -> None:
