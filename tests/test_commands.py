@@ -71,7 +71,7 @@ ELSEWHERE = {
     "python -m lightning_curvadion store --port 29400":
         "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (at a free port)",
     "python tests/storm.py --trainer": "trainer/test_elastic.py::loses_and_gains (once, instead of 20 times)",
-    "python tests/elastic_features.py": "trainer/test_elastic.py::test_a_feature_trains_as (one of them)",
+    "python tests/trainer/elastic_features.py": "trainer/test_elastic.py::test_a_feature_trains_as (one of them)",
     "python tests/kill_points.py": "trainer/test_elastic.py::runs (three of its points)",
     "python tests/storm.py": "sync/test_membership.py::killed (once, instead of 20 times)",
     "python examples/sharded.py": "examples/test_sharded_example.py::test_a_process_holds_a_half (workers of the pool)",

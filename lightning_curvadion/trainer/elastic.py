@@ -102,8 +102,9 @@ class ElasticRun:
         """
         if self._members is None and hosts_store:
             command = [sys.executable, "-m", "lightning_curvadion", "store", "--port", endpoint.rpartition(":")[2]]
-            # It outlives this process, and what ends this process with a signal of the terminal.
-            subprocess.Popen([*command, "--idle", str(_IDLE)], start_new_session=True)
+            # It outlives this process and its terminal, and holds nothing of them open.
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            subprocess.Popen([*command, "--idle", str(_IDLE)], start_new_session=True, **quiet)  # type: ignore[call-overload]
         if dist.is_initialized():
             # Of an earlier run of this process.
             dist.destroy_process_group()

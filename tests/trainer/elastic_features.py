@@ -1,7 +1,7 @@
 """Trains every feature of ``features/`` on two replicas of a run whose replicas may come and go. None of them does.
 
-    python tests/elastic_features.py                # all of them; 2 minutes on two cores
-    python tests/elastic_features.py --only max_time
+    python tests/trainer/elastic_features.py                # all of them; 2 minutes on two cores
+    python tests/trainer/elastic_features.py --only max_time
 
 ``tests/trainer/test_elastic.py`` has one of them.
 """
@@ -18,8 +18,8 @@ from unittest import mock
 
 if __name__ == "__main__":
     sys.path[:0] = [
-        str(Path(__file__).parents[1]),
-        *(str(Path(__file__).parent / name) for name in ("helpers", "trainer")),
+        str(Path(__file__).parents[2]),
+        *(str(Path(__file__).parents[1] / name) for name in ("helpers", "")),
     ]
 
 import preloaded
