@@ -71,6 +71,7 @@ ELSEWHERE = {
     "python -m lightning_curvadion store --port 29400":
         "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (at a free port)",
     "python tests/storm.py --trainer": "trainer/test_elastic.py::loses_and_gains (once, instead of 20 times)",
+    "python tests/trainer/elastic_features.py": "trainer/test_elastic.py::test_a_feature_trains_as (one of them)",
     "python tests/kill_points.py": "trainer/test_elastic.py::runs (three of its points)",
     "python tests/handover_cost.py":
         "sync/test_transfer_to_newcomers.py::test_the_others_train_while_a_newcomer_receives_the_model (no lab)",
@@ -99,6 +100,7 @@ ELSEWHERE = {
     f"{BENCHMARKS}/delay_line.py 0.025 port0 port1":
         "examples/benchmarks/test_netlab.py::test_every_frame_takes_the_latency (by the lab)",
     f"{BENCHMARKS}/delays.py --smoke": "examples/benchmarks/test_delays_benchmark.py::test_the_smoke_run",
+    f"{BENCHMARKS}/heterogeneous.py --smoke": "examples/benchmarks/test_heterogeneous_benchmark.py::test_the_smoke_run",
     f"{BENCHMARKS}/latency.py --smoke": "examples/benchmarks/test_latency.py::test_the_smoke_run",
     f"{BENCHMARKS}/netlab.py --hosts 2 --rate 30mbit --latency 25ms -- train.py --max_steps 100":
         "examples/benchmarks/test_netlab.py::start_hanging_lab (another script and latency)",
@@ -117,6 +119,7 @@ PARSED = [
     f"{BENCHMARKS}/delays.py",
     f"{BENCHMARKS}/delays.py --rate 12mbit --model 1m",
     f"{BENCHMARKS}/delays.py --rate 100mbit --latency 25ms --replicas 4",
+    f"{BENCHMARKS}/heterogeneous.py",
     f"{BENCHMARKS}/latency.py",
     f"{BENCHMARKS}/models.py",
     f"{BENCHMARKS}/models.py sweep --only LSTM",

@@ -50,7 +50,8 @@ class StepReport:
 
     Attributes:
         rmmc: The largest RMMC of any momentum on any replica that the trigger saw; infinite at the first step. With a
-            lag it is that of so many steps before, and 0 at the first.
+            lag it is that of so many steps before, and 0 at the first. It is 0 where a step acts on no agreement, as
+            those of a fast replica beside a slow one.
         synced: Whether the replicas synchronised. Without a hook, and for a single replica, nobody is there to
             synchronise with: whether the trigger fired.
         bytes_sent: Payload of this replica's collectives in bytes; an all-reduce of n bytes counts n.
@@ -299,7 +300,9 @@ class CurvaDion(StackedOptimizer):
                 self._raise_if_unusable(code)
             sync_hook = hook if hook is not None and hook.world_size > 1 else None
             may_sync = sync_hook is None or sync_hook._may_sync(self)
-            synced = self._cap.decide(rmmc, drift, lr=float(self.param_groups[0]["lr"]), may_sync=may_sync)
+            asked = sync_hook is None or sync_hook._reads_agreement
+            lr = float(self.param_groups[0]["lr"])
+            synced = asked and self._cap.decide(rmmc, drift, lr=lr, may_sync=may_sync)
             if synced and sync_hook is not None:
                 with record_function("curvadion::agreement"):
                     self._raise_if_unusable(sync_hook._confirm())

@@ -21,6 +21,7 @@ class SyncHook(Protocol):
         _sync_rank_fraction: Rank of the momentum's factors on the wire; ``None`` for the rank of the local step.
         _averages_vector_gradients: Whether AdamW and Lion groups step with the mean gradient at a sync step.
         _lag: How many steps later an agreement is read than it is sent.
+        _reads_agreement: Whether the present step acts on an agreement, and the trigger is asked.
         bytes_sent: Payload of this replica so far, in bytes.
     """
 
@@ -34,6 +35,9 @@ class SyncHook(Protocol):
 
     @property
     def world_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def _reads_agreement(self) -> bool: ...
 
     @property
     def bytes_sent(self) -> int: ...  # noqa: D102

@@ -4,6 +4,9 @@ One of them, :class:`DriftThreshold`, receives how far the replicas have moved s
 
 All replicas give their triggers the same number, so all decide alike. A trigger must therefore depend on nothing else.
 Its state is part of the optimizer's ``state_dict``.
+
+Where replicas take different numbers of steps, only those that act on an agreement ask the trigger. What is said of
+steps here, such as of a period, then holds for agreements.
 """
 
 import math

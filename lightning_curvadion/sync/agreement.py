@@ -5,7 +5,7 @@ read the same numbers at the same step, so they still take the same branch.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ class Agreement:
         agreed_request: The largest stop request of any replica that the last step acted on; the same on all of them.
         settle_request: Whether this replica asks all to settle their parameters.
         agreed_to_settle: Whether all replicas settle now; the same on all of them.
+        acted: Whether the last step acted on an agreement, if only on one with nothing in it.
         carries_drift: Whether every agreement has the third number: the same on all replicas and for all optimizers of
             a hook, since a rank that takes no step cannot know whose step another one takes.
     """
@@ -68,6 +69,7 @@ class Agreement:
         self._sent_before_settling: dict[CurvaDion, int] = {}
         self.stop_request = self.agreed_request = 0.0
         self.settle_request = self.agreed_to_settle = False
+        self.acted = True
         self.carries_drift = False
 
     def use_several_groups(self) -> None:
@@ -173,20 +175,27 @@ class Agreement:
         """Of what the next steps will act on, what this replica has read already, oldest first."""
         return list(self._arrived.get(optimizer, ()))
 
+    def prepare_consensus(self, optimizer: CurvaDion) -> None:
+        """Called before a consensus outside of a step: all replicas have taken the same steps."""
+
     def abandon(self) -> None:
         """Wait no more for what is under way: after a failure it may never arrive."""
         self._pending.clear()
 
     def _read_oldest(self, optimizer: CurvaDion) -> None:
         try:
-            rmmc, code, *drift = self._pending[optimizer].popleft().read()
+            agreed = self._agreed(self._pending[optimizer].popleft().read())
         except ReplicaLostError:
             # The state can still be saved.
             self.abandon()
             raise
-        if code == _NO_STEP:
+        if agreed.code == _NO_STEP:
             raise self._uneven_batches(stepping=True)
-        self._arrived.setdefault(optimizer, deque()).append(Agreed(rmmc, code, drift[0] if drift else 0.0))
+        self._arrived.setdefault(optimizer, deque()).append(agreed)
+
+    def _agreed(self, numbers: Sequence[float]) -> Agreed:
+        """What an agreement says."""
+        return Agreed(*numbers)
 
     def resume(self, optimizer: CurvaDion, agreed: Iterable[Agreed]) -> None:
         """Let the next steps of an optimizer act on what was agreed on before, as where a state is loaded."""
@@ -212,9 +221,9 @@ class Agreement:
         for optimizer in list(self._pending):
             self.read(optimizer)
         signal = torch.tensor([-1.0, _NO_STEP], dtype=torch.float64, device=device)
-        rmmc, *_ = self._collectives.start_all_reduce_max(self.message(signal), "the RMMC all-reduce").read()
+        pending = self._collectives.start_all_reduce_max(self.message(signal), "the RMMC all-reduce")
         # RMMC is never negative: somebody has sent one.
-        if rmmc >= 0:
+        if self._agreed(pending.read()).rmmc >= 0:
             raise self._uneven_batches(stepping=False)
 
     def _uneven_batches(self, stepping: bool) -> UnevenBatchesError:

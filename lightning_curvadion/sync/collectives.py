@@ -120,9 +120,6 @@ class Collectives:
     def among(self, ranks: Sequence[int]) -> Self:
         """Collectives of some of the ranks. Every rank of the default group calls it, and the others leave them alone.
 
-        Args:
-            ranks: At least one.
-
         Raises:
             ReplicaLostError: Another rank has ended.
         """
@@ -393,3 +390,8 @@ def _bytes_of(plain: Any, device: torch.device) -> Tensor:
 
 def _object_of(text: Tensor) -> Any:
     return json.loads(bytes(text.cpu().numpy()))
+
+
+def count_together(name: str, amount: int) -> int:
+    """Add to a counter in the store of the default process group; the sum over all ranks so far."""
+    return dist.distributed_c10d._get_default_store().add(f"curvadion/{name}", amount)

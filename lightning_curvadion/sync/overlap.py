@@ -13,6 +13,9 @@ A flight ends a fixed number of steps after it began, and not when its bytes hav
 mean in the same step, and wait only if it is late. A sync that comes due meanwhile begins when the flight ends. A
 flight has a process group of its own, so that its collectives cannot meet those of the steps in another order on
 another rank. On a GPU they run on that group's stream.
+
+Where replicas take different numbers of steps, a flight lasts for so many agreements in the place of steps. Its mean is
+corrected by the weights that the first of them tells (``pace.py``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -57,8 +60,10 @@ class Flight:
         self._due = parameters.due(optimizer)
         self._asks_first = bool(self._due.sparse or untrained)
         # By live tensor: the copy that travels, and becomes what arrives.
-        self._sent = {p: p.detach().clone() for part in vars(self._due).values() for p in part.values()}
-        self._dense = parameters.of(optimizer, self._due.dense, correct=True, stand_ins=self._sent)
+        self._sent = {p: p.detach().clone() for part in self._due.parts for p in part.values()}
+        self._dense = parameters.of(
+            optimizer, self._due.dense, correct=True, stand_ins=self._sent, weight=self._due.weight
+        )
         self._dense += parameters.of_resting(optimizer, self._due.resting, self._sent)
         self._discarded = False
         # The sync step itself counts none.
@@ -120,7 +125,7 @@ class Flight:
             averaged, from_rank_0 = full_width_payloads(copies)
             payloads = [
                 *self._dense,
-                *self._parameters.of_rows(self._optimizer, self._due.sparse, rows, self._sent),
+                *self._parameters.of_rows(self._optimizer, self._due.sparse, rows, self._sent, self._due.weight),
                 *averaged,
             ]
         yield from self._average(payloads)

@@ -17,14 +17,8 @@ from .digests import digest
 from .drift import DriftMeter
 from .due_parameters import DueParameters
 from .outer_step import OuterStep
-from .payloads import (
-    DisplacementPayload,
-    Payload,
-    TensorPayload,
-    displacement_of,
-    has_sparse_rows,
-    share_of_parameter,
-)
+from .pace import Pace, Weight
+from .payloads import DisplacementPayload, Payload, TensorPayload, has_sparse_rows, share_of_parameter
 from .quantization import BLOCK_FORMATS
 from .rotation import rotation_part
 from .settings import SyncSettings, has_small_groups
@@ -42,14 +36,16 @@ class ParameterPayloads:
         settings: Of the hook.
         process: This process, among those of its replica.
         processes: Of a replica.
+        pace: Counts steps, where replicas take different numbers of them.
 
     Attributes:
         anchors: The last consensus, where the settings or a trigger need it.
         meter: Measures the drift; ``None`` until it is asked for.
     """
 
-    def __init__(self, settings: SyncSettings, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, settings: SyncSettings, process: int = 0, processes: int = 1, pace: Pace | None = None) -> None:
         self._settings = settings
+        self._pace = pace
         self._process, self._processes = process, processes
         self.anchors = Anchors()
         self.meter: DriftMeter | None = None
@@ -76,15 +72,11 @@ class ParameterPayloads:
         self._moved.pop(optimizer, None)
         self.arrived(optimizer)
         self._travel.restart(parameter for _, parameter in optimizer.named_parameters())
+        if self._pace is not None:
+            self._pace.restart()
         if self.needs_anchors(optimizer):
             self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
             self.anchors.capture(trainable_parameters(optimizer).values())
-
-    def begin_anew(self, optimizer: CurvaDion, alone: bool) -> None:
-        """Begin where all replicas hold the same parameters. A lone one needs no anchors until others come."""
-        self.capture_anchors(optimizer)
-        if alone:
-            self.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
 
     def lack_anchors(self, optimizer: CurvaDion) -> bool:
         """Whether a parameter that needs an anchor has none, as after it was unfrozen or added."""
@@ -120,14 +112,6 @@ class ParameterPayloads:
         self._moved[optimizer] = set(moved)
         if is_newcomer:
             self._travel.leave_out(self._moved[optimizer])
-
-    def weigh(self, optimizer: CurvaDion, weight: float) -> None:
-        """Let the next mean count so many times what this replica has to send by now. Its parameters stay."""
-        for _, parameter in optimizer.named_parameters():
-            if not self.anchors.missing([parameter]):
-                walked = displacement_of(local_of(parameter).detach(), self.anchors.of(parameter))
-                residual = self._residual(optimizer.state[parameter], parameter)
-                residual.copy_((walked + residual).mul_(weight).sub_(walked))
 
     # -- payloads ----------------------------------------------------------------------------------------------------
 
@@ -184,7 +168,11 @@ class ParameterPayloads:
         formats = self._wire_formats(optimizer)
         sparse = {name: p for name, p in moving.items() if p not in matrices and self._sends_rows(p, formats[p])}
         dense = {name: p for name, p in moving.items() if name not in sparse}
-        return DueParameters(dense, sparse, resting)
+        return DueParameters(dense, sparse, resting, self._weight())
+
+    def _weight(self) -> Weight | None:
+        """The weight of this replica in the mean that comes."""
+        return self._pace.weight() if self._pace is not None else None
 
     def of_sync_step(
         self, optimizer: CurvaDion, rows_to_send: RowsToSend, leave_out: Collection[Tensor] = ()
@@ -197,9 +185,10 @@ class ParameterPayloads:
             leave_out: Parameters that are synchronised otherwise.
         """
         due = self.due(optimizer, leave_out)
-        dense = self.of(optimizer, due.dense, correct=True)
+        dense = self.of(optimizer, due.dense, correct=True, weight=due.weight)
         rows = rows_to_send(self.row_distances(optimizer, due.sparse)) if due.sparse else []
-        return [*dense, *self.of_rows(optimizer, due.sparse, rows), *self.of_resting(optimizer, due.resting)]
+        of_rows = self.of_rows(optimizer, due.sparse, rows, weight=due.weight)
+        return [*dense, *of_rows, *self.of_resting(optimizer, due.resting)]
 
     def _wire_formats(self, optimizer: CurvaDion) -> dict[Tensor, str]:
         """The formats in which the parameters of an optimizer travel in a sync step."""
@@ -243,6 +232,7 @@ class ParameterPayloads:
         parameters: Mapping[str, Tensor],
         rows: Sequence[Tensor],
         stand_ins: StandIns | None = None,
+        weight: Weight | None = None,
     ) -> list[Payload]:
         """The payloads of the rows that have moved on any replica.
 
@@ -253,6 +243,7 @@ class ParameterPayloads:
             parameters: By name.
             rows: Indices of the rows that travel, for each parameter.
             stand_ins: As for :meth:`of`.
+            weight: As for :meth:`of`.
         """
         formats = self._wire_formats(optimizer)
         payloads: list[Payload] = []
@@ -260,7 +251,9 @@ class ParameterPayloads:
             values, residual = (stand_ins or {}).get(p, p), self._residual(optimizer.state[p], p)
             anchor = self.anchors.to_move(p)
             first = self._first(p) // p.shape[1]
-            payload = SparseRowsPayload(name, values, anchor, residual, travelling, formats[p], self.meter, first)
+            payload = SparseRowsPayload(
+                name, values, anchor, residual, travelling, formats[p], self.meter, first, weight
+            )
             payload.origin = self.anchors, p
             payloads.append(payload)
         return payloads
@@ -281,12 +274,13 @@ class ParameterPayloads:
         """
         untrained = set(self.untrained(optimizer).values())
         self._moved.pop(optimizer, None)
+        weight = self._weight()
         due = {name: parameter for name, parameter in optimizer.named_parameters() if parameter not in untrained}
         if by_value:
             return self.by_value(optimizer, due)
         if not stepped:
             due = {name: parameter for name, parameter in due.items() if "residual" in optimizer.state[parameter]}
-        return self.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped)
+        return self.of(optimizer, due, "float32", flush_residuals=True, outer_step=stepped, weight=weight)
 
     def by_value(self, optimizer: CurvaDion, parameters: Mapping[str, Tensor]) -> list[Payload]:
         """Payloads of the parameters' values with their residuals, which need no common anchors and no outer step."""
@@ -304,6 +298,7 @@ class ParameterPayloads:
         outer_step: bool = True,
         correct: bool = False,
         stand_ins: StandIns | None = None,
+        weight: Weight | None = None,
     ) -> list[Payload]:
         """The payloads of some parameters.
 
@@ -316,6 +311,7 @@ class ParameterPayloads:
             outer_step: Whether an outer step is due.
             correct: Whether the momenta are corrected, where the settings say so.
             stand_ins: Tensors that are read and written in place of parameters that move on meanwhile.
+            weight: What their displacements count; ``None`` where all replicas count the same.
         """
         if not parameters:
             return []
@@ -355,6 +351,7 @@ class ParameterPayloads:
                 corrector,
                 self._first(parameter),
                 flushed,
+                weight,
             )
             payload.origin = self.anchors, parameter
             if share:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..optim.shards import is_sharded, local_of
 from .anchors import Anchors
 from .drift import DriftMeter
+from .pace import Weight
 
 # Dtypes of which a mean can be formed.
 _AVERAGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -171,6 +172,7 @@ class DisplacementPayload(Payload):
             :attr:`difference`. ``None`` to leave the momentum alone.
         first: The flat element that the residual begins with, where this process sends a share alone.
         flushed: Called in the end where the residual is sent at full width, and nothing of it is left.
+        weight: What the displacement counts; ``None`` where all replicas count the same.
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class DisplacementPayload(Payload):
         correct_momenta: Callable[[], None] | None = None,
         first: int = 0,
         flushed: Callable[[], object] | None = None,
+        weight: Weight | None = None,
     ) -> None:
         wire_format = full_width(parameter) if wire_format == "float32" else wire_format
         self.of_shard, parameter = is_sharded(parameter), local_of(parameter)
@@ -198,6 +201,7 @@ class DisplacementPayload(Payload):
         self._outer_step = outer_step
         self._meter = meter
         self._correct_momenta = correct_momenta
+        self._weight = weight
         self._written: list[tuple[int, int]] = []
 
     @property
@@ -211,6 +215,8 @@ class DisplacementPayload(Payload):
 
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         displacement = self._displacement(start, stop)
+        if self._weight is not None:
+            displacement.mul_(self._weight.factor)
         return displacement if self._residual is None else displacement.add_(self._residual[self._owned(start, stop)])
 
     def _owned(self, start: int, stop: int) -> slice:
@@ -224,9 +230,11 @@ class DisplacementPayload(Payload):
 
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         if self._residual is not None and error is not None:
-            self._residual[self._owned(start, stop)].copy_(error)
+            keep_back(self._residual[self._owned(start, stop)], error, self._weight)
         if self._residual is not None and self._flushed is not None:
             self._residual[self._owned(max(start, self._first), max(stop, self._first))].zero_()
+        if self._weight is not None:
+            mean = mean * self._weight.correction
         own = self._displacement(start, stop) if self._correct_momenta is not None else None
         move = mean if self._outer_step is None else self._outer_step(mean, start, stop)
         self._anchor[start:stop].add_(move)
@@ -234,6 +242,7 @@ class DisplacementPayload(Payload):
             self._meter.observe(self._flat[start:stop], self._anchor[start:stop])
         if own is not None:
             # The parameter is free to hold the difference: it becomes the anchor when all of it is written.
+            mean = mean if self._weight is None else mean / self._weight.stretch
             torch.sub(mean, own, out=self._flat[start:stop])
         self._written.append((start, stop))
 
@@ -249,6 +258,14 @@ class DisplacementPayload(Payload):
         for start, stop in self._written:
             self._flat[start:stop].copy_(self._anchor[start:stop])
         self._parameter.copy_(self._flat.view(self._parameter.shape))
+
+
+def keep_back(residual: Tensor, error: Tensor, weight: Weight | None) -> None:
+    """Let a residual become what quantization has left, in place; see ``pace.py`` for the weight."""
+    if weight is None:
+        residual.copy_(error)
+    else:
+        residual.mul_(1.0 - weight.correction).add_(error, alpha=weight.correction)
 
 
 def share_of(count: int, process: int, processes: int) -> tuple[int, int]:

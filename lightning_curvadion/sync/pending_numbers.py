@@ -42,6 +42,10 @@ class PendingNumbers:
             # The allocator must not give the memory away before the copy has read it.
             numbers.record_stream(_stream_of(numbers.device))
 
+    def has_arrived(self) -> bool:
+        """Whether :meth:`read` would not wait."""
+        return self._copied.query() if self._copied is not None else self._work.is_completed()
+
     def read(self) -> list[float]:
         """Wait for the numbers.
 

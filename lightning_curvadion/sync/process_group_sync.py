@@ -4,7 +4,7 @@ What a step asks of it is in ``step_hook.py``, what a consensus outside of a ste
 is what users see of both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,27 +13,21 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..optim.curvadion import CurvaDion
-from ..optim.optimizer_state import set_step_counts, state_tensors
-from .displacement_meter import DisplacementMeter
 from .drift import DriftMeter
 from .errors import ReplicaLostError
 from .failure_reports import report_uncaught_exceptions
+from .grouped_hook import GroupedHook
 from .load_notice import notify_of_loads
-from .recovering_hook import RecoveringHook
-from .regrouping import Regrouping
 from .replica_checks import (
     check_data_parallel,
     describe_module,
-    describe_optimizer,
     verify_same_across_replicas,
-    verify_wire_formats,
 )
-from .settings import CHUNK, SyncSettings, resolve_settings
-from .sharding_checks import check_sharding, holds_shards
-from .transfer_to_newcomers import Arrival
+from .settings import CHUNK
+from .sharding_checks import holds_shards
 
 
-class ProcessGroupSync(RecoveringHook):
+class ProcessGroupSync(GroupedHook):
     """Synchronises the replicas of a process group: a sync hook for :class:`~lightning_curvadion.CurvaDion`.
 
     Works in a plain torch loop, under Fabric, and inside :class:`~lightning_curvadion.CurvaDionStrategy`. One object
@@ -92,14 +86,20 @@ class ProcessGroupSync(RecoveringHook):
             every replica, for this process the i-th of its own (``sync/two_levels.py``,
             ``sync/sharded_replicas.py``). With a ``DeviceMesh``:
             ``group=mesh.get_group("replica"), inner_group=mesh.get_group("inner")``.
+        heterogeneous: Let fast replicas take more steps than slow ones (``sync/paced_agreement.py``). Means are
+            weighted by the steps of each. The slowest replica starts an agreement at each of its steps. Triggers,
+            ``max_local_steps`` and ``overlap`` count these and not steps. ``overlap`` is 1 by default. With less, a
+            fast replica waits for a slow one's step at every sync; more than two replicas, or buffers, take more.
+            :attr:`global_step` says when all replicas end, or reach a consensus. For one optimizer and
+            ``consensus="average"`` with a ``momentum`` that sends nothing.
 
     Memory: a copy of the parameters in float32 where ``momentum="displacement"``, ``consensus="factors"``, a quantized
-    ``wire_format``, an outer step or the trigger :class:`~lightning_curvadion.DriftThreshold` needs it; another one of
-    ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another one while a mean is
-    under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers, less for a
-    smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
-    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded
-    parameters it stores all of this for its shards alone.
+    ``wire_format``, an outer step, ``heterogeneous`` or the trigger :class:`~lightning_curvadion.DriftThreshold` needs
+    it; another one of ``residual_dtype`` for a quantized ``wire_format``; another one for ``outer_momentum``; another
+    one while a mean is under way with ``overlap``. During a sync step the factors and about ``5 * chunk`` numbers,
+    less for a smaller model; with ``momentum="displacement"`` also the square of each matrix's smaller side. With an
+    ``inner_group`` a process stores the residuals of what it sends, and no others; of sharded parameters it stores all
+    of this for its shards alone.
 
     Attributes:
         settings: The checked arguments.
@@ -139,7 +139,10 @@ class ProcessGroupSync(RecoveringHook):
         lag: int = 1,
         overlap: int | None = None,
         inner_group: ProcessGroup | None = None,
+        heterogeneous: bool = False,
     ) -> None:
+        if heterogeneous and inner_group is not None:
+            raise ValueError("heterogeneous=True needs replicas of one process each: leave out inner_group")
         arguments: dict[str, Any] = {
             "consensus": consensus,
             "wire_format": wire_format,
@@ -154,26 +157,9 @@ class ProcessGroupSync(RecoveringHook):
             "chunk": chunk,
             "lag": lag,
             "overlap": overlap,
+            "heterogeneous": heterogeneous,
         }
         super().__init__(arguments, group, inner_group)
-        # In the groups before this one.
-        self._sent_before = 0
-        # From a run that it is about to join.
-        self._arrival: Arrival | None = None
-
-    def settings_for(self, optimizer: CurvaDion) -> SyncSettings:
-        """The settings with which the parameters of an optimizer synchronise: parameters in float64 have others."""
-        if all(parameter.dtype != torch.float64 for _, parameter in optimizer.named_parameters()):
-            return self.settings
-        return resolve_settings(**self._arguments, quantizable=False)
-
-    @property
-    def bytes_sent(self) -> int:
-        """Payload of this replica's collectives so far; a mean of n bytes, quantized or not, counts n.
-
-        Where a replica has several processes, each of them counts what they send together to other replicas.
-        """
-        return self._sent_before + self._collectives.bytes_sent
 
     @property
     def optimizers(self) -> list[CurvaDion]:
@@ -218,115 +204,12 @@ class ProcessGroupSync(RecoveringHook):
                 "ProcessGroupSync needs a process group: call torch.distributed.init_process_group first,"
                 " start the script with torchrun, or use Trainer(strategy='curvadion')"
             )
+        if self._pace is not None and self._optimizers:
+            raise ValueError("heterogeneous=True serves one optimizer: an agreement counts its steps; make one of them")
         report_uncaught_exceptions(other_than=ReplicaLostError)
         self._join(optimizer)
         optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(cast(CurvaDion, stepping)))
         optimizer.register_load_state_dict_post_hook(lambda loaded: self._unsettle(cast(CurvaDion, loaded)))
-
-    def _join(self, optimizer: CurvaDion) -> None:
-        """Begin with an optimizer of all replicas, the same on all of them but for values: rank 0's values count."""
-        self._enter_group(optimizer)
-        device = next(optimizer.members())[1].device
-        description = [f"hook {self.settings}", *describe_optimizer(optimizer)]
-        verify_same_across_replicas(self._collectives, description, device)
-        self.settings.check_trigger(optimizer.trigger)
-        for _, parameter in optimizer.members():
-            optimizer.state[parameter].pop("residual", None)
-        verify_wire_formats(self._collectives, optimizer, self.settings, device)
-        state = state_tensors(optimizer)
-        self.take_from_rank_0({**dict(optimizer.named_parameters()), **state})
-        set_step_counts(optimizer, state)
-        optimizer.replicas_share_state()
-        self._register(optimizer, anew=True)
-
-    def _enter_group(self, optimizer: CurvaDion) -> None:
-        """Use the process group for an optimizer."""
-        settings = self.settings_for(optimizer)
-        check_sharding(optimizer, self._inner_group, settings, self._optimizers)
-        self._collectives.join(next(optimizer.members())[1].device)
-        if holds_shards(optimizer):
-            optimizer.shards = self._collectives.hold_shards()
-        else:
-            optimizer.shared_work = self._collectives.share_work()
-        if not self._optimizers:
-            self._configure(settings, self._parameters)
-            if settings.lag or settings.overlap:
-                # Without delays a step's collective is one all-reduce, and can be counted as such from outside.
-                self._collectives.send_to_each()
-
-    def _register(self, optimizer: CurvaDion, anew: bool) -> None:
-        """Take part in the steps of an optimizer.
-
-        Args:
-            optimizer: It has been compared with the others.
-            anew: Whether its parameters are equal on all replicas, and displacements begin here.
-        """
-        self._optimizers.append(optimizer)
-        self._untrained.exclude(parameter for _, parameter in optimizer.named_parameters())
-        if optimizer.trigger.watches_drift:
-            self.agreement.carries_drift = True
-            self._parameters.keep_anchors(optimizer)
-            self._displacement_meters[optimizer] = DisplacementMeter(self._parameters.anchors, optimizer.shards)
-        if anew:
-            self._parameters.begin_anew(optimizer, alone=self.world_size == 1)
-        if self.world_size > 1 and len(self._optimizers) == 1:
-            self.agreement.use_several_groups()
-            if self.settings.overlap:
-                self._background = self._collectives.in_group_of_its_own()
-
-    def regroup(self, trained: int) -> None:
-        """Go on in another default process group, after replicas were lost or have come; every rank calls it.
-
-        What was under way is given up. The first ranks go on from the last consensus if they have the same one, and
-        the others begin there. If not, all take over the exact mean of the first ones (``regrouping.py``).
-
-        Args:
-            trained: So many ranks, from 0 on, have trained before. The values of the others count for nothing.
-
-        Raises:
-            ValueError: Replicas of several processes. Where none has trained, replicas that differ. Where others have,
-                this replica would take over numbers that are not finite.
-            ReplicaLostError: One more is lost. Regroup again.
-        """
-        if self._inner_group is not None:
-            raise ValueError("regroup replicas of one process: of a replica of several, none can be lost alone")
-        optimizers, self._optimizers = self._optimizers, []
-        request = self.agreement.stop_request
-        self._sent_before = self.bytes_sent
-        self._start_anew(self._parameters)
-        self.agreement.stop_request = request
-        try:
-            if trained:
-                self._go_on(optimizers, trained)
-            else:
-                for optimizer in optimizers:
-                    self._join(optimizer)
-                self.take_from_rank_0({**self._untrained.parameters_outside(), **self._untrained.buffers()})
-        finally:
-            # All of them, where one more replica is lost on the way.
-            self._optimizers = optimizers
-
-    def _go_on(self, optimizers: Sequence[CurvaDion], trained: int) -> None:
-        regrouping: Regrouping | None = None
-        for optimizer in optimizers:
-            self._enter_group(optimizer)
-            regrouping = regrouping or Regrouping(
-                self.settings, self._collectives, self._parameters, self._untrained, trained, self._arrival
-            )
-            self._register(optimizer, anew=not regrouping.join(optimizer))
-        if regrouping is not None:
-            regrouping.hand_over_untrained()
-        self._arrival = None
-
-    def take_from_rank_0(self, tensors: dict[str, Tensor]) -> None:
-        """Let tensors be those of rank 0.
-
-        Sent is what is not equal already, as it is where every process has built the model from one seed.
-
-        Args:
-            tensors: By name, the same on every rank.
-        """
-        self._collectives.broadcast(list(self._collectives.differing(tensors).values()))
 
     def include_module(self, module: nn.Module) -> None:
         """Let what no optimizer trains take part in every consensus: persistent buffers, and parameters outside every
@@ -383,9 +266,11 @@ class ProcessGroupSync(RecoveringHook):
 
         Raises:
             ValueError: With a lag, where a gradient of the last step was unusable on any replica.
+            UnevenBatchesError: With ``heterogeneous=True``, where another replica takes a step.
         """
         optimizers = [optimizers] if isinstance(optimizers, CurvaDion) else list(optimizers)
         for optimizer in optimizers:
+            self.agreement.prepare_consensus(optimizer)
             self._overlap.finish(optimizer)
             optimizer._raise_if_unusable(self.agreement.take_unusable(optimizer))
         self._consensus.reach(optimizers, include_state)

@@ -26,7 +26,7 @@ from .digests import digest
 from .outer_step import OuterStep
 from .parameter_payloads import ParameterPayloads
 from .payload_collectives import PayloadCollectives
-from .payloads import TensorPayload
+from .payloads import TensorPayload, displacement_of
 from .settings import SyncSettings
 from .transfer_to_newcomers import Arrival
 from .untrained_tensors import UntrainedTensors
@@ -145,7 +145,9 @@ class Regrouping:
         Whether it goes on, whether it has received the model before, digests, and which parameters have anchors.
         """
         anchors = self._parameters.anchors
-        goes_on = self._settings.consensus == "average" and self._trained > 1 and self._parameters.are_whole(optimizer)
+        # Replicas that take different numbers of steps would go on with weights of the lost one's.
+        reconciled = self._settings.consensus == "average" and not self._settings.heterogeneous
+        goes_on = reconciled and self._trained > 1 and self._parameters.are_whole(optimizer)
         if self._newcomers:
             keeps_back = self._parameters.needs_anchors(optimizer) and self._parameters.are_quantized(optimizer)
             goes_on = goes_on and keeps_back
@@ -224,13 +226,22 @@ class Regrouping:
         kept = {name: anchors.of(p) if p in set(moved) else p for name, p in parameters.items()}
         taken = self._give({**kept, **state}, self._behind)
         if self._has_trained:
-            self._parameters.weigh(optimizer, self._collectives.world_size / self._trained)
+            self._weigh(optimizer, self._collectives.world_size / self._trained)
         if not is_behind:
             return
         verify_finite(taken)
         for parameter in moved:
             parameter.detach().copy_(anchors.of(parameter))
         set_step_counts(optimizer, state)
+
+    def _weigh(self, optimizer: CurvaDion, weight: float) -> None:
+        """Let the next mean count so many times what this replica has to send by now. Its parameters stay."""
+        anchors = self._parameters.anchors
+        for _, parameter in optimizer.named_parameters():
+            if not anchors.missing([parameter]):
+                walked = displacement_of(parameter.detach(), anchors.of(parameter))
+                residual = self._parameters._residual(optimizer.state[parameter], parameter)
+                residual.copy_((walked + residual).mul_(weight).sub_(walked))
 
     def _give(self, tensors: Mapping[str, Tensor], receivers: Collection[int]) -> dict[str, Tensor]:
         """Rank 0's tensors, in some of the replicas that come: those that were not equal."""

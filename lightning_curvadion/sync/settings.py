@@ -32,6 +32,8 @@ _SMALL_FORMAT = "int8"
 SMALL_GROUPS = 2**14
 # Steps that a sync step's mean may take where it can run in the background.
 _OVERLAP = 0
+# The same, in agreements, of fast and slow replicas together: nobody waits for a slow one's step then.
+_OVERLAP_OF_HETEROGENEOUS = 1
 # Numbers sent at a time, 64 MiB of float32: enough to fill any network, little beside a model.
 CHUNK = 2**24
 
@@ -63,6 +65,7 @@ class SyncSettings:
     chunk: int
     lag: int
     overlap: int
+    heterogeneous: bool = False
 
     def __post_init__(self) -> None:
         check_choice("consensus", self.consensus, get_args(Consensus))
@@ -100,6 +103,8 @@ class SyncSettings:
                 'overlap needs consensus="average" with momentum="displacement" or "local", which send nothing but'
                 f" parameters; use overlap=0 with consensus={self.consensus!r}, momentum={self.momentum!r}"
             )
+        if self.heterogeneous:
+            self._check_heterogeneous()
         if self.momentum == "displacement" and self.consensus == "factors":
             raise ValueError(
                 'momentum="displacement" needs the mean displacement of all parameters: use consensus="average", or'
@@ -118,6 +123,19 @@ class SyncSettings:
                 " momentum='factors'",
                 stacklevel=7,
             )
+
+    def _check_heterogeneous(self) -> None:
+        if not self.sends_parameters_alone:
+            raise ValueError(
+                'heterogeneous=True needs consensus="average" with momentum="displacement" or "local", which send'
+                f" nothing but parameters; leave it out with consensus={self.consensus!r}, momentum={self.momentum!r}"
+            )
+        if self.lag != 1:
+            raise ValueError(f"heterogeneous=True reads an agreement when it has arrived: leave out lag={self.lag}")
+        if self.spread > 1:
+            raise ValueError(f"heterogeneous=True sends all parameters at once: leave out spread={self.spread}")
+        if self.has_outer_step:
+            raise ValueError("heterogeneous=True takes the weighted mean itself: leave out outer_lr and outer_momentum")
 
     def check_trigger(self, trigger: Trigger) -> None:
         """Check that the trigger of an optimizer makes sense with these settings.
@@ -146,7 +164,7 @@ class SyncSettings:
     def needs_anchors(self) -> bool:
         """Whether parameters are averaged through their displacements, whatever the trigger."""
         quantized = self.consensus == "average" and {self.wire_format, self.embedding_format} != {"float32"}
-        displacement = self.momentum == "displacement" or self.overlap > 0
+        displacement = self.momentum == "displacement" or self.overlap > 0 or self.heterogeneous
         return self.consensus == "factors" or self.has_outer_step or quantized or displacement
 
     @property
@@ -198,6 +216,7 @@ def resolve_settings(
     momentum: str | None,
     factor_format: str | None,
     overlap: int | None,
+    heterogeneous: bool = False,
     quantizable: bool = True,
     **others: Any,
 ) -> SyncSettings:
@@ -209,6 +228,7 @@ def resolve_settings(
         momentum: ``None`` for the default.
         factor_format: ``None`` for the default.
         overlap: ``None`` for the default.
+        heterogeneous: It has a default of ``overlap`` of its own.
         quantizable: Whether the parameters can be quantized.
         **others: Settings that no default depends on.
 
@@ -228,12 +248,14 @@ def resolve_settings(
         momentum = "dion"
     factor_format = factor_format or _FACTOR_FORMATS.get(wire_format, _QUANTIZED_FACTOR_FORMAT)
     if overlap is None:
-        overlap = _OVERLAP if averages and momentum in ("displacement", "local") else 0
+        usual = _OVERLAP_OF_HETEROGENEOUS if heterogeneous else _OVERLAP
+        overlap = usual if averages and momentum in ("displacement", "local") else 0
     return SyncSettings(
         consensus=consensus,
         wire_format=wire_format,
         momentum=momentum,
         factor_format=factor_format,
         overlap=overlap,
+        heterogeneous=heterogeneous,
         **others,
     )

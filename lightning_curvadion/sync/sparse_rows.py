@@ -17,7 +17,8 @@ from torch import Tensor
 from ..optim.matrix_stacks import STACK_ELEMENTS
 from ..optim.shards import is_sharded, local_of
 from .drift import DriftMeter
-from .payloads import Payload, displacement_of, share_of
+from .pace import Weight
+from .payloads import Payload, displacement_of, keep_back, share_of
 
 # A row has moved from this share of the farthest row's displacement on, chosen by loss and bytes
 # (examples/benchmarks/vocabulary.py).
@@ -72,6 +73,7 @@ class SparseRowsPayload(Payload):
         wire_format: A quantized format.
         meter: Measures the drift of the rows that travel.
         first: The row that the residual begins with, where this process sends a share alone.
+        weight: What the displacement counts; ``None`` where all replicas count the same.
     """
 
     def __init__(
@@ -84,12 +86,14 @@ class SparseRowsPayload(Payload):
         wire_format: str,
         meter: DriftMeter | None = None,
         first: int = 0,
+        weight: Weight | None = None,
     ) -> None:
         self.of_shard, parameter = is_sharded(parameter), local_of(parameter)
         super().__init__(f"displacement of {name}", rows.numel() * parameter.shape[1], wire_format)
         self._rows, self._columns = rows, parameter.shape[1]
         self._parameter, self._anchor, self._residual = parameter.detach(), anchor, residual
         self._meter, self._first = meter, first
+        self._weight = weight
 
     @property
     def sources(self) -> Sequence[Tensor]:  # noqa: D102
@@ -98,6 +102,8 @@ class SparseRowsPayload(Payload):
     def read(self, start: int, stop: int) -> Tensor:  # noqa: D102
         rows, part = self._part(start, stop)
         displacement = displacement_of(self._parameter[rows], self._anchor[rows])
+        if self._weight is not None:
+            displacement.mul_(self._weight.factor)
         displacement.add_(self._residual[rows - self._first])
         return displacement.view(-1)[part]
 
@@ -113,10 +119,10 @@ class SparseRowsPayload(Payload):
     def write(self, start: int, stop: int, mean: Tensor, error: Tensor | None) -> None:  # noqa: D102
         rows, part = self._part(start, stop)
         own, anchor = self._parameter[rows], self._anchor[rows]
-        anchor.view(-1)[part].add_(mean)
+        anchor.view(-1)[part].add_(mean if self._weight is None else mean * self._weight.correction)
         if error is not None:
             residual = self._residual[rows - self._first]
-            residual.view(-1)[part].copy_(error)
+            keep_back(residual.view(-1)[part], error, self._weight)
             self._residual[rows - self._first] = residual
         if self._meter is not None:
             self._meter.observe(own.view(-1)[part], anchor.view(-1)[part])
@@ -129,7 +135,8 @@ class SparseRowsPayload(Payload):
         for own, anchor, residual in zip(
             *map(_in_parts, (self._parameter[rows], self._anchor[rows], self._residual)), strict=True
         ):
-            residual.add_(displacement_of(own, anchor))
+            left = 1.0 if self._weight is None else self._weight.factor * self._weight.correction
+            residual.add_(displacement_of(own, anchor), alpha=left)
         self._parameter.copy_(self._anchor)
 
     def _part(self, start: int, stop: int) -> tuple[Tensor, slice]:

@@ -17,6 +17,8 @@ from .agreement import Agreed, Agreement
 from .consensus import Consensus
 from .displacement_meter import DisplacementMeter
 from .overlap import Overlap
+from .pace import Pace
+from .paced_agreement import PacedAgreement
 from .parameter_payloads import ParameterPayloads
 from .payload_collectives import PayloadCollectives
 from .settings import SyncSettings, resolve_settings
@@ -60,7 +62,12 @@ class StepHook:
         self._collectives = self._make_collectives(self._group, self._arguments["chunk"])
         # Of the means that run in the background.
         self._background: PayloadCollectives | None = None
-        self.agreement = Agreement(self._collectives, self._arguments["lag"])
+        self._pace = Pace() if self._arguments["heterogeneous"] else None
+        self.agreement = (
+            Agreement(self._collectives, self._arguments["lag"])
+            if self._pace is None
+            else PacedAgreement(self._collectives, self._pace)
+        )
         self._stepping: CurvaDion | None = None
         # Of the optimizers whose trigger watches the drift.
         self._displacement_meters: dict[CurvaDion, DisplacementMeter] = {}
@@ -72,7 +79,7 @@ class StepHook:
         self._sync_rank_fraction = settings.sync_rank_fraction
         self._averages_vector_gradients = settings.consensus == "none"
         self._lag = settings.lag
-        self._parameters = ParameterPayloads(settings, *self._collectives.place_inside)
+        self._parameters = ParameterPayloads(settings, *self._collectives.place_inside, self._pace)
         if before is not None:
             self._parameters.resume(before)
         self._sync_step = SyncStep(settings, self._collectives, self._parameters, self._untrained)
@@ -98,6 +105,29 @@ class StepHook:
     def world_size(self) -> int:
         """Number of replicas."""
         return self._collectives.world_size
+
+    @property
+    def global_step(self) -> float:
+        """Mean of the replicas' steps so far, for ``heterogeneous=True``.
+
+        It moves on in the steps that act on an agreement, and is the same on all replicas after the same one. Let
+        learning rates follow it, and not the steps of a replica. All replicas end their loops, or reach a consensus,
+        where it says so; the same holds for collectives of your own in this process group. Set it where a run resumes,
+        on all replicas.
+
+        Raises:
+            ValueError: Without ``heterogeneous=True``, where the steps of a loop say as much.
+        """
+        return self._counted().global_step
+
+    @global_step.setter
+    def global_step(self, value: float) -> None:
+        self._counted().resume(value)
+
+    def _counted(self) -> Pace:
+        if self._pace is None:
+            raise ValueError("count the steps yourself, or use heterogeneous=True: all replicas take the same ones")
+        return self._pace
 
     @property
     def _places(self) -> Sequence[str]:
@@ -205,15 +235,24 @@ class StepHook:
             self._consensus.reached_in_step(optimizer)
         return means
 
+    @property
+    def _reads_agreement(self) -> bool:
+        """Whether the present step acts on an agreement: always, where no replica is ahead of another."""
+        return self.agreement.acted
+
     def _may_sync(self, optimizer: CurvaDion) -> bool:
         """Whether a mean could start in this step: one that is under way would have to be waited for."""
         return self._overlap.may_start(optimizer)
 
     def _corrects_momenta(self, optimizer: CurvaDion, synced: bool) -> bool:
         """Whether a mean of displacements arrives in this step, and the momenta are corrected by it."""
-        arrives = synced if self._background is None else self._overlap.ends_in_this_step(optimizer)
+        arrives = synced if self._background is None else self._ends_flight(optimizer)
         return arrives and self.settings.momentum == "displacement"
 
     def _proceed(self, optimizer: CurvaDion) -> None:
-        """Go on with a mean in the background."""
-        self._overlap.proceed(optimizer)
+        """Go on with a mean in the background, all replicas at the same agreement."""
+        if self.agreement.acted:
+            self._overlap.proceed(optimizer)
+
+    def _ends_flight(self, optimizer: CurvaDion) -> bool:
+        return self.agreement.acted and self._overlap.ends_in_this_step(optimizer)

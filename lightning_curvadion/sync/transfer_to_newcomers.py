@@ -307,6 +307,7 @@ def can_be_followed(sync: StepHook) -> bool:
     return (
         sync.settings.sends_parameters_alone
         and not sync.settings.has_outer_step
+        and not sync.settings.heterogeneous
         and sync._inner_group is None
         and all(sync._parameters.needs_anchors(one) and sync._parameters.are_quantized(one) for one in sync._optimizers)
     )

@@ -100,6 +100,7 @@ def refuse_arguments(arguments: Iterable[str], known: Iterable[str]) -> None:
 def check_elastic(
     elastic: bool,
     min_replicas: int | None,
+    heterogeneous: bool,
     replica_size: object,
     process_group_backend: str | None,
     start_method: str,
@@ -116,6 +117,10 @@ def check_elastic(
         return
     if min_replicas is not None and (isinstance(min_replicas, bool) or min_replicas < 1):
         raise MisconfigurationException(f"min_replicas must be at least 1, not {min_replicas}")
+    if heterogeneous:
+        raise MisconfigurationException(
+            "elastic=True: replicas that are lost must have taken the same steps as the others; leave out heterogeneous"
+        )
     if replica_size != 1:
         raise MisconfigurationException(
             "elastic=True: replicas of one process come and go, and of a replica of several none can be lost alone;"

@@ -19,7 +19,7 @@ class ConsensusCallback(Callback):
 
     Args:
         reach_consensus: The strategy's; the argument says whether to include the optimizers' state.
-        act_on_agreed_request: Called after every batch.
+        end_batch: Called after every batch.
         verify_no_step: Called at the end of every epoch, which a rank with fewer batches reaches before the others.
         note_failure: Called with an exception before other callbacks handle it.
         begin_epoch: Called before the first batch of every epoch.
@@ -30,7 +30,7 @@ class ConsensusCallback(Callback):
     def __init__(
         self,
         reach_consensus: Callable[[bool], None],
-        act_on_agreed_request: Callable[[], None],
+        end_batch: Callable[[], None],
         verify_no_step: Callable[[], None],
         note_failure: Callable[[BaseException], None],
         begin_epoch: Callable[[], None],
@@ -38,7 +38,7 @@ class ConsensusCallback(Callback):
         begin_validation_batch: Callable[[], None],
     ) -> None:
         self._reach_consensus = reach_consensus
-        self._act_on_agreed_request = act_on_agreed_request
+        self._end_batch = end_batch
         self._verify_no_step = verify_no_step
         self._note_failure = note_failure
         self._begin_epoch = begin_epoch
@@ -51,7 +51,7 @@ class ConsensusCallback(Callback):
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
-        self._act_on_agreed_request()
+        self._end_batch()
 
     @override
     def on_validation_batch_start(self, trainer: "pl.Trainer", *_: Any) -> None:

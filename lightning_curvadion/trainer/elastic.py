@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,7 +31,14 @@ from ..sync.recovery import Recovery
 from ..sync.replica_groups import Group
 from . import hand_over
 from .consensus_callback import moving_averages
-from .lightning_internals import batches_begun, log_beside, restart_data, update_epoch_length, with_sampler
+from .lightning_internals import (
+    batches_begun,
+    log_beside,
+    restart_data,
+    train_dataloaders,
+    update_epoch_length,
+    with_sampler,
+)
 from .member_samplers import Drawn, MemberEvaluationSampler, MemberSampler
 from .watchdog import Watchdog
 
@@ -61,6 +69,7 @@ class ElasticRun:
         rank: Of this replica.
         size: Number of replicas.
         changes: What happened to them, as this one saw it.
+        has_begun: Whether it takes part in a run that has not ended.
         is_newcomer: Whether the others train already, and this one is to take over their run.
         recovery: Counts the joint operations.
     """
@@ -70,19 +79,18 @@ class ElasticRun:
         # How long too few replicas wait for others.
         self._join_timeout = 20 * self._timeout
         self.rank, self.size = 0, 1
-        self.is_newcomer = self.forming = self.has_left = False
+        self.has_begun = self.is_newcomer = self.forming = self.has_left = False
         self.changes: list[MembershipChange] = []
         self.recovery = Recovery(self._form_group)
         self._members: Membership | None = None
         self._watchdog: Watchdog | None = None
-        self._samplers: list[MemberSampler] = []
         self._trainer: pl.Trainer | None = None
         self._sync: ProcessGroupSync | None = None
 
     # -- the start ---------------------------------------------------------------------------------------------------
 
     def start(self, endpoint: str, asked_for: int, hosts_store: bool) -> None:
-        """Begin a run with others, or get ready to take over theirs.
+        """Begin a run with others, or get ready to take over theirs. After a run that has ended, begin the next one.
 
         Args:
             endpoint: ``"host:port"`` of the store.
@@ -93,12 +101,15 @@ class ElasticRun:
             MisconfigurationException: There is no store.
             ReplicaLostError: There are fewer than ``min_replicas``.
         """
-        if self._members is not None:
-            return
-        if hosts_store:
+        if self._members is None and hosts_store:
             command = [sys.executable, "-m", "lightning_curvadion", "store", "--port", endpoint.rpartition(":")[2]]
-            # It outlives this process, and what ends this process with a signal of the terminal.
-            subprocess.Popen([*command, "--idle", str(_IDLE)], start_new_session=True)
+            # It outlives this process and its terminal, and holds nothing of them open.
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            subprocess.Popen([*command, "--idle", str(_IDLE)], start_new_session=True, **quiet)  # type: ignore[call-overload]
+        if dist.is_initialized():
+            # Of an earlier run of this process.
+            dist.destroy_process_group()
+        self.has_begun = True
         try:
             members = self._members = self._newest_run(endpoint)
         except RuntimeError as error:
@@ -156,9 +167,17 @@ class ElasticRun:
         if not trains:
             return with_sampler(dataloader, MemberEvaluationSampler(cast(Sized, sampler.dataset), self._place))
         batch_size = getattr(dataloader.batch_sampler, "batch_size", None) or 1
-        own = MemberSampler(cast(Sized, sampler.dataset), batch_size, sampler.shuffle, sampler.seed, self._place)
-        self._samplers.append(own)
-        return with_sampler(dataloader, own)
+        return with_sampler(
+            dataloader,
+            MemberSampler(cast(Sized, sampler.dataset), batch_size, sampler.shuffle, sampler.seed, self._place),
+        )
+
+    @property
+    def _samplers(self) -> list[MemberSampler]:
+        """Of the training dataloaders, which may be reloaded."""
+        assert self._trainer is not None
+        loaders = train_dataloaders(self._trainer)
+        return [loader.sampler for loader in loaders if isinstance(getattr(loader, "sampler", None), MemberSampler)]
 
     def _place(self) -> tuple[int, int]:
         return (self.rank, self.size) if not self.is_newcomer else (0, self.size)
@@ -171,7 +190,7 @@ class ElasticRun:
 
     def end_training(self) -> None:
         """Called where the others end it too: whoever is lost from now on is an error."""
-        self.recovery.active = False
+        self.recovery.active = self.has_begun = False
         self._rest()
         if self._members is not None and not self.has_left:
             self._members.end()
@@ -218,7 +237,10 @@ class ElasticRun:
         agreement = self._sync.agreement
         if agreement.agreed_request == REGROUP:
             self.recovery.meet_newcomers()
-            self._sync.agreement.agreed_request = self._sync.agreement.stop_request = 0.0
+            agreement = self._sync.agreement
+            agreement.agreed_request = 0.0
+            if agreement.stop_request == REGROUP:
+                agreement.stop_request = 0.0
         elif self.rank == 0 and self._members.waiting(self._sync):
             agreement.stop_request = agreement.stop_request or REGROUP
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -28,6 +30,7 @@ class ElasticStrategy(ReplicaStrategy):
     Args:
         elastic: Whether they may.
         min_replicas: Fewer wait for others; ``None`` is 1.
+        heterogeneous: Whether they take different numbers of steps.
         **arguments: Of ``ReplicaStrategy``.
 
     Attributes:
@@ -37,8 +40,8 @@ class ElasticStrategy(ReplicaStrategy):
         MisconfigurationException: Arguments that do not fit together.
     """
 
-    def __init__(self, elastic: bool, min_replicas: int | None, **arguments: Any) -> None:
-        check_elastic(elastic, min_replicas, **arguments)
+    def __init__(self, elastic: bool, min_replicas: int | None, heterogeneous: bool, **arguments: Any) -> None:
+        check_elastic(elastic, min_replicas, heterogeneous, **arguments)
         super().__init__(**arguments)
         self._elastic = ElasticRun(min_replicas or 1, self._timeout) if elastic else None
         self.membership_changes: list[MembershipChange] = self._elastic.changes if self._elastic is not None else []
@@ -81,9 +84,13 @@ class ElasticStrategy(ReplicaStrategy):
         if self._elastic is None:
             super().setup_distributed()
             return
-        environment = self.cluster_environment
+        environment, module = self.cluster_environment, self.lightning_module
         assert environment is not None
         self._process_group_backend = "gloo"
+        fits = module is None or module.trainer.state.fn == TrainerFn.FITTING
+        if self._elastic.has_begun or (dist.is_initialized() and not fits):
+            # A test after a run is one of the same replicas.
+            return
         address = f"{environment.main_address}:{environment.main_port}"
         self._elastic.start(address, self.num_nodes * self.num_processes, self._hosts_store)
         leave_process_group_at_exit()
@@ -95,8 +102,25 @@ class ElasticStrategy(ReplicaStrategy):
             return dataloader
         return self._elastic.share_out(dataloader, trains=bool(self.lightning_module.trainer.training))
 
-    def _jointly(self, operation: Callable[[], T]) -> T:
-        """Run what all replicas run, in a new group again where a replica is lost in it."""
+    def _begin_epoch(self) -> None:
+        if self._elastic is not None:
+            self._elastic.begin_epoch()
+
+    def _begin_batch(self) -> None:
+        if self._elastic is not None and not self._alone:
+            self._elastic.begin_batch()
+
+    def _begin_validation_batch(self) -> None:
+        if self._elastic is not None:
+            self._elastic.feed_watchdog()
+
+    def _jointly(self, operation: Callable[[], T], what: str = "a consensus") -> T:
+        """Run what all replicas run, in a new group again where a replica is lost in it.
+
+        Args:
+            operation: Joint.
+            what: It is.
+        """
         return operation() if self._elastic is None else self._elastic.run_jointly(operation)
 
     # -- Lightning's own collectives ---------------------------------------------------------------------------------
@@ -115,7 +139,7 @@ class ElasticStrategy(ReplicaStrategy):
         Raises:
             TypeError: It is something else.
         """
-        if self._alone or not torch.distributed.is_initialized():
+        if self._alone or not dist.is_initialized():
             return obj
         if self._elastic is None:
             return self._explained_jointly("a broadcast", lambda: super(ElasticStrategy, self).broadcast(obj, src))
@@ -165,4 +189,4 @@ class ElasticStrategy(ReplicaStrategy):
             with explain_failure(what):
                 return operation()
 
-        return self._jointly(explained)
+        return self._jointly(explained, what)

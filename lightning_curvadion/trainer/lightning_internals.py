@@ -6,6 +6,7 @@ package allows, and 2.6.6. ``tests/trainer/test_lightning_internals.py`` fails w
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistryType
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.init import _materialize_distributed_module
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
@@ -41,8 +42,10 @@ __all__ = [
     "configured_optimizers",
     "detach_trainer",
     "disable_sigterm_broadcast",
+    "end_epoch_after_batch",
     "give_device_mesh",
     "is_logging_step",
+    "leave_epoch_open",
     "load_loop_progress",
     "log_beside",
     "loop_progress",
@@ -51,7 +54,9 @@ __all__ = [
     "replace_signal_handlers",
     "requeue_job",
     "restart_data",
+    "saves_within_epochs",
     "stop_after_batch",
+    "train_dataloaders",
     "trainer_of",
     "update_epoch_length",
     "with_sampler",
@@ -193,6 +198,15 @@ def with_sampler(dataloader: DataLoader[Any], sampler: Sampler[int]) -> DataLoad
     return _update_dataloader(dataloader, sampler)
 
 
+def train_dataloaders(trainer: "pl.Trainer") -> list[Any]:
+    """Those that are trained with now.
+
+    ``FitLoop._combined_loader``: 2.5.0, 2.6.6.
+    """
+    loader = trainer.fit_loop._combined_loader
+    return loader.flattened if loader is not None else []
+
+
 def update_epoch_length(trainer: "pl.Trainer", begins: bool = False) -> None:
     """Let the training epoch be as long as its dataloaders say now.
 
@@ -281,3 +295,37 @@ def log_beside(logger: Logger) -> None:
     if os.path.exists(os.path.join(logger.log_dir, "metrics.csv")):
         named = isinstance(logger.version, str)
         logger._version = f"{logger.version}-{os.getpid()}" if named else logger._get_next_version()
+
+
+def saves_within_epochs(callback: ModelCheckpoint) -> bool:
+    """Whether a callback saves after so many steps, or so much time.
+
+    ``ModelCheckpoint._every_n_train_steps`` and ``_train_time_interval``: 2.5.0, 2.6.6.
+    """
+    return bool(callback._every_n_train_steps) or callback._train_time_interval is not None
+
+
+def leave_epoch_open(trainer: "pl.Trainer") -> None:
+    """Let an epoch go on until :func:`end_epoch_after_batch`, whatever its dataloaders say.
+
+    ``FitLoop._combined_loader`` with ``CombinedLoader._limits``, ``FitLoop._data_fetcher``: 2.5.0, 2.6.6.
+    """
+    loop = trainer.fit_loop
+    loader, fetcher = cast(CombinedLoader, loop._combined_loader), cast(Any, loop._data_fetcher)
+    if loader._limits is not None:
+        loader._limits[:] = [float("inf")] * len(loader._limits)
+    loop.max_batches = float("inf")
+    # An infinite one would let an integer limit_train_batches decide.
+    trainer.val_check_batch = sys.maxsize
+    fetcher.length, fetcher.done = None, False
+
+
+def end_epoch_after_batch(trainer: "pl.Trainer") -> None:
+    """Let this batch be the last one of its epoch, after which a validation is due; called when it has been trained on.
+
+    ``_TrainingEpochLoop.batch_progress`` and ``update_lr_schedulers``: 2.5.0, 2.6.6.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.max_batches = trainer.val_check_batch = cast(Any, loop.batch_progress.current).ready
+    # As the loop does before its callbacks, where it knows that this is the last batch.
+    loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)

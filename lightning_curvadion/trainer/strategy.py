@@ -2,8 +2,9 @@
 
 import inspect
 import logging
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,7 @@ from torch.profiler import record_function
 from typing_extensions import override
 
 from ..optim.gradient_checks import UnusableGradientError
+from ..sync.collectives import count_together
 from ..sync.errors import ReplicaLostError
 from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
@@ -28,10 +30,13 @@ from .consensus_callback import ConsensusCallback, moving_averages
 from .elastic_strategy import ElasticStrategy
 from .lightning_internals import StrategyRegistryType, trainer_of
 from .mixed_precision import refuse_gradient_scaler, share_gradient_scaler
+from .paced_loop import PacedLoop, claim_samples
 from .replica_processes import DDP_ARGUMENTS, ReplicaSize
 from .signals import LeaveRequests, StopRequests
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class CurvaDionStrategy(ElasticStrategy):
@@ -63,6 +68,8 @@ class CurvaDionStrategy(ElasticStrategy):
         chunk: Numbers that are quantized and sent at a time; fewer need less memory.
         lag: How many steps after it was sent an agreement is read, 0 or 1.
         overlap: How many steps the mean of a sync step may take while the replicas train on.
+        heterogeneous: Whether replicas may take different numbers of steps, as on fast and slow machines
+            (``paced_loop.py``). They meet at the ends of epochs.
         replica_size: Number of consecutive processes that form a replica; ``"node"`` for those of a node. Inside of it
             gradients are averaged at every step, as under ``"ddp"``, and its processes hold the same bits. So a node
             sends what one process would, and fewer replicas lose less against DDP (``sync/two_levels.py``). Where
@@ -121,6 +128,7 @@ class CurvaDionStrategy(ElasticStrategy):
         chunk: int = CHUNK,
         lag: int = 1,
         overlap: int | None = None,
+        heterogeneous: bool = False,
         replica_size: ReplicaSize = 1,
         elastic: bool = False,
         min_replicas: int | None = None,
@@ -141,6 +149,7 @@ class CurvaDionStrategy(ElasticStrategy):
         super().__init__(
             elastic,
             min_replicas,
+            heterogeneous,
             replica_size=replica_size,
             ddp_arguments=ddp_arguments,
             accelerator=accelerator,
@@ -166,10 +175,12 @@ class CurvaDionStrategy(ElasticStrategy):
             "chunk": chunk,
             "lag": lag,
             "overlap": overlap,
+            "heterogeneous": heterogeneous,
         }
         self.sync = self.make_sync_hook()
         self._callbacks: list[pl.Callback] = []
         self._stop_requests: StopRequests | None = None
+        self._paced: PacedLoop | None = None
         self._training = False
         self._all_raised = False
 
@@ -193,17 +204,11 @@ class CurvaDionStrategy(ElasticStrategy):
         if leaves:
             self._elastic.leave()
 
-    def _begin_epoch(self) -> None:
-        if self._elastic is not None:
-            self._elastic.begin_epoch()
-
+    @override
     def _begin_batch(self) -> None:
-        if self._elastic is not None and not self._alone:
-            self._elastic.begin_batch()
-
-    def _begin_validation_batch(self) -> None:
-        if self._elastic is not None:
-            self._elastic.feed_watchdog()
+        super()._begin_batch()
+        if self._paced is not None:
+            self._paced.begin_batch()
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -231,11 +236,12 @@ class CurvaDionStrategy(ElasticStrategy):
             self._elastic.attach(trainer, self.sync)
             self.share_metrics(self.lightning_module)
             self._stop_requests = LeaveRequests(trainer, self.sync, self._elastic.interrupt, self._leave)
+        self._paced = PacedLoop(trainer, self.sync) if self.sync.settings.heterogeneous else None
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
             callback = ConsensusCallback(
                 self.reach_consensus_in_training,
-                self._act_on_agreed_request,
+                self._end_batch,
                 self._verify_no_step,
                 self._note_failure,
                 self._begin_epoch,
@@ -243,6 +249,20 @@ class CurvaDionStrategy(ElasticStrategy):
                 self._begin_validation_batch,
             )
             self._callbacks.insert(0, callback)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        trainer = trainer_of(self.lightning_module)
+        if not self._sync_settings["heterogeneous"] or trainer is None or not trainer.training:
+            return dataloader
+        return claim_samples(dataloader, self.world_size, count_together)
+
+    @override
+    def _jointly(self, operation: Callable[[], T], what: str = "a consensus") -> T:
+        if self._paced is not None:
+            self._paced.verify_meeting(what)
+        return super()._jointly(operation, what)
 
     # -- consensus ---------------------------------------------------------------------------------------------------
 
@@ -264,8 +284,12 @@ class CurvaDionStrategy(ElasticStrategy):
         with record_function("curvadion::consensus"):
             self._jointly(reach)
 
-    def _act_on_agreed_request(self) -> None:
+    def _end_batch(self) -> None:
         assert self._stop_requests is not None
+        if self._paced is not None:
+            self._paced.end_batch()
+            if self.sync.agreement.agreed_request:
+                self._paced.meet()
         self._stop_requests.act_on_agreed_request()
 
     def reach_consensus_in_training(self, include_state: bool = False) -> None:
@@ -277,6 +301,8 @@ class CurvaDionStrategy(ElasticStrategy):
     def _note_failure(self, exception: BaseException) -> None:
         """Called before any other callback handles an exception, such as by saving."""
         self._all_raised = isinstance(exception, UnusableGradientError)
+        if self._paced is not None:
+            self._paced.meet()
         if self._all_raised:
             for optimizer in require_curvadion(self.optimizers):
                 # Of the steps that the lag has left unread. The error that is raised tells enough.
@@ -298,6 +324,8 @@ class CurvaDionStrategy(ElasticStrategy):
         self._training, self._all_raised = True, False
         if self._elastic is not None:
             self._elastic.begin_training()
+        if self._paced is not None:
+            self._paced.begin_training()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -357,25 +385,19 @@ class CurvaDionStrategy(ElasticStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: StrategyRegistryType) -> None:
-        entries = (
-            ("curvadion", "popen"),
-            ("curvadion_spawn", "spawn"),
-            ("curvadion_fork", "fork"),
-            ("curvadion_notebook", "fork"),
+        entries: tuple[tuple[str, str, ReplicaSize], ...] = (
+            ("curvadion", "popen", 1),
+            ("curvadion_spawn", "spawn", 1),
+            ("curvadion_fork", "fork", 1),
+            ("curvadion_notebook", "fork", 1),
+            ("curvadion_node", "popen", "node"),
         )
-        for name, start_method in entries:
+        for name, start_method, replica_size in entries:
             strategy_registry.register(
                 name,
                 cls,
-                description=f"CurvaDion strategy with `start_method` '{start_method}'",
+                description=f"CurvaDion strategy, {start_method}" + "; replicas are nodes" * (replica_size == "node"),
                 override=True,
                 start_method=start_method,
+                replica_size=replica_size,
             )
-        strategy_registry.register(
-            "curvadion_node",
-            cls,
-            description="CurvaDion strategy whose replicas are nodes",
-            override=True,
-            start_method="popen",
-            replica_size="node",
-        )

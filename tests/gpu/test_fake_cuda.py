@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_cuda import FakeGPU, fake_cuda
+from paces import every, steps_per_agreement
 from torch import Tensor, nn
 
 from lightning_curvadion import CurvaDion, DriftThreshold, EveryNSteps, ProcessGroupSync, split_parameters
@@ -11,6 +12,8 @@ from lightning_curvadion.optim import dion
 
 # What the replicas agree on where the parameters of one were set to something else.
 SETTLE = 0.25
+# What they agree on where none of them takes a step.
+NO_STEP = (-1.0, 0.9)
 AGREEMENT = "sync/pending_numbers.py read"
 
 
@@ -130,6 +133,25 @@ def test_the_host_waits_as_often_for_twelve_layers_as_for_two(world, hook, most)
     assert local == [AGREEMENT]
     # Which buffers differ, which rows of the embedding have moved, and for each mean whether it can be quantized.
     assert len(sync) <= most
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fast_and_slow_replicas_wait_no_more_than_others(world):
+    with fake_cuda(world) as gpu:
+        # Of each replica so many steps so far, and in its displacement.
+        steps = (5.0,) * 2 * world
+        gpu.agreed += steps
+        model, optimizer, sync = build(gpu, {"heterogeneous": True, "overlap": 3}, trigger=EveryNSteps(3))
+        # The first step copies what its numbers are multiplied by.
+        take_step(gpu, model, optimizer)
+        with steps_per_agreement(every(2)):
+            waits = [take_step(gpu, model, optimizer) for _ in range(6)]
+            assert waits == [[], [AGREEMENT]] * 3 and optimizer.last_step.synced
+            for _ in range(6):
+                take_step(gpu, model, optimizer)
+            sync.agreement.read(optimizer)
+        gpu.agreed = NO_STEP + steps
+        sync.reach_consensus(optimizer, include_state=True)
 
 
 def test_with_a_lag_the_host_reads_one_old_number_a_step_and_a_mean_in_the_background_when_it_has_arrived():

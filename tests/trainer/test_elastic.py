@@ -4,8 +4,10 @@ import csv
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 
+import elastic_features
 import kill_points
 import lightning.pytorch as pl
 import preloaded
@@ -194,6 +196,10 @@ def test_one_command_on_one_machine_needs_no_store(runs):
     assert "LEFT 1 " in output and "replicas lost" in output, output[-3000:]
 
 
+def test_a_feature_trains_as_where_nobody_comes_or_goes(tmp_path):
+    elastic_features.check(*elastic_features.train(("loops", "validation within an epoch"), tmp_path))
+
+
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
@@ -212,17 +218,30 @@ def test_arguments_that_do_not_fit_are_one_clear_error(arguments, message):
         CurvaDionStrategy(**arguments)
 
 
-def test_a_loss_scale_is_refused(monkeypatch):
+@pytest.fixture
+def alone(monkeypatch):
+    """A run of one replica in this process."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    strategy = CurvaDionStrategy(elastic=True)
+    yield partial(pl.Trainer, accelerator="cpu", devices=1, strategy=CurvaDionStrategy(elastic=True), logger=False)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loss_scale_is_refused(alone):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=strategy, plugins=plugin, logger=False, max_steps=1)
-    try:
-        with pytest.raises(MisconfigurationException, match='use "bf16-mixed"'):
-            trainer.fit(Model())
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(MisconfigurationException, match='use "bf16-mixed"'):
+        alone(plugins=plugin).fit(Model())
+
+
+class Broadcasts(pl.Callback):
+    def on_train_start(self, trainer, module):
+        assert trainer.strategy.broadcast(["a", 1, None]) == ["a", 1, None]
+        trainer.strategy.broadcast(self)
+
+
+def test_objects_are_not_sent_to_be_unpickled(alone, tmp_path):
+    with pytest.raises(TypeError, match=r"broadcast strings, numbers and lists .* not Broadcasts"):
+        alone(callbacks=Broadcasts(), default_root_dir=tmp_path, max_steps=1).fit(Model())
 
 
 def test_an_address_without_a_store_says_how_to_start_one(monkeypatch):
