@@ -10,7 +10,8 @@ import pytest
 import torch
 from models import build, train_step
 
-from lightning_curvadion import EveryNSteps
+from examples.byte_gpt import GPT
+from lightning_curvadion import CurvaDion, EveryNSteps, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync.chunks import Bucket
 from lightning_curvadion.sync.errors import ReplicaLostError
 from lightning_curvadion.sync.payload_collectives import PayloadCollectives
@@ -150,6 +151,26 @@ def test_without_residuals_or_others_all_begin_at_the_exact_mean(replicas, world
     for one in everyone:
         assert_close(one["regrouped"], mean)
     one_model(everyone)
+
+
+def loss_in_the_byte_gpt(rank, world):
+    model = GPT(layers=2, width=64, heads=4, context=64)
+    optimizer = CurvaDion(split_parameters(model), trigger=EveryNSteps(2))
+    optimizer.register_sync_hook(sync := ProcessGroupSync())
+    sync.include_module(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randint(0, 256, (2, 64))).logsumexp(-1).mean().backward()
+        optimizer.step()
+    sent = sync.bytes_sent
+    sync.regroup(world)
+    return sync.bytes_sent - sent, sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_loss_sends_a_thousandth_of_the_byte_gpt(replicas):
+    for sent, model in replicas.run(3, loss_in_the_byte_gpt):
+        print(f"a loss: {sent} bytes, the model: {model}")
+        assert sent < model / 1000
 
 
 # -- a mean that is cut in half ---------------------------------------------------------------------------------------
