@@ -158,7 +158,8 @@ def test_the_usage_names_all_commands_and_the_program(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main.main(["--help"])
         usage = capsys.readouterr().out.partition("\n\n")[0]
-        assert " ".join(usage.split()) == f"usage: {program} [-c CONFIG] {{fit,validate,test,predict,plan,report,store}} ..."
+        commands = "fit,validate,test,predict,plan,report,store"
+        assert " ".join(usage.split()) == f"usage: {program} [-c CONFIG] {{{commands}}} ..."
 
 
 def test_the_help_of_a_command_says_where_the_options_of_classes_are(capsys):
