@@ -65,6 +65,7 @@ class GroupedHook(RecoveringHook):
         set_step_counts(optimizer, state)
         optimizer.replicas_share_state()
         self._register(optimizer, anew=True)
+        self._open_groups()
 
     def _enter_group(self, optimizer: CurvaDion) -> None:
         """Use the process group for an optimizer."""
@@ -99,6 +100,9 @@ class GroupedHook(RecoveringHook):
             if self.world_size == 1:
                 # A lone replica needs none until others come.
                 self._parameters.anchors.drop(parameter for _, parameter in optimizer.named_parameters())
+
+    def _open_groups(self) -> None:
+        """Open the process groups of what runs beside other collectives, after the first optimizer has begun."""
         if self.world_size > 1 and len(self._optimizers) == 1:
             self.agreement.use_several_groups()
             if self.settings.overlap:
@@ -148,6 +152,7 @@ class GroupedHook(RecoveringHook):
                 self.settings, self._collectives, self._parameters, self._untrained, trained, self._arrival
             )
             self._register(optimizer, anew=not regrouping.join(optimizer))
+            self._open_groups()
         if regrouping is not None:
             regrouping.hand_over_untrained()
         self._arrival = None

@@ -127,7 +127,10 @@ class Membership:
         self._rendezvous._state_holder._cache_duration = _POLL  # type: ignore[attr-defined]
         self._run_id = run_id
         self._transfers = Transfers(
-            self.store, lambda: _stores.PrefixStore(self._run_id, self._open_store()), self._timeout
+            self.store,
+            lambda: _stores.PrefixStore(self._run_id, self._open_store()),
+            self._is_training,
+            timeout,
         )
         # Of the last group in which this replica has trained: its number, this rank, its size.
         self._generation = self._rank = self._members = 0
@@ -253,6 +256,11 @@ class Membership:
     def fall_silent(self) -> None:
         """Let the others take this replica for lost."""
         self._rendezvous._stop_heartbeats()
+
+    def _is_training(self) -> bool:
+        """Whether the members of the run have a group."""
+        self._rendezvous._state_holder.sync()
+        return self._rendezvous._state_holder.state.complete
 
     def waiting(self, sync: ProcessGroupSync) -> bool:
         """Whether others wait to take part, as the store knew a second ago. Call it on rank 0 between two steps.

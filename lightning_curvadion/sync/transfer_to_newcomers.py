@@ -46,6 +46,8 @@ _LONGEST_HEADER = 2**26
 _POLL, _TRIES = 0.2, 3
 # The newcomer waits so many times the timeout for rank 0, which may be busy with another one.
 _PATIENCE = 4
+# Too few replicas have no group, and wait for this one. Others have none for a moment.
+_REGROUPING = 5.0
 
 
 class _Kind(IntEnum):
@@ -322,11 +324,15 @@ class Transfers:
     Args:
         store: Of the run.
         open_store: Opens another connection to it.
+        is_training: Whether the others have a group now.
         timeout: Of a collective.
     """
 
-    def __init__(self, store: Any, open_store: Callable[[], Any], timeout: timedelta) -> None:
+    def __init__(
+        self, store: Any, open_store: Callable[[], Any], is_training: Callable[[], bool], timeout: timedelta
+    ) -> None:
         self._store, self._open_store, self._timeout = store, open_store, timeout
+        self._is_training = is_training
         self._sender: Sender | None = None
 
     def _connection(self, number: int, rank: int) -> Callable[[], Connection]:
@@ -366,9 +372,11 @@ class Transfers:
             return None
         for _ in range(_TRIES):
             number = self._store.add(_ASKED, 1)
-            deadline = time.monotonic() + _PATIENCE * self._timeout.total_seconds()
+            start = trained = time.monotonic()
             while self._store.add(_SERVED, 0) < number:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                trained = now if self._is_training() else trained
+                if now > start + _PATIENCE * self._timeout.total_seconds() or now > trained + _REGROUPING:
                     return None
                 time.sleep(_POLL)
             if self._store.check([f"{_REFUSED} {number}"]):

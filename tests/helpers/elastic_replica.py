@@ -128,6 +128,7 @@ def main() -> None:
     last = time.perf_counter()
     longest = 0.0
     step = join(0, "start")
+    last = time.perf_counter()
     while step < end:
         try:
             task.step(step)

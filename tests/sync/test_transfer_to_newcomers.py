@@ -46,3 +46,15 @@ def test_where_one_of_the_two_is_lost_the_others_train_on(tmp_path, name):
             run.processes["d"].kill()
             ends = run.ends("a", "b", "e")
         assert len({(end["digest"], end["end"]) for end in ends}) == 1
+
+
+def test_a_replica_for_which_too_few_wait_joins_at_once(tmp_path):
+    with a_run(tmp_path, steps=10**6, until=2, timeout=10) as run:
+        run.add("a", "b")
+        run.wait_until(lambda: run.step("a") >= 20)
+        run.processes["b"].kill()
+        run.add("c")
+        ends = run.ends("a", "c")
+        assert len({(end["digest"], end["end"]) for end in ends}) == 1
+        (caught_up,) = [line for line in run.lines("c") if "caught up" in line]
+        assert not caught_up["caught up"] and caught_up["seconds"] < 20
