@@ -51,7 +51,8 @@ def test_what_is_equal_already_is_not_sent_when_a_hook_attaches(replicas):
 def test_a_user_sees_what_a_user_calls():
     calls = {"include_module", "note_other_values", "reach_consensus", "average", "measure_drift", "regroup"}
     reads = {"settings", "agreement", "rank", "world_size", "bytes_sent", "drift", "global_step"}
-    of_the_plan, of_membership = {"settings_for", "anchor_bytes"}, {"optimizers"}
+    of_the_plan = {"settings_for", "anchor_bytes"}
+    of_membership = {"optimizers", "recovery", "resume_triggers", "take_from_rank_0"}
     seen = {name for name in dir(ProcessGroupSync()) if name[0] != "_"}
     assert seen == calls | reads | of_the_plan | of_membership
 
