@@ -8,6 +8,7 @@ The store must outlive every replica. Whoever reaches it may join, and the rende
 in a private network.
 """
 
+import atexit
 import hashlib
 import json
 import logging
@@ -132,6 +133,8 @@ class Membership:
             self._is_training,
             timeout,
         )
+        # A thread of Python that is in C++ when its process ends aborts it.
+        atexit.register(self._end_threads)
         # Of the last group in which this replica has trained: its number, this rank, its size.
         self._generation = self._rank = self._members = 0
         self._prepared = 0
@@ -293,6 +296,10 @@ class Membership:
                 return False
             time.sleep(_POLL)
         return True
+
+    def _end_threads(self) -> None:
+        self.fall_silent()
+        self._transfers.close()
 
     def end(self) -> None:
         """Let nobody join any more."""

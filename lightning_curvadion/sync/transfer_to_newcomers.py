@@ -185,6 +185,11 @@ class Sender:
         """Whether it sends still."""
         return self._thread.is_alive()
 
+    def close(self, timeout: float) -> None:
+        """Record and send no more; wait so many seconds until the thread has ended."""
+        self.recorder.close()
+        self._thread.join(timeout)
+
     def _run(self) -> None:
         try:
             connection = self._connect()
@@ -227,7 +232,12 @@ class Arrival:
         self._caught_up, self._ended = threading.Event(), threading.Event()
         # Identity of the recorder, and how many means have arrived.
         self._position: list[int] | None = None
-        threading.Thread(target=self._run, daemon=True, name="transfer from rank 0").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="transfer from rank 0")
+        self._thread.start()
+
+    def close(self, timeout: float) -> None:
+        """Wait so many seconds until the thread has ended."""
+        self._thread.join(timeout)
 
     def catch_up(self) -> bool:
         """Wait until all that there is has arrived; whether it has."""
@@ -334,6 +344,13 @@ class Transfers:
         self._store, self._open_store, self._timeout = store, open_store, timeout
         self._is_training = is_training
         self._sender: Sender | None = None
+        self._arrival: Arrival | None = None
+
+    def close(self) -> None:
+        """Wait for the threads, which no process may end beside: each has a timeout."""
+        for part in (self._sender, self._arrival):
+            if part is not None:
+                part.close(self._timeout.total_seconds())
 
     def _connection(self, number: int, rank: int) -> Callable[[], Connection]:
         def connect() -> Connection:
@@ -381,7 +398,7 @@ class Transfers:
                 time.sleep(_POLL)
             if self._store.check([f"{_REFUSED} {number}"]):
                 return None
-            arrival = Arrival(
+            self._arrival = arrival = Arrival(
                 self._connection(number, rank=1), Copied(sync._optimizers, sync._parameters, sync._untrained)
             )
             if arrival.catch_up():

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from .lightning_internals import IndependentProcessesLauncher
 from .replica_strategy import ReplicaStrategy, leave_process_group_at_exit
 
 T = TypeVar("T")
+# The store that a process has started for itself and its child processes.
+_STORE = "CURVADION_STORE"
 
 
 class ElasticStrategy(ReplicaStrategy):
@@ -40,12 +43,14 @@ class ElasticStrategy(ReplicaStrategy):
         MisconfigurationException: Arguments that do not fit together.
     """
 
+    # Whether this process starts the store of its machine.
+    _is_host = False
+
     def __init__(self, elastic: bool, min_replicas: int | None, heterogeneous: bool, **arguments: Any) -> None:
         check_elastic(elastic, min_replicas, heterogeneous, **arguments)
         super().__init__(**arguments)
         self._elastic = ElasticRun(min_replicas or 1, self._timeout) if elastic else None
         self.membership_changes: list[MembershipChange] = self._elastic.changes if self._elastic is not None else []
-        self._hosts_store = False
 
     @property
     def _alone(self) -> bool:
@@ -75,8 +80,11 @@ class ElasticStrategy(ReplicaStrategy):
         if self._elastic is None or environment is None:
             super()._configure_launcher()
             return
-        addressed = {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} & set(os.environ)
-        self._hosts_store = not addressed and not environment.creates_processes_externally
+        addressed = {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", _STORE} & set(os.environ)
+        if not addressed and not environment.creates_processes_externally:
+            # Not the port of MASTER_PORT, which other strategies of this process may need. Child processes read it.
+            os.environ[_STORE] = f"127.0.0.1:{find_free_network_port()}"
+            ElasticStrategy._is_host = True
         self._launcher = IndependentProcessesLauncher(environment, self.num_processes, self.num_nodes)
 
     @override
@@ -91,8 +99,8 @@ class ElasticStrategy(ReplicaStrategy):
         if self._elastic.has_begun or (dist.is_initialized() and not fits):
             # A test after a run is one of the same replicas.
             return
-        address = f"{environment.main_address}:{environment.main_port}"
-        self._elastic.start(address, self.num_nodes * self.num_processes, self._hosts_store)
+        address = os.environ.get(_STORE) or f"{environment.main_address}:{environment.main_port}"
+        self._elastic.start(address, self.num_nodes * self.num_processes, hosts_store=ElasticStrategy._is_host)
         leave_process_group_at_exit()
 
     @override

@@ -1,11 +1,13 @@
 """Replicas of a Trainer's run that are lost and that come, and what becomes of the others."""
 
 import csv
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from itertools import chain
+from unittest import mock
 
 import elastic_features
 import kill_points
@@ -21,6 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_curvadion import CurvaDion, CurvaDionStrategy, split_parameters
+from lightning_curvadion.trainer.elastic_strategy import ElasticStrategy
 
 # Of a net that learns a function of eleven tokens.
 TASK = {"samples": 480, "decay": 100, "sleep": 0.03, "hook": {}}
@@ -219,12 +222,13 @@ def test_arguments_that_do_not_fit_are_one_clear_error(arguments, message):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """A run of one replica in this process."""
-    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield partial(pl.Trainer, accelerator="cpu", devices=1, strategy=CurvaDionStrategy(elastic=True), logger=False)
-    torch.distributed.destroy_process_group()
+    others = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    others.pop("LOCAL_RANK", None)
+    with mock.patch.dict(os.environ, others, clear=True), mock.patch.object(ElasticStrategy, "_is_host", False):
+        yield partial(pl.Trainer, accelerator="cpu", devices=1, strategy=CurvaDionStrategy(elastic=True), logger=False)
+        torch.distributed.destroy_process_group()
 
 
 def test_a_loss_scale_is_refused(alone):
