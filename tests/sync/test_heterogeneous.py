@@ -25,7 +25,7 @@ from lightning_curvadion import (
 from lightning_curvadion.sync.pace import Pace
 
 # python -m pytest tests/sync/test_heterogeneous.py with SCHEDULES=500 in the environment takes some minutes.
-SCHEDULES = int(os.environ.get("SCHEDULES", "8"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "3"))
 
 
 @contextmanager
