@@ -72,7 +72,7 @@ ELSEWHERE = {
         "examples/test_elastic_example.py::test_replicas_of_one_address_are_one_run (at a free port)",
     "python tests/storm.py --trainer": "trainer/test_elastic.py::loses_and_gains (once, instead of 20 times)",
     "python tests/trainer/elastic_features.py": "trainer/test_elastic.py::test_a_feature_trains_as (one of them)",
-    "python tests/kill_points.py": "trainer/test_elastic.py::runs (three of its points)",
+    "python tests/kill_points.py": "trainer/test_elastic.py::runs (one of its points)",
     "python tests/handover_cost.py":
         "sync/test_transfer_to_newcomers.py::test_the_others_train_while_a_newcomer_receives_the_model (no lab)",
     "python tests/storm.py": "sync/test_membership.py::killed (once, instead of 20 times)",

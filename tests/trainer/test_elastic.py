@@ -110,7 +110,7 @@ SCENARIOS = {
     "one machine": on_one_machine,
 }
 # The rest: python tests/kill_points.py
-POINTS = [("collective", 1), ("validation", 2), ("checkpoint", 0)]
+POINTS = [("checkpoint", 0)]
 
 
 @ahead
