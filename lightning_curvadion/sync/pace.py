@@ -1,7 +1,7 @@
 r"""Pace: how many steps each replica takes, where fast and slow machines train together.
 
-In a mean a displacement counts for the steps in it. With :math:`w_i` the steps of replica i since the last consensus,
-its displacement is multiplied by :math:`n w_i / \sum_j w_j` before the plain mean over n replicas. Every agreement
+In a mean a displacement counts for the steps in it. Let :math:`w_i` be the steps of replica i since the last consensus.
+Its displacement is multiplied by :math:`n w_i / \sum_j w_j` before the plain mean over n replicas. Every agreement
 carries these numbers (``paced_agreement.py``).
 
 A mean in the background is sent before its agreement has arrived. Then only :math:`w_i` is known, and all replicas

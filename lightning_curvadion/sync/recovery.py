@@ -2,10 +2,10 @@
 
 All replicas run one sequence of joint operations: the steps of their optimizers, and between them barriers, reductions
 and consensuses. A loss may reach one replica in an operation that another one has left already. It is never more than
-one operation behind, since every operation but a step ends with a barrier, and a step needs what all have sent in the
-last one. The survivors form a group, compare their positions in the sequence, and meet at the furthest one. A step that
-was cut in half becomes a local step: nothing of it is lost. Any other operation is run again, unless one of them has
-left it.
+one operation behind: every operation but a step ends with a barrier, and a step needs what all have sent before.
+
+The survivors form a group, compare their positions in the sequence, and meet at the furthest one. A step that was cut
+in half becomes a local step: nothing of it is lost. Any other operation is run again, unless one of them has left it.
 """
 
 from collections.abc import Callable, Mapping

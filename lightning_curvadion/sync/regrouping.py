@@ -6,10 +6,10 @@ keeps what it has walked, what quantization has kept back, and its momenta. Of t
 exact mean is taken.
 
 A replica that comes begins at the anchors, with the optimizer state of rank 0, if it has not received both before
-(``transfer_to_newcomers.py``). It has walked nothing. What the others
-have to send by then counts more in the next mean, so that it comes to what it would have been without the new one.
+(``transfer_to_newcomers.py``). It has walked nothing. What the others have to send by then counts more in the next
+mean, which is what it would have been without the new one.
 
-Where no common anchors are kept, or a sync step does not reconcile all, the replicas take an exact consensus, and those
+Where no common anchors are kept, or a sync step does not reconcile all, the replicas take an exact consensus. Those
 that come take it over.
 """
 

@@ -1,8 +1,8 @@
 """The transfer to a newcomer: a replica that comes receives the model beside the others' training.
 
-It asks for it in the store of the run. Rank 0 sees that between two steps, copies the anchors and the optimizers'
-state, and trains on while a thread sends the copy through a connection of its own. The means by which the anchors move
-meanwhile follow (``mean_record.py``). Once the newcomer has caught up it joins. By then it holds the same anchors as
+It asks for it in the store of the run. Rank 0 sees that between two steps, and copies the anchors and the optimizers'
+state. It trains on while a thread sends the copy (``connection.py``). The means by which the anchors move meanwhile
+follow (``mean_record.py``). Once the newcomer has caught up it joins. By then it holds the same anchors as
 the others, bit for bit, and an optimizer state that is as old as the copy.
 
 Nothing that arrives is unpickled. It is compared with what the newcomer's own model and optimizers hold, and it must be
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from ..optim.curvadion import CurvaDion
 from ..optim.optimizer_state import set_step_counts, state_tensors, trainable_parameters
-from .collectives import bytes_of
+from .connection import AT_A_TIME, Connection, Kind, TransferError
 from .mean_record import MeanRecorder, Record, replay
 from .parameter_payloads import ParameterPayloads
 from .step_hook import StepHook
@@ -38,70 +37,12 @@ _dist: Any = dist
 
 # Keys in the store of a run.
 _ASKED, _SERVED, _REFUSED, _TRANSFER = "transfers asked", "transfers served", "transfer refused", "transfer"
-# Bytes that are sent at a time: each of them in the timeout of a collective.
-_AT_A_TIME = 2**20
-# Bytes of what is said of tensors or of a mean, at most.
-_LONGEST_HEADER = 2**26
 # How often a newcomer looks in the store, and how often it asks again.
 _POLL, _TRIES = 0.2, 3
 # The newcomer waits so many times the timeout for rank 0, which may be busy with another one.
 _PATIENCE = 4
 # Too few replicas have no group, and wait for this one. Others have none for a moment.
 _REGROUPING = 5.0
-
-
-class _Kind(IntEnum):
-    """What a message is: the copy, a mean, that no mean waits to be sent, and the end."""
-
-    COPY = 1
-    MEAN = 2
-    CAUGHT_UP = 3
-    END = 4
-
-
-class TransferError(RuntimeError):
-    """What arrived is not what this replica needs."""
-
-
-class Connection:
-    """Messages between two processes.
-
-    Args:
-        store: A connection of this thread's own to the store, which would block others.
-        rank: 0 sends and 1 receives.
-        timeout: For every megabyte.
-    """
-
-    def __init__(self, store: Any, rank: int, timeout: timedelta) -> None:
-        self._other = 1 - rank
-        self._group = _dist.ProcessGroupGloo(store, rank, 2, timeout)
-
-    def send(self, kind: _Kind, header: bytes = b"", body: Sequence[Tensor] = ()) -> None:
-        """Send one message; its body is tensors on the CPU."""
-        self._send(torch.tensor([kind, len(header), sum(tensor.nbytes for tensor in body)]))
-        self._send(torch.frombuffer(bytearray(header or b" "), dtype=torch.uint8)[: len(header)])
-        for tensor in body:
-            self._send(tensor)
-
-    def _send(self, tensor: Tensor) -> None:
-        for part in bytes_of(tensor).split(_AT_A_TIME) if tensor.numel() else ():
-            self._group.send([part], self._other, 0).wait()
-
-    def receive(self) -> tuple[int, bytes, int]:
-        """Kind and header of the next message, and the bytes of its body, which is to be received next."""
-        prefix = torch.zeros(3, dtype=torch.int64)
-        self.fill(prefix)
-        kind, length, size = prefix.tolist()
-        if not 0 <= length <= _LONGEST_HEADER:
-            raise TransferError(f"a header of {length} bytes arrived")
-        header = torch.empty(length, dtype=torch.uint8)
-        self.fill(header)
-        return kind, bytes(header.numpy()), size
-
-    def fill(self, tensor: Tensor) -> None:
-        """Receive a contiguous tensor."""
-        for part in bytes_of(tensor).split(_AT_A_TIME) if tensor.numel() else ():
-            self._group.recv([part], self._other, 0).wait()
 
 
 # -- what is sent -----------------------------------------------------------------------------------------------------
@@ -193,7 +134,7 @@ class Sender:
     def _run(self) -> None:
         try:
             connection = self._connect()
-            connection.send(_Kind.COPY, json.dumps(self._copied.description).encode(), self._copied.tensors)
+            connection.send(Kind.COPY, json.dumps(self._copied.description).encode(), self._copied.tensors)
             del self._copied
             self._send_means(connection)
         except (RuntimeError, ValueError) as error:
@@ -205,15 +146,15 @@ class Sender:
         while True:
             if self.recorder.is_empty():
                 # Sent again and again: so both see that the other one is there.
-                connection.send(_Kind.CAUGHT_UP)
+                connection.send(Kind.CAUGHT_UP)
             try:
                 record = self.recorder.take(_POLL)
             except queue.Empty:
                 continue
             if record is None:
-                connection.send(_Kind.END, json.dumps([self.recorder.identity, self.recorder.count]).encode())
+                connection.send(Kind.END, json.dumps([self.recorder.identity, self.recorder.count]).encode())
                 return
-            connection.send(_Kind.MEAN, record.header, [record.body])
+            connection.send(Kind.MEAN, record.header, [record.body])
 
 
 # -- the replica that comes -------------------------------------------------------------------------------------------
@@ -264,17 +205,17 @@ class Arrival:
             self._caught_up.set()
 
     def _receive(self, connection: Connection) -> None:
-        count, most = 0, 2 * sum(tensor.nbytes for tensor in self._copied.tensors) + _AT_A_TIME
+        count, most = 0, 2 * sum(tensor.nbytes for tensor in self._copied.tensors) + AT_A_TIME
         while True:
             kind, header, size = connection.receive()
-            if kind == _Kind.COPY:
+            if kind == Kind.COPY:
                 self._receive_copy(connection, header)
-            elif kind == _Kind.MEAN and 0 <= size <= most:
+            elif kind == Kind.MEAN and 0 <= size <= most:
                 body = torch.empty(size, dtype=torch.uint8)
                 connection.fill(body)
                 replay(Record(header, body), self._copied.anchors)
                 count += 1
-            elif kind == _Kind.CAUGHT_UP:
+            elif kind == Kind.CAUGHT_UP:
                 self._caught_up.set()
             else:
                 identity, sent = json.loads(header)

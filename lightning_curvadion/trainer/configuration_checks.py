@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -104,7 +103,6 @@ def check_elastic(
     replica_size: object,
     process_group_backend: str | None,
     start_method: str,
-    **_: Any,
 ) -> None:
     """Check the arguments of a strategy that say whether replicas come and go.
 

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities import rank_zero
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
 from torch.utils.data import DataLoader, DistributedSampler
@@ -331,10 +331,9 @@ class ElasticRun:
         if group.lost or joined:
             kind = "loss" if group.lost else "join"
             self.changes.append(MembershipChange(kind, group.size, group.lost, joined, seconds, skipped))  # type: ignore[arg-type]
-        if self.rank == 0:
-            log.info(
-                f"{group.lost} replicas were lost and {joined} have come: {group.size} train on after {seconds:.1f} s."
-                f" At most {skipped} samples that were drawn before are skipped in this epoch; others are shared out"
+            rank_zero_info(
+                f"{group.size} replicas train on after {seconds:.1f} s: {group.lost} lost, {joined} new."
+                f" At most {skipped} samples that lost ones had drawn are skipped in this epoch; others are shared out."
             )
 
     def _in_time(self, form: Callable[[], T]) -> T:

@@ -47,7 +47,8 @@ class ElasticStrategy(ReplicaStrategy):
     _is_host = False
 
     def __init__(self, elastic: bool, min_replicas: int | None, heterogeneous: bool, **arguments: Any) -> None:
-        check_elastic(elastic, min_replicas, heterogeneous, **arguments)
+        fixed = {name: arguments[name] for name in ("replica_size", "process_group_backend", "start_method")}
+        check_elastic(elastic, min_replicas, heterogeneous, **fixed)
         super().__init__(**arguments)
         self._elastic = ElasticRun(min_replicas or 1, self._timeout) if elastic else None
         self.membership_changes: list[MembershipChange] = self._elastic.changes if self._elastic is not None else []
@@ -109,6 +110,10 @@ class ElasticStrategy(ReplicaStrategy):
         if self._elastic is None or self.lightning_module is None:
             return dataloader
         return self._elastic.share_out(dataloader, trains=bool(self.lightning_module.trainer.training))
+
+    def _begin_training(self) -> None:
+        if self._elastic is not None:
+            self._elastic.begin_training()
 
     def _begin_epoch(self) -> None:
         if self._elastic is not None:
@@ -182,7 +187,7 @@ class ElasticStrategy(ReplicaStrategy):
         gather = super().all_gather
         return self._explained_jointly("the gathering of a tensor", lambda: gather(tensor, *args, **options))
 
-    def share_metrics(self, module: nn.Module) -> None:
+    def _share_metrics(self, module: nn.Module) -> None:
         """Let the torchmetrics of a module gather their states from the replicas that are there."""
 
         def gather(tensor: Tensor, group: Any = None) -> list[Tensor]:

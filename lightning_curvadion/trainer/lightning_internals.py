@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry as StrategyRegistryType
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
@@ -179,7 +180,7 @@ def configured_optimizers(module: "pl.LightningModule") -> list[Optimizer]:
 class IndependentProcessesLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher of processes on a machine, none of which ends because another one does.
 
-    ``_SubprocessScriptLauncher`` and its ``_call_children_scripts``: 2.5.0, 2.6.6.
+    ``_SubprocessScriptLauncher`` and its ``_call_children_scripts``, ``_set_num_threads_if_needed``: 2.5.0, 2.6.6.
     """
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **options: Any) -> Any:
@@ -187,6 +188,7 @@ class IndependentProcessesLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **options)
 
 

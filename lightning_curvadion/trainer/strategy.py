@@ -2,9 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +18,6 @@ from torch.profiler import record_function
 from typing_extensions import override
 
 from ..optim.gradient_checks import UnusableGradientError
-from ..sync.collectives import count_together
 from ..sync.errors import ReplicaLostError
 from ..sync.failure_reports import report_failure, withdraw_report
 from ..sync.process_group_sync import ProcessGroupSync
@@ -27,19 +25,16 @@ from ..sync.quantization import WireFormatName
 from ..sync.settings import CHUNK, Consensus, Momentum, ResidualDtype
 from .configuration_checks import refuse_arguments, refuse_sparse_embeddings, require_curvadion
 from .consensus_callback import ConsensusCallback, moving_averages
-from .elastic_strategy import ElasticStrategy
 from .lightning_internals import StrategyRegistryType, trainer_of
 from .mixed_precision import refuse_gradient_scaler, share_gradient_scaler
-from .paced_loop import PacedLoop, claim_samples
+from .paced_strategy import PacedStrategy
 from .replica_processes import DDP_ARGUMENTS, ReplicaSize
 from .signals import LeaveRequests, StopRequests
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-
-class CurvaDionStrategy(ElasticStrategy):
+class CurvaDionStrategy(PacedStrategy):
     """Data-parallel training without gradient all-reduces: replicas step alone until their optimizer's trigger fires.
 
     Launching, devices, samplers and checkpoints are those of Lightning's ``DDPStrategy``. The module is not wrapped in
@@ -147,9 +142,9 @@ class CurvaDionStrategy(ElasticStrategy):
         refused = [name for name in ddp_arguments if name not in accepted]
         refuse_arguments(refused, {*inspect.signature(CurvaDionStrategy).parameters, *accepted})
         super().__init__(
-            elastic,
-            min_replicas,
             heterogeneous,
+            elastic=elastic,
+            min_replicas=min_replicas,
             replica_size=replica_size,
             ddp_arguments=ddp_arguments,
             accelerator=accelerator,
@@ -180,7 +175,6 @@ class CurvaDionStrategy(ElasticStrategy):
         self.sync = self.make_sync_hook()
         self._callbacks: list[pl.Callback] = []
         self._stop_requests: StopRequests | None = None
-        self._paced: PacedLoop | None = None
         self._training = False
         self._all_raised = False
 
@@ -203,12 +197,6 @@ class CurvaDionStrategy(ElasticStrategy):
         self.reach_consensus(include_state=True)
         if leaves:
             self._elastic.leave()
-
-    @override
-    def _begin_batch(self) -> None:
-        super()._begin_batch()
-        if self._paced is not None:
-            self._paced.begin_batch()
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -234,9 +222,9 @@ class CurvaDionStrategy(ElasticStrategy):
             self._stop_requests = StopRequests(trainer, self.sync)
         else:
             self._elastic.attach(trainer, self.sync)
-            self.share_metrics(self.lightning_module)
+            self._share_metrics(self.lightning_module)
             self._stop_requests = LeaveRequests(trainer, self.sync, self._elastic.interrupt, self._leave)
-        self._paced = PacedLoop(trainer, self.sync) if self.sync.settings.heterogeneous else None
+        self._begin_paces(trainer, self.sync)
         self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, ConsensusCallback) for callback in self._callbacks):
             callback = ConsensusCallback(
@@ -249,20 +237,6 @@ class CurvaDionStrategy(ElasticStrategy):
                 self._begin_validation_batch,
             )
             self._callbacks.insert(0, callback)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        dataloader = super().process_dataloader(dataloader)
-        trainer = trainer_of(self.lightning_module)
-        if not self._sync_settings["heterogeneous"] or trainer is None or not trainer.training:
-            return dataloader
-        return claim_samples(dataloader, self.world_size, count_together)
-
-    @override
-    def _jointly(self, operation: Callable[[], T], what: str = "a consensus") -> T:
-        if self._paced is not None:
-            self._paced.verify_meeting(what)
-        return super()._jointly(operation, what)
 
     # -- consensus ---------------------------------------------------------------------------------------------------
 
@@ -286,10 +260,7 @@ class CurvaDionStrategy(ElasticStrategy):
 
     def _end_batch(self) -> None:
         assert self._stop_requests is not None
-        if self._paced is not None:
-            self._paced.end_batch()
-            if self.sync.agreement.agreed_request:
-                self._paced.meet()
+        self._end_paced_batch(self.sync)
         self._stop_requests.act_on_agreed_request()
 
     def reach_consensus_in_training(self, include_state: bool = False) -> None:
@@ -301,8 +272,7 @@ class CurvaDionStrategy(ElasticStrategy):
     def _note_failure(self, exception: BaseException) -> None:
         """Called before any other callback handles an exception, such as by saving."""
         self._all_raised = isinstance(exception, UnusableGradientError)
-        if self._paced is not None:
-            self._paced.meet()
+        self._meet()
         if self._all_raised:
             for optimizer in require_curvadion(self.optimizers):
                 # Of the steps that the lag has left unread. The error that is raised tells enough.
@@ -322,10 +292,7 @@ class CurvaDionStrategy(ElasticStrategy):
         self._stop_requests.install()
         withdraw_report()
         self._training, self._all_raised = True, False
-        if self._elastic is not None:
-            self._elastic.begin_training()
-        if self._paced is not None:
-            self._paced.begin_training()
+        self._begin_training()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from training import fingerprint
 from examples.byte_gpt import GPT, StandardLibrary, Windows, warmup_and_cooldown
 from lightning_curvadion import CurvaDion, IntegratedRMMC, ProcessGroupSync, split_parameters
 from lightning_curvadion.sync.collectives import bytes_of
+from lightning_curvadion.sync.connection import Connection
 from lightning_curvadion.sync.errors import ReplicaLostError
 from lightning_curvadion.sync.membership import Membership
 from lightning_curvadion.sync.parameter_payloads import ParameterPayloads
-from lightning_curvadion.sync.transfer_to_newcomers import Connection
 
 
 class Text:

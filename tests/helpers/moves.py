@@ -1,9 +1,11 @@
 """What a replica's own steps have moved its parameters, whatever means do to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_curvadion.optim import local_step
@@ -42,3 +44,16 @@ def recorded_moves(parameters: Sequence[Tensor]) -> Iterator[Moves]:
         yield moves
     finally:
         local_step.step_vector_groups = own_step
+
+
+def one_after_another(rank: int, world: int, schedule: Callable[[int, int, int], Any], seeds: Iterable[int]) -> list:
+    """What a random schedule of steps gives for each seed, on this replica."""
+    ended = []
+    own = set(dist.distributed_c10d._world.pg_map)
+    for seed in seeds:
+        ended.append(schedule(rank, world, seed))
+        # Each has groups of its own, of three threads each.
+        dist.barrier()
+        for group in set(dist.distributed_c10d._world.pg_map) - own:
+            dist.destroy_process_group(group)
+    return ended

@@ -5,9 +5,8 @@ import random
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import build, equal, parameters_of, state_of, train_step
-from moves import recorded_moves
+from moves import one_after_another, recorded_moves
 from replicas import counted_collectives
 from torch import nn
 
@@ -54,22 +53,10 @@ def schedule(rank, world, seed):
     return [parameter.detach().double() for parameter in parameters], moves.totals
 
 
-def schedules(rank, world, seeds):
-    ended = []
-    own = set(dist.distributed_c10d._world.pg_map)
-    for seed in seeds:
-        ended.append(schedule(rank, world, seed))
-        # Each has groups of its own, of three threads each.
-        dist.barrier()
-        for group in set(dist.distributed_c10d._world.pg_map) - own:
-            dist.destroy_process_group(group)
-    return ended
-
-
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_consensus_is_the_start_and_the_mean_of_all_moves_over_random_schedules(replicas, world):
-    everyone = replicas.run(world, schedules, range(SCHEDULES), timeout=1800)
+    everyone = replicas.run(world, one_after_another, schedule, range(SCHEDULES), timeout=1800)
     for of_one_seed in zip(*everyone, strict=True):
         ends, moves = zip(*of_one_seed, strict=True)
         for number, end in enumerate(ends[0]):

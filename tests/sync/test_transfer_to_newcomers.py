@@ -1,6 +1,7 @@
 """A replica that comes receives the model beside the others' training, and what becomes of it where one is lost."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from ahead import ahead
@@ -30,25 +31,27 @@ def test_the_others_train_while_a_newcomer_receives_the_model(tmp_path):
     assert max(line["longest"] for line in before) < caught_up["seconds"] / 3
 
 
-def sender_lost(folder):
-    """Rank 0 is killed while it sends: the next one serves the newcomer, which asks again."""
+@contextmanager
+def a_transfer(folder):
+    """Three train, and one of them sends to a fourth: the run, and which one it is."""
     with a_run(folder, steps=10**6, until=3, timeout=10, **SLOW) as run:
         run.add("a", "b", "d")
         run.wait_until(lambda: run.step("a") >= 10)
         run.add("c")
         run.wait_until(lambda: any('"sends"' in run.text(name) for name in "abd"))
-        sender = next(name for name in "abd" if '"sends"' in run.text(name))
+        yield run, next(name for name in "abd" if '"sends"' in run.text(name))
+
+
+def sender_lost(folder):
+    """Rank 0 is killed while it sends: the next one serves the newcomer, which asks again."""
+    with a_transfer(folder) as (run, sender):
         run.processes[sender].kill()
         return run, run.ends(*{"a", "b", "c", "d"} - {sender})
 
 
 def newcomer_lost(folder):
     """The newcomer is killed while it receives, another one comes, and one is lost."""
-    with a_run(folder, steps=10**6, until=3, timeout=10, **SLOW) as run:
-        run.add("a", "b", "d")
-        run.wait_until(lambda: run.step("a") >= 10)
-        run.add("c")
-        run.wait_until(lambda: any('"sends"' in run.text(name) for name in "abd"))
+    with a_transfer(folder) as (run, _):
         run.processes["c"].kill()
         step = run.step("a")
         run.wait_until(lambda: run.step("a") >= step + 10)
